@@ -1,0 +1,52 @@
+"""LRSCLIP for transformers. Importing it makes the Auto classes know `model_type` `lrsclip`."""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPTokenizer,
+)
+
+from .configuration_lrsclip import LRSCLIPConfig, LRSCLIPTextConfig, LRSCLIPVisionConfig
+from .image_processing_lrsclip import LRSCLIPImageProcessor
+from .modeling_lrsclip import (
+    LRSCLIPModel,
+    LRSCLIPOutput,
+    LRSCLIPTextModelWithProjection,
+    LRSCLIPVisionModelWithProjection,
+)
+from .position_stretching import stretch_position_embedding
+from .processing_lrsclip import LRSCLIPProcessor
+
+
+__version__ = "0.1.0"
+
+# Known here (next lines) and, in a process that cannot import this package, through the `auto_map` that
+# `register_for_auto_class` has `save_pretrained` write beside a copy of the code.
+AutoConfig.register("lrsclip", LRSCLIPConfig)
+AutoModel.register(LRSCLIPConfig, LRSCLIPModel)
+AutoModelForZeroShotImageClassification.register(LRSCLIPConfig, LRSCLIPModel)
+AutoProcessor.register(LRSCLIPConfig, LRSCLIPProcessor)
+AutoImageProcessor.register(LRSCLIPConfig, LRSCLIPImageProcessor)
+AutoTokenizer.register(LRSCLIPConfig, fast_tokenizer_class=CLIPTokenizer)
+
+LRSCLIPConfig.register_for_auto_class()
+LRSCLIPModel.register_for_auto_class("AutoModel")
+LRSCLIPProcessor.register_for_auto_class()
+LRSCLIPImageProcessor.register_for_auto_class()
+
+__all__ = [
+    "LRSCLIPConfig",
+    "LRSCLIPImageProcessor",
+    "LRSCLIPModel",
+    "LRSCLIPOutput",
+    "LRSCLIPProcessor",
+    "LRSCLIPTextConfig",
+    "LRSCLIPTextModelWithProjection",
+    "LRSCLIPVisionConfig",
+    "LRSCLIPVisionModelWithProjection",
+    "stretch_position_embedding",
+]

@@ -1,0 +1,44 @@
+"""The configuration checks itself, survives a round trip and is what `AutoConfig` and `CLIPConfig` read."""
+
+import pytest
+from transformers import AutoConfig, CLIPConfig
+
+from modeling_lrsclip import LRSCLIPConfig, LRSCLIPTextConfig, LRSCLIPVisionConfig
+
+
+def test_defaults_are_lrsclip_vit_b_16():
+    config = LRSCLIPConfig()
+    text, vision = config.text_config, config.vision_config
+    assert (text.max_position_embeddings, text.kept_positions, text.stretch_ratio) == (248, 20, 4)
+    assert (vision.patch_size, vision.hidden_size, text.eos_token_id) == (16, 768, 49407)
+    assert config.long_weight == 0.8 and config.model_type == "lrsclip"
+
+
+def test_round_trip(tmp_path):
+    config = LRSCLIPConfig(text_config={"hidden_size": 64}, projection_dim=48, long_weight=0.5)
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(again, LRSCLIPConfig) and again.to_diff_dict() == config.to_diff_dict()
+    assert type(again.text_config) is LRSCLIPTextConfig and type(again.vision_config) is LRSCLIPVisionConfig
+    assert again.text_config.projection_dim == again.vision_config.projection_dim == 48
+    assert LRSCLIPTextConfig.from_pretrained(tmp_path).hidden_size == 64  # a tower out of the whole
+    assert CLIPConfig.from_pretrained(tmp_path).text_config.max_position_embeddings == 248
+
+
+@pytest.mark.parametrize(
+    ("config_class", "fields", "message"),
+    [
+        (LRSCLIPConfig, {"long_weight": 1.2}, "\\[0, 1\\]"),
+        (LRSCLIPTextConfig, {"max_position_embeddings": 250}, "20 \\+ n \\* 4"),
+        (LRSCLIPTextConfig, {"stretch_ratio": 0}, "stretch_ratio >= 1"),
+        (LRSCLIPTextConfig, {"kept_positions": -1}, "kept_positions >= 0"),
+        (LRSCLIPTextConfig, {"hidden_size": 30, "num_attention_heads": 4}, "not a multiple"),
+    ],
+)
+def test_impossible_values(config_class, fields, message):
+    with pytest.raises(Exception, match=message):
+        config_class(**fields)
+
+
+def test_any_length_without_stretch():
+    assert LRSCLIPTextConfig(max_position_embeddings=77, stretch_ratio=1).max_position_embeddings == 77

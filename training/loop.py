@@ -1,0 +1,214 @@
+"""The training loop: load, step, log, validate, save."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass as plain_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from modeling_lrsclip import LRSCLIPModel, LRSCLIPProcessor
+
+from .checkpoint import load_newest_state, save_model, save_state
+from .data import CaptionedImages, Collator, VisitSampler
+from .gather import gather_with_gradient
+from .losses import DualTextLoss, dual_text_loss
+
+
+MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class LoopConfig:
+    batch_size: int = Field(512, ge=2)  # pairs a step, of all processes together; 512 is the best of Fig. 7
+    epochs: float = Field(1.0, gt=0)
+    steps: int | None = Field(None, ge=1)  # optimizer steps, instead of epochs
+    log_every: int = Field(10, ge=1)  # steps
+    validate_every: int | None = Field(None, ge=1)  # steps; always after the last one
+    save_every: int | None = Field(None, ge=1)  # steps; always after the last one
+    keep_checkpoints: int = Field(2, ge=1)  # newest ones
+
+
+@plain_dataclass
+class TrainState:
+    """What, beside weights, optimizer, schedule and random states, a resumed run must know."""
+
+    step: int = 0  # optimizer steps done
+    best_recall: float = -1.0  # mean of long and short mR, percent
+    best_step: int = 0
+    seconds: float = 0.0  # training time so far
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+class Trainer:
+    """
+    Args:
+        accelerator: its `prepare` has not seen `model` and `optimizer` yet.
+        model, processor: in float32 and for its inputs.
+        optimizer, scheduler: the scheduler is stepped once a step by hand, whatever the number of processes.
+        data: rows to train on.
+        config: the whole run's configuration (`training.config.TrainConfig`).
+        validate: called on the main process with the bare model; returns recall in percent by name, `mR` among them.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: LRSCLIPModel,
+        processor: LRSCLIPProcessor,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        data: CaptionedImages,
+        config: Any,
+        validate: Callable[[LRSCLIPModel], dict[str, float]] | None = None,
+    ):
+        self.accelerator, self.processor, self.data, self.config = accelerator, processor, data, config
+        self.steps, self.scheduler, self.validate = count_steps(config.loop, len(data)), scheduler, validate
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.folder = Path(config.output_dir)
+        self.state = TrainState()
+        self.report = RunLog(accelerator, self.folder, self.steps)
+        accelerator.register_for_checkpointing(self.state, scheduler)
+
+    def train(self) -> TrainState:
+        """Trains from wherever the state stands to the last step; returns the state."""
+        loop, state = self.config.loop, self.state
+        if self.config.resume and load_newest_state(self.accelerator, self.folder):
+            self.report.say(f"resumed after step {state.step} of {self.steps}")
+        self.model.train()
+        with self.report.progress(state.step):
+            start = time.perf_counter() - state.seconds
+            for batch in self.batches():
+                losses, numbers = self.step(batch)
+                state.step += 1
+                state.seconds = time.perf_counter() - start
+                last = state.step == self.steps
+                self.report.losses(state, losses, numbers, write=last or state.step % loop.log_every == 0)
+                if self.validate and (last or (loop.validate_every and state.step % loop.validate_every == 0)):
+                    self.validate_and_keep_best()
+                if last or (loop.save_every and state.step % loop.save_every == 0):
+                    save_state(self.accelerator, self.folder, state.step, loop.keep_checkpoints)
+                start = time.perf_counter() - state.seconds  # validating and saving is not training time
+        save_model(self.accelerator, self.model, self.processor, self.folder / "final")
+        return state
+
+    def batches(self) -> DataLoader:
+        sampler = VisitSampler(
+            rows=len(self.data),
+            batch_size=self.config.loop.batch_size,
+            steps=self.steps,
+            seed=self.config.seed,
+            start=self.state.step,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
+        # Not prepared: the sampler already gives each process its share, and resumes by itself.
+        return DataLoader(
+            self.data,
+            batch_sampler=sampler,
+            collate_fn=Collator(self.processor),
+            num_workers=self.config.data.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    def step(self, batch: dict[str, torch.Tensor]) -> tuple[DualTextLoss, dict[str, float]]:
+        """One optimizer step on this process' share of the global batch."""
+        accelerator = self.accelerator
+        bare = accelerator.unwrap_model(self.model)
+        batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+        output = self.model(**batch)  # image, long and short in one forward: DDP sees each parameter once
+        losses = dual_text_loss(
+            gather_with_gradient(output.image_embeds),  # (B / W, P) -> (B, P)
+            gather_with_gradient(output.text_embeds),
+            gather_with_gradient(output.short_text_embeds),
+            bare.logit_scale.exp(),
+            self.config.loss.long_weight,
+        )
+        if not losses.loss.isfinite():  # the same number on every process, so all stop here together
+            raise FloatingPointError(
+                f"The loss is {losses.loss.item()} at step {self.state.step + 1}; lower optim.learning_rate, set "
+                f"optim.max_grad_norm, or train without mixed precision. Checkpoints so far are in {self.folder}."
+            )
+        accelerator.backward(losses.loss)
+        numbers = {"learning_rate": self.scheduler.get_last_lr()[0]}
+        if self.config.optim.max_grad_norm is not None:
+            norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.max_grad_norm)
+            numbers["gradient_norm"] = norm.item()
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            bare.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        return losses, numbers | {"logit_scale": bare.logit_scale.exp().item()}
+
+    def validate_and_keep_best(self) -> None:
+        state, accelerator = self.state, self.accelerator
+        recall = torch.zeros(1, dtype=torch.float64, device=accelerator.device)
+        if accelerator.is_main_process:
+            numbers = self.validate(accelerator.unwrap_model(self.model))
+            recall += numbers["mR"]
+            self.report.validation(state, numbers)
+        recall = accelerator.reduce(recall, "sum").item()  # every process must take the same branch
+        if recall > state.best_recall:
+            state.best_recall, state.best_step = recall, state.step
+            save_model(accelerator, self.model, self.processor, self.folder / "best")
+
+
+def count_steps(loop: LoopConfig, rows: int) -> int:
+    """Optimizer steps of a run; what does not fill a batch at the end of an epoch is left out."""
+    return loop.steps or max(1, round(loop.epochs * (rows // loop.batch_size)))
+
+
+class RunLog:
+    """The progress bar on the main process, `log.jsonl` and the trackers of accelerate (TensorBoard)."""
+
+    def __init__(self, accelerator: Accelerator, folder: Path, steps: int):
+        self.accelerator, self.path, self.steps, self.bar = accelerator, folder / "log.jsonl", steps, None
+
+    def progress(self, done: int) -> tqdm:
+        self.bar = tqdm(
+            total=self.steps,
+            initial=done,
+            unit="step",
+            desc="training",
+            dynamic_ncols=True,
+            disable=not self.accelerator.is_main_process,
+            mininterval=0.5,
+        )
+        return self.bar
+
+    def say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+
+    def losses(self, state: TrainState, losses: DualTextLoss, numbers: dict[str, float], write: bool) -> None:
+        self.bar.update()
+        if not write:
+            return
+        parts = {name: value.item() for name, value in losses._asdict().items() if value is not None}
+        self.bar.set_postfix({name: f"{value:.3f}" for name, value in parts.items()}, refresh=False)
+        self._write("train", state, parts | numbers | {"seconds": state.seconds})
+
+    def validation(self, state: TrainState, numbers: dict[str, float]) -> None:
+        shown = ", ".join(f"{name} {value:.1f}" for name, value in numbers.items() if "mR" in name or "R@1" in name)
+        self.say(f"step {state.step}: validation {shown}")
+        self._write("validation", state, numbers)
+
+    def _write(self, kind: str, state: TrainState, numbers: dict[str, float]) -> None:
+        self.accelerator.log({f"{kind}/{name}": value for name, value in numbers.items()}, step=state.step)
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as log:
+                log.write(json.dumps({"kind": kind, "step": state.step} | numbers) + "\n")

@@ -1,0 +1,126 @@
+"""The model and processor that a run starts from: a CLIP stretched, an LRSCLIP, or a small one from scratch."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from accelerate.logging import get_logger
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from transformers import AutoConfig, AutoTokenizer
+
+from modeling_lrsclip import LRSCLIPConfig, LRSCLIPImageProcessor, LRSCLIPModel, LRSCLIPProcessor
+from modeling_lrsclip.train_tokenizer import train_tokenizer
+
+
+logger = get_logger(__name__)
+
+SCRATCH, TRAIN_TOKENIZER = "scratch", "train"
+
+
+@dataclass(config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
+class ModelConfig:
+    init: str = "openai/clip-vit-base-patch16"  # Hub id or folder of a CLIP or LRSCLIP, or "scratch"
+    kept_positions: int = Field(20, ge=0)  # stretching a CLIP: first rows kept ...
+    stretch_ratio: int = Field(4, ge=1)  # ... and rows for each later one; 1 leaves 77 positions
+    freeze_kept_positions: bool = True  # keep those rows bit-equal while training
+    tokenizer: str | None = None  # Hub id or folder; by default init's; "train": a BPE from the training captions
+    vocab_size: int = Field(1000, ge=514)  # of a tokenizer trained here
+    text: dict[str, Any] = Field(default_factory=dict)  # scratch: fields of LRSCLIPTextConfig
+    vision: dict[str, Any] = Field(default_factory=dict)  # scratch: fields of LRSCLIPVisionConfig
+    projection_dim: int = Field(512, ge=1)  # scratch
+    initial_logit_scale: float | None = Field(None, gt=0, le=100)  # 1 / tau to start from; by default init's
+    attn_implementation: str | None = None  # eager, sdpa, flash_attention_2; by default what transformers picks
+    gradient_checkpointing: bool = False
+
+
+def build_processor(config: ModelConfig, captions: Iterable[str]) -> LRSCLIPProcessor:
+    """The processor whose tokenizer cuts at the model's table; `captions` are read only to train a tokenizer."""
+    positions = _positions(config)
+    if config.tokenizer == TRAIN_TOKENIZER:
+        tokenizer = train_tokenizer(captions, config.vocab_size, model_max_length=positions)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.init, model_max_length=positions)
+    if config.init == SCRATCH:
+        size = config.vision.get("image_size", 224)
+    else:
+        size = AutoConfig.from_pretrained(config.init).vision_config.image_size
+    image_processor = LRSCLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return LRSCLIPProcessor(image_processor, tokenizer)
+
+
+def build_model(config: ModelConfig, processor: LRSCLIPProcessor) -> LRSCLIPModel:
+    """
+    The model in float32, the kept positions guarded against training (see [`freeze_kept_positions`]).
+
+    Raises:
+        `ValueError`: for a tokenizer whose vocabulary does not fit a model loaded from `init`.
+    """
+    tokenizer = processor.tokenizer
+    kwargs = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
+    if config.init == SCRATCH:
+        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        table = {"vocab_size": len(tokenizer), "max_position_embeddings": _positions(config), "stretch_ratio": 1}
+        model_config = LRSCLIPConfig(
+            text_config=config.text | special | table,
+            vision_config=config.vision,
+            projection_dim=config.projection_dim,
+        )
+        model = LRSCLIPModel._from_config(model_config, **kwargs)
+    elif _stretched_before(config):
+        model = LRSCLIPModel.from_pretrained(config.init, dtype="float32", **kwargs)
+    else:
+        model = LRSCLIPModel.from_clip(
+            config.init,
+            kept_positions=config.kept_positions,
+            stretch_ratio=config.stretch_ratio,
+            dtype="float32",
+            **kwargs,
+        )
+    if len(tokenizer) > model.config.text_config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} entries, {config.init} reads {model.config.text_config.vocab_size}; "
+            "leave model.tokenizer out to use the checkpoint's own."
+        )
+    if config.initial_logit_scale is not None:
+        model.logit_scale.data.fill_(config.initial_logit_scale).log_()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.freeze_kept_positions:
+        freeze_kept_positions(model)
+    return model
+
+
+def freeze_kept_positions(model: LRSCLIPModel) -> None:
+    """
+    Keeps the first rows of a stretched position table bit-equal through training: their gradient is zeroed where it
+    arises, so clipping and momentum do not see it, and the table has no weight decay (training/optim.py).
+    """
+    text_config = model.config.text_config
+    if text_config.stretch_ratio == 1 or text_config.kept_positions == 0:
+        return
+    kept = text_config.kept_positions
+
+    def zero_kept(gradient):
+        gradient = gradient.clone()  # (positions, D)
+        gradient[:kept] = 0
+        return gradient
+
+    model.text_model.embeddings.position_embedding.weight.register_hook(zero_kept)
+
+
+def _text_config(config: ModelConfig):
+    return AutoConfig.from_pretrained(config.init).text_config
+
+
+def _stretched_before(config: ModelConfig) -> bool:
+    return getattr(_text_config(config), "stretch_ratio", 1) != 1
+
+
+def _positions(config: ModelConfig) -> int:
+    """Rows of the text position table of the model to come."""
+    if config.init == SCRATCH:
+        return config.text.get("max_position_embeddings", 248)
+    positions = _text_config(config).max_position_embeddings
+    if _stretched_before(config):
+        return positions
+    return config.kept_positions + (positions - config.kept_positions) * config.stretch_ratio

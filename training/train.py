@@ -1,0 +1,164 @@
+"""
+Fine-tunes a CLIP on images with a long and a short caption each (paper, IV-C).
+
+    accelerate launch -m training.train --config training/configs/demo.yaml [--section.field value]
+"""
+
+import os
+import statistics
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from datasets import Dataset, disable_progress_bars
+from pydantic import RootModel
+from transformers.utils import logging
+
+from evaluation.embedding import embed_images
+from evaluation.retrieval import evaluate_retrieval
+
+from .config import TrainConfig, parse_config
+from .data import CaptionedImages, load_pairs, read_image
+from .loop import Trainer, count_steps
+from .model import build_model, build_processor
+from .optim import build_optimizer, build_scheduler
+
+
+MEASURED_CAPTIONS = 1000  # whose token lengths are told at the start
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(argv)
+    try:
+        run(config)
+    except (ValueError, FloatingPointError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def run(config: TrainConfig) -> Path:
+    """Trains as `config` says; returns the folder of the final model."""
+    folder = Path(config.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=choose_precision(config.precision),
+        cpu=not torch.cuda.is_available(),
+        log_with="tensorboard",
+        project_dir=str(folder),
+    )
+    use_all_cores(accelerator)
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    set_seed(config.seed)
+    with accelerator.main_process_first():
+        columns = caption_columns(config)
+        rows = load_pairs(config.data.train, config.data.train_split, config.data, columns)
+        held_out = None
+        if config.data.validation:
+            held_out = load_pairs(config.data.validation, config.data.validation_split, config.data, columns)
+        processor = build_processor(config.model, (text for name in columns for text in rows[name]))
+    model = build_model(config.model, processor)
+    optimizer = build_optimizer(model, config.optim)
+    scheduler = build_scheduler(optimizer, config.optim, count_steps(config.loop, len(rows)))
+    trainer = Trainer(
+        accelerator,
+        model,
+        processor,
+        optimizer,
+        scheduler,
+        CaptionedImages(rows, config.data, config.seed),
+        config,
+        validate=None if held_out is None else Validation(config, processor, held_out),
+    )
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(RootModel[TrainConfig](config).model_dump()))
+        introduce(trainer, rows, columns)
+    accelerator.init_trackers("tensorboard")
+    state = trainer.train()
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        if held_out is not None:
+            print(f"best validation mR {state.best_recall:.1f} at step {state.best_step}: {folder / 'best'}")
+        print(folder / "final")
+    return folder / "final"
+
+
+def choose_precision(precision: str) -> str:
+    """
+    accelerate's name for it; "auto" is bf16 where the hardware multiplies it, else fp32.
+
+    Raises:
+        `ValueError`: for bf16 on a CPU that only emulates it, 100 times slower than fp32.
+    """
+    if torch.cuda.is_available():
+        fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if precision == "bf16" and not fast_bf16:
+            raise ValueError(
+                "This CPU has no bf16 arithmetic and would emulate it 100x slower; set precision to auto."
+            )
+    if precision == "auto":
+        precision = "bf16" if fast_bf16 else "fp32"
+    return "no" if precision == "fp32" else precision
+
+
+def use_all_cores(accelerator: Accelerator) -> None:
+    """`accelerate launch` gives a process one thread; without a GPU the processes share the cores instead."""
+    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+
+
+def caption_columns(config: TrainConfig) -> list[str]:
+    """The caption columns that the loss weighs: with a weight of 0 or 1 the other text is not even read."""
+    columns = [config.data.long_column] if config.loss.long_weight > 0 else []
+    return columns + ([config.data.short_column] if config.loss.long_weight < 1 else [])
+
+
+def introduce(trainer: Trainer, rows: Dataset, columns: list[str]) -> None:
+    """Says what is trained on what, and how long the captions are against the table."""
+    positions = trainer.processor.tokenizer.model_max_length
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters()) / 1e6
+    print(
+        f"{parameters:.1f} M parameters, {positions} text positions; {len(rows)} pairs, {trainer.steps} steps of "
+        f"{trainer.config.loop.batch_size} on {trainer.accelerator.num_processes} x {trainer.accelerator.device.type}, "
+        f"{choose_precision(trainer.config.precision).replace('no', 'fp32')}"
+    )
+    for name in columns:
+        texts = rows[:MEASURED_CAPTIONS][name]
+        lengths = trainer.processor.count_tokens([text if isinstance(text, str) else text[0] for text in texts])
+        cut = sum(length > positions for length in lengths) / len(lengths)
+        print(f"{name}: {statistics.fmean(lengths):.0f} tokens on average, {cut:.0%} longer than {positions} and cut")
+
+
+class Validation:
+    """Recall of held-out pairs, long and short texts each by themselves."""
+
+    def __init__(self, config: TrainConfig, processor, rows: Dataset):
+        self.config, self.processor = config, processor
+        self.rows = rows.select(range(min(len(rows), config.data.validation_pairs or len(rows))))
+        self.columns = caption_columns(config)
+
+    def __call__(self, model) -> dict[str, float]:
+        dtype = torch.bfloat16 if choose_precision(self.config.precision) == "bf16" else None
+        images = [read_image(stored) for stored in self.rows[self.config.data.image_column]]
+        image_embeds = embed_images(model, self.processor, images, dtype=dtype)  # (M, P), once for both texts
+        numbers = {}
+        for column in self.columns:
+            pairs = [
+                (text, index)
+                for index, texts in enumerate(self.rows[column])
+                for text in ([texts] if isinstance(texts, str) else texts)
+            ]
+            texts, owners = zip(*pairs)
+            recall = evaluate_retrieval(model, self.processor, image_embeds, list(texts), list(owners), dtype=dtype)
+            kind = "long" if column == self.config.data.long_column else "short"
+            numbers |= {f"{kind}_{name}": value for name, value in recall.items()}
+        means = [value for name, value in numbers.items() if name.endswith("_mR")]
+        return numbers | {"mR": statistics.fmean(means)}
+
+
+if __name__ == "__main__":
+    main()
