@@ -34,21 +34,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1000, model_max_leng
         raise ValueError(f"vocab_size={vocab_size} is too small for a byte-level BPE; it must be at least {smallest}.")
     template = CLIPTokenizer()  # its normalizer and word split are CLIP's
     alphabet = sorted(ByteLevel.alphabet())
+    endings = [f"{byte}</w>" for byte in alphabet]
     bpe = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>", fuse_unk=False))
     bpe.normalizer = template.backend_tokenizer.normalizer
     bpe.pre_tokenizer = template.backend_tokenizer.pre_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 2 - len(alphabet),  # the trainer knows word-final bytes only where it met them
+        vocab_size=vocab_size - 2,
         initial_alphabet=alphabet,
+        # Not special, but so they get their ids before the texts are read: else in the order of a hash table, and
+        # pairs of equal count, which the ids decide between, would merge differently in every run.
+        special_tokens=endings,
         end_of_word_suffix="</w>",
         show_progress=False,
     )
     bpe.train_from_iterator((clean_text(text) for text in texts), trainer)
 
-    learnt = sorted(bpe.get_vocab(), key=bpe.get_vocab().get)
-    single = alphabet + [f"{byte}</w>" for byte in alphabet]
-    entries = single + [entry for entry in learnt if entry not in set(single)] + [START, END]
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    entries = [*alphabet, *endings, *("".join(merge) for merge in merges), START, END]
     return CLIPTokenizer(
         vocab={entry: index for index, entry in enumerate(entries)},
         merges=merges,

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from datasets import Dataset, Image as ImageFeature, load_dataset
+from datasets import Dataset, load_dataset
+from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass

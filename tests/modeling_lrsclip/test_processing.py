@@ -148,7 +148,7 @@ class TestPixels:
     def test_any_mode(self, tiny_processor, mode):
         ramp = np.tile(np.linspace(0, 255, 48, dtype=np.uint8), (40, 1))
         if mode == "I;16":
-            image = Image.fromarray((ramp.astype(np.uint16) * 40))
+            image = Image.fromarray(ramp.astype(np.uint16) * 40)
         elif mode in ("I", "F"):
             image = Image.fromarray(ramp.astype(np.int32 if mode == "I" else np.float32) * 40)
         else:
@@ -192,6 +192,10 @@ class TestTrainTokenizer:
         assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (len(tokenizer) - 2, len(tokenizer) - 1)
         ids = tokenizer("Sn\u00f6 \U0001f6a2 and roads")["input_ids"]  # nothing is unknown to a byte-level BPE
         assert tokenizer.decode(ids, skip_special_tokens=True) == "sn\u00f6 \U0001f6a2 and roads"
+
+    def test_every_run_learns_the_same(self, long_texts, short_texts):
+        vocabularies = [train_tokenizer(long_texts + short_texts, 700).get_vocab() for _ in range(5)]
+        assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
 
     def test_too_small(self):
         with pytest.raises(ValueError, match="at least 514"):

@@ -62,8 +62,11 @@ def test_without_the_package(tiny_checkpoint, tiny_model, tmp_path):
         assert torch.equal(tensor, buffers[name]), name
     with torch.no_grad():
         expected = tiny_model(**inputs)
-    assert torch.equal(expected.logits_per_image, logits)
-    assert torch.equal(expected.short_text_embeds, short_embeds) and torch.equal(expected.image_embeds, image_embeds)
+    # Another process may place its tensors otherwise, and the last bit of a matrix product depends on alignment.
+    close = {"atol": 1e-5, "rtol": 1e-6}
+    torch.testing.assert_close(expected.logits_per_image, logits, **close)
+    torch.testing.assert_close(expected.short_text_embeds, short_embeds, **close)
+    torch.testing.assert_close(expected.image_embeds, image_embeds, **close)
 
     again = run(tmp_path / "once", tmp_path / "twice", tmp_path)  # saved from remote code, loaded as remote code
-    assert torch.equal(again[1][0], logits)
+    torch.testing.assert_close(again[1][0], logits, **close)

@@ -1,0 +1,1 @@
+"""Evaluation: encodes images and texts with a model and measures retrieval, classification and localization."""

@@ -1,0 +1,1 @@
+"""Where each benchmark's data comes from."""

@@ -1,0 +1,179 @@
+"""What was measured -> `results.json`, tables on the terminal, and `results.md`."""
+
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+
+SCHEMA_VERSION = 1
+VERSIONS_OF = ("torch", "transformers", "tokenizers", "datasets", "pillow", "numpy")
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for whoever wants to repeat a figure."""
+    versions = {}
+    for name in VERSIONS_OF:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_threads": torch.get_num_threads(),
+        "cuda_device": cuda,
+        "versions": versions,
+    }
+
+
+def write_file(path: Path, text: str) -> None:
+    """Replaces a file in one step, so that an interrupted run leaves the old one or the new one."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Indented JSON with lists of plain numbers on one line each."""
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    write_file(
+        path, re.sub(r"\[\n[\s\d.,eE+-]+\]", lambda found: "[" + " ".join(found[0][1:-1].split()) + "]", text) + "\n"
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- table
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column; `group` is a heading that neighbouring columns share."""
+
+    name: str
+    group: str = ""
+    digits: int | None = None  # of numbers; None: shown as they are
+    best: bool = False  # the highest value is set in bold
+
+
+@dataclass
+class Table:
+    title: str
+    columns: list[Column]
+    rows: list[list[Any]] = field(default_factory=list)  # str, numbers, or None for a dash
+    note: str = ""
+
+    def cells(self, extra_digits: int = 0) -> list[list[tuple[str, bool]]]:
+        """(text, bold) of every cell."""
+        best = []
+        for index, column in enumerate(self.columns):
+            values = [row[index] for row in self.rows if isinstance(row[index], int | float)]
+            best.append(max(values) if column.best and values and max(values) > min(values) else None)
+        return [
+            [
+                (_format(value, column, extra_digits), value is not None and value == best[index])
+                for index, (value, column) in enumerate(zip(row, self.columns, strict=True))
+            ]
+            for row in self.rows
+        ]
+
+
+def _format(value: Any, column: Column, extra_digits: int) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.{column.digits + extra_digits}f}" if column.digits is not None else str(value)
+
+
+def retrieval_table(title: str, results: Sequence[dict[str, Any]], models: Sequence[dict[str, Any]]) -> Table:
+    """One row per model, in the order of the paper's Tables II and III."""
+    positions = {model["label"]: model["positions"] for model in models}
+    keys = [key for key in results[0]["metrics"] if key != "mR"]
+    columns = [Column("model"), Column("tokens", "reads")]
+    for direction in ("text_to_image", "image_to_text"):
+        group = direction.replace("_", " ")
+        columns += [Column(key.rpartition("_")[2], group, 1, True) for key in keys if key.startswith(direction)]
+    columns += [Column("mR", "", 1, True), Column("cut %", "texts", 1)]
+    images, texts = results[0]["images"], results[0]["texts"]
+    table = Table(f"{title} · {results[0]['dataset']}: {images:,} images, {texts:,} texts", columns)
+    for result in results:
+        values = [result["metrics"][key] for key in [*keys, "mR"]]
+        label = result["model"]
+        table.rows.append([label, positions[label], *values, 100 * result["share_truncated"]])
+    tokens = results[0]["tokens"]
+    table.note = (
+        f"Recall in %; guessing: R@1 {100 / images:.2g}. "
+        f"Tokens a text: {tokens['mean']:.0f} on average, {tokens['longest']} at most."
+    )
+    return table
+
+
+def tokens_table(title: str, results: Sequence[dict[str, Any]]) -> Table | None:
+    """R@1 text to image by tokens kept; None where no result has the curve."""
+    curves = {result["model"]: {point["tokens"]: point for point in result.get("curve", [])} for result in results}
+    kept = sorted({tokens for curve in curves.values() for tokens in curve})
+    if not kept:
+        return None
+    columns = [Column("model"), *(Column(str(count), "", 1, True) for count in kept)]
+    table = Table(f"{title} · text to image R@1 by tokens kept", columns)
+    for label, curve in curves.items():
+        table.rows.append([label, *(curve[n]["text_to_image_R@1"] if n in curve else None for n in kept)])
+    table.note = "Token ids are cut, end-of-text put back. – : beyond the model's positions."
+    return table
+
+
+def make_console(file: Any = None) -> Console:
+    """A terminal as it is; a pipe or a file gets 100 columns without colour."""
+    console = Console(file=file, highlight=False)
+    return console if console.is_terminal else Console(file=file, highlight=False, width=100)
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Shows a table at 80 columns or more."""
+    shown = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="not bold")
+    for index, (column, above) in enumerate(zip(table.columns, _spread(table.columns), strict=True)):
+        header = f"{above}\n{column.name}" if any(column.group for column in table.columns) else column.name
+        first = bool(column.group) and (index == 0 or table.columns[index - 1].group != column.group)
+        justify = "left" if index == 0 else "right"
+        shown.add_column(header, justify=justify, overflow="fold", no_wrap=index > 0, min_width=7 if first else None)
+    for row in table.cells():
+        shown.add_row(*(Text(text, style="bold" if bold else "") for text, bold in row))
+    console.print()
+    console.print(Text(table.title, style="bold"))
+    console.print(shown)
+    if table.note:
+        console.print(Text(table.note, style="dim"))
+
+
+def _spread(columns: Sequence[Column]) -> list[str]:
+    """The words of each group's heading over its columns, one a column, so that they read across."""
+    above: list[str] = []
+    for group, run in itertools.groupby(columns, key=lambda column: column.group):
+        words, width = group.split(), len(list(run))
+        above += words + [""] * (width - len(words)) if len(words) <= width else [group] + [""] * (width - 1)
+    return above
+
+
+def markdown(table: Table) -> str:
+    """The table for a README, with one decimal more."""
+    names = [f"{column.group} {column.name}".strip() for column in table.columns]
+    lines = [f"### {table.title}", "", "| " + " | ".join(names) + " |"]
+    lines.append("|" + "|".join([":--"] + ["--:"] * (len(names) - 1)) + "|")
+    for row in table.cells(extra_digits=1):
+        cells = [f"**{text}**" if bold else text for text, bold in row]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join([*lines, "", table.note, ""])

@@ -1,0 +1,271 @@
+"""
+Text-image retrieval: ranks, recall and the tasks ZCRL (long texts) and ZCRS (short texts).
+
+Shapes: M images, N texts, D width of the shared space.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .benchmarks.retrieval_data import RetrievalData, load_retrieval
+from .embedding import Encoder, cut_tokens, embed_images, embed_texts, encode_texts, share_truncated, token_lengths
+
+
+KS = (1, 5, 10)
+BLOCK_BYTES = 256 * 2**20  # of scores held at once
+EXAMPLES, SHOWN_IMAGES = 4, 5  # queries of the gallery, and images shown for each
+
+
+# -------------------------------------------------------------------------------------------------------------- ranks
+
+
+class RetrievalRanks(NamedTuple):
+    """How many wrong candidates score at least as well as the right one: 0 is a hit at the first place."""
+
+    text_to_image: Tensor  # (N,) int64, per text
+    image_to_text: Tensor  # (M,) int64, per image: rank of the best of its own texts
+
+
+def retrieval_ranks(
+    image_embeds: Any, text_embeds: Any, text_to_image: Any, block_bytes: int = BLOCK_BYTES
+) -> RetrievalRanks:
+    """
+    Ranks of the right candidates by dot product, without the full (N, M) matrix of scores.
+
+    Ties count against the model: a wrong candidate with the very score of the right one stands before it. An image's
+    own further texts never count against it. Scores are summed in float64 and rounded to float32, so that equal
+    embeddings tie exactly wherever they stand in a block, and the result does not depend on the block's size.
+
+    Args:
+        image_embeds: (M, D) tensor or array, unit rows.
+        text_embeds: (N, D) tensor or array, unit rows.
+        text_to_image: (N,) integers, index of the image that text j describes; every image needs a text.
+        block_bytes: memory for the scores of one block of texts.
+
+    Raises:
+        `ValueError`: for shapes that do not fit, values that are not finite, indices out of range, an image
+            without a text.
+    """
+    images, texts, own_image = _check(image_embeds, text_embeds, text_to_image)
+    images, own_image = images.double(), own_image.to(images.device)
+    size = max(1, block_bytes // (8 * len(images)))
+    own = torch.cat(
+        [
+            (texts[start : start + size].double() * images[own_image[start : start + size]]).sum(dim=1)
+            for start in range(0, len(texts), size)
+        ]
+    ).float()  # (N,) score of each text with its image
+    best_own = torch.full((len(images),), -math.inf, device=images.device)
+    best_own.scatter_reduce_(0, own_image, own, "amax")  # (M,) score of each image with the best of its texts
+    text_ranks, image_ranks = [], torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    for start in range(0, len(texts), size):
+        rows = slice(start, start + size)
+        scores = (texts[rows].double() @ images.T).float()  # (block, M)
+        scores.scatter_(1, own_image[rows, None], -math.inf)  # the right pairs do not compete
+        text_ranks.append((scores >= own[rows, None]).sum(dim=1))  # (block,)
+        image_ranks += (scores >= best_own).sum(dim=0)  # (M,)
+    return RetrievalRanks(torch.cat(text_ranks).cpu(), image_ranks.cpu())
+
+
+def recall_at(ranks: Tensor, k: int) -> float:
+    """Percent of the ranks that are below `k`."""
+    return 100 * (ranks < k).sum().item() / len(ranks)
+
+
+def recall_from_ranks(ranks: RetrievalRanks, ks: Sequence[int] = KS) -> dict[str, float]:
+    """`text_to_image_R@k` and `image_to_text_R@k` for every k, and `mR`, their mean; all in percent."""
+    if not ks or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in ks):
+        raise ValueError(f"ks={ks!r} must be positive whole numbers, for example {KS}.")
+    recall = {f"text_to_image_R@{k}": recall_at(ranks.text_to_image, k) for k in ks}
+    recall |= {f"image_to_text_R@{k}": recall_at(ranks.image_to_text, k) for k in ks}
+    return recall | {"mR": sum(recall.values()) / len(recall)}
+
+
+def retrieval_recall(
+    image_embeds: Any, text_embeds: Any, text_to_image: Any, ks: Sequence[int] = KS
+) -> dict[str, float]:
+    """
+    Recall at k in both directions (paper, V-B 1). Image to text counts a hit if any of the image's texts is among the
+    first k. Equal to `LAION-AI/CLIP_benchmark` (`metrics/zeroshot_retrieval.py`) where there are no ties; ties count
+    against the model here, while there the order of the rows decides.
+
+    Args:
+        image_embeds: (M, D) tensor or array, unit rows.
+        text_embeds: (N, D) tensor or array, unit rows.
+        text_to_image: (N,) integers, index of the image that text j describes.
+        ks: places that count as a hit.
+
+    Returns:
+        `dict`: `text_to_image_R@k`, `image_to_text_R@k` for every k, and `mR`, the mean of them all, in percent.
+
+    Raises:
+        `ValueError`: as [`retrieval_ranks`].
+    """
+    return recall_from_ranks(retrieval_ranks(image_embeds, text_embeds, text_to_image), ks)
+
+
+def _check(image_embeds: Any, text_embeds: Any, text_to_image: Any) -> tuple[Tensor, Tensor, Tensor]:
+    images, texts, own_image = (torch.as_tensor(value) for value in (image_embeds, text_embeds, text_to_image))
+    for name, value in (("image_embeds", images), ("text_embeds", texts)):
+        if value.ndim != 2 or not len(value):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; wanted one row per item, at least one: (n, D).")
+        if not value.isfinite().all():
+            bad = (~value.isfinite().all(dim=1)).nonzero().flatten()
+            raise ValueError(f"{name} has NaN or infinite values in {len(bad)} of {len(value)} rows, first: {bad[0]}.")
+    if images.shape[1] != texts.shape[1]:
+        raise ValueError(f"image_embeds are {images.shape[1]} wide, text_embeds {texts.shape[1]}; must be equal.")
+    if own_image.shape != (len(texts),) or own_image.is_floating_point() or own_image.dtype == torch.bool:
+        raise ValueError(
+            f"text_to_image must be {len(texts)} image indices, one a text; got shape {tuple(own_image.shape)} of "
+            f"{str(own_image.dtype).removeprefix('torch.')}."
+        )
+    own_image = own_image.long()
+    outside = ((own_image < 0) | (own_image >= len(images))).nonzero().flatten()
+    if len(outside):
+        raise ValueError(
+            f"text_to_image[{outside[0]}] is {own_image[outside[0]]}; with {len(images)} images it must be from 0 to "
+            f"{len(images) - 1}."
+        )
+    bare = (torch.bincount(own_image, minlength=len(images)) == 0).nonzero().flatten()
+    if len(bare):
+        raise ValueError(f"{len(bare)} of {len(images)} images have no text in text_to_image, first: image {bare[0]}.")
+    return images, texts.to(images.device), own_image
+
+
+def evaluate_retrieval(
+    model: Any,
+    processor: Any,
+    images: Any,
+    texts: Sequence[str],
+    text_to_image: Sequence[int],
+    batch_size: int = 64,
+    dtype: torch.dtype | None = None,
+) -> dict[str, float]:
+    """
+    Recall of a model in one call, for validation while it trains; the model's training state is left as found.
+
+    Args:
+        images: M PIL images, or their (M, D) unit embeddings.
+        texts: N texts, or their (N, D) unit embeddings.
+        text_to_image: (N,) index of the image that text j describes.
+
+    Returns:
+        `dict`: as [`retrieval_recall`].
+    """
+    if not isinstance(images, Tensor):
+        images = embed_images(model, processor, images, batch_size, dtype)
+    if not isinstance(texts, Tensor):
+        texts = embed_texts(model, processor, texts, batch_size, dtype=dtype)
+    return retrieval_recall(images, texts, text_to_image)
+
+
+# -------------------------------------------------------------------------------------------------------------- tasks
+
+
+@dataclass(frozen=True)
+class RetrievalTask:
+    """A row of `evaluation.run`'s registry: how to load the data and measure a model on it."""
+
+    name: str
+    title: str
+    text_column: str
+    studies_tokens: bool = False  # worth the curve of R@1 against tokens kept
+
+    def load(self, source: str) -> RetrievalData:
+        return load_retrieval(source, self.text_column)
+
+    def evaluate(self, encoder: Encoder, data: RetrievalData, tokens_kept: Sequence[int] = ()) -> dict[str, Any]:
+        """
+        Measures one model.
+
+        Args:
+            tokens_kept: text lengths for the curve, in tokens; empty for none.
+
+        Returns:
+            `dict`: ready for JSON: `metrics`, `share_truncated` (0 to 1), `tokens`, `ranks`, `curve`, `examples`, ….
+        """
+        image_embeds = encoder.images(data.images)  # (M, D)
+        started = time.perf_counter()
+        rows = encode_texts(encoder.processor, data.texts)
+        text_embeds = encoder.texts(rows)  # (N, D)
+        text_seconds = time.perf_counter() - started
+        ranks = retrieval_ranks(image_embeds, text_embeds, data.text_to_image)
+        metrics = recall_from_ranks(ranks)
+        lengths = token_lengths(encoder.processor, data.texts)
+        result = {
+            "metrics": metrics,
+            "images": len(data.images),
+            "texts": len(data.texts),
+            "tokens": {"mean": sum(lengths) / len(lengths), "longest": max(lengths)},
+            "share_truncated": share_truncated(lengths, encoder.positions),
+            "seconds": {"images": encoder.image_seconds[data.images.content_hash], "texts": text_seconds},
+            "images_sha256": data.images.content_hash,
+            "texts_sha256": data.texts_hash,
+            "ranks": {"text_to_image": ranks.text_to_image.tolist(), "image_to_text": ranks.image_to_text.tolist()},
+            "examples": _examples(encoder, image_embeds, text_embeds, data, ranks),
+        }
+        if self.studies_tokens and tokens_kept:
+            result["curve"] = tokens_curve(encoder, data, rows, image_embeds, text_embeds, tokens_kept)
+        return result
+
+
+def tokens_curve(
+    encoder: Encoder,
+    data: RetrievalData,
+    rows: Sequence[list[int]],
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    tokens_kept: Sequence[int],
+) -> list[dict[str, float]]:
+    """
+    Recall when only the first tokens of each text are kept (paper, Fig. 3): token ids are cut, end-of-text put back.
+
+    Args:
+        rows: N token rows, as long as the tokenizer lets them be.
+        image_embeds, text_embeds: (M, D), (N, D) embeddings with all the tokens the model takes.
+        tokens_kept: lengths, start and end tokens included; those beyond the model's positions are left out, its
+            number of positions is always the last point.
+
+    Returns:
+        `list` of `{"tokens": …, "text_to_image_R@1": …, …}`, by rising length.
+    """
+    curve = []
+    for kept in sorted({kept for kept in tokens_kept if kept < encoder.positions} | {encoder.positions}):
+        changed = [index for index, row in enumerate(rows) if len(row) > kept]
+        embeds = text_embeds
+        if changed and kept < encoder.positions:
+            embeds = text_embeds.clone()
+            embeds[changed] = encoder.texts(cut_tokens([rows[index] for index in changed], kept))
+        curve.append({"tokens": kept} | retrieval_recall(image_embeds, embeds, data.text_to_image))
+    return curve
+
+
+def _examples(
+    encoder: Encoder, image_embeds: Tensor, text_embeds: Tensor, data: RetrievalData, ranks: RetrievalRanks
+) -> list[dict[str, Any]]:
+    """Queries spread evenly over the texts, not picked, with the images found for each: what the gallery shows."""
+    count = min(EXAMPLES, len(data.texts))
+    indices = [int((position + 0.5) * len(data.texts) / count) for position in range(count)]
+    scores = text_embeds[indices] @ image_embeds.T  # (count, M)
+    found = scores.topk(min(SHOWN_IMAGES, len(data.images)), dim=1).indices  # (count, shown)
+    examples = []
+    for position, index in enumerate(indices):
+        words = data.texts[index].split()
+        lengths = [length - 2 for length in token_lengths(encoder.processor, words)]  # BPE never crosses white space
+        examples.append(
+            {
+                "text": data.texts[index],
+                "word_tokens": list(itertools.accumulate(lengths)),  # tokens up to the end of each word
+                "image": data.text_to_image[index],
+                "rank": ranks.text_to_image[index].item(),
+                "found": found[position].tolist(),
+            }
+        )
+    return examples

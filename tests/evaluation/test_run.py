@@ -1,0 +1,159 @@
+"""The command from its arguments to its files, and its errors."""
+
+import io
+import json
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from evaluation import run
+from evaluation.embedding import embed_images, embed_texts
+from evaluation.report import Column, Table, make_console, markdown, print_table, write_json
+from evaluation.retrieval import retrieval_recall
+
+
+@pytest.fixture
+def data(tmp_path, images, long_texts, short_texts):
+    folder = tmp_path / "tiles"
+    folder.mkdir()
+    rows = []
+    for index, (image, long, short) in enumerate(zip(images, long_texts, short_texts, strict=True)):
+        image.save(folder / f"{index}.png")
+        rows.append(json.dumps({"image": f"{index}.png", "long_text": f"{long} {long}", "short_text": short}))
+    (folder / "captions.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    return folder / "captions.jsonl"
+
+
+@pytest.fixture
+def clip_checkpoint(tiny_clip, tiny_processor, tmp_path):
+    folder = tmp_path / "tiny-clip"
+    tiny_clip.save_pretrained(folder)
+    tiny_processor.save_pretrained(folder)
+    return folder
+
+
+def arguments(models, data, output, *more):
+    return ["--model", *map(str, models), "--data", str(data), "--output", str(output), "--device", "cpu", *more]
+
+
+def test_two_models_on_both_tasks(
+    clip_checkpoint, tiny_checkpoint, tiny_model, tiny_processor, images, data, tmp_path, capsys
+):
+    output = tmp_path / "new" / "results"
+    models = [clip_checkpoint, tiny_checkpoint]
+    assert run.main(arguments(models, data, output, "--tasks", "zcrl,zcrs", "--tokens-kept", "20,77,100")) == 0
+
+    document = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    assert [model["positions"] for model in document["models"]] == [77, 248]
+    assert [(result["model"], result["task"]) for result in document["results"]] == [
+        (model, task) for model in ("tiny-clip", "tiny-lrsclip") for task in ("zcrl", "zcrs")
+    ]
+    clip, ours = (result for result in document["results"] if result["task"] == "zcrl")
+    assert clip["share_truncated"] == 1 and ours["share_truncated"] == 0
+    assert [point["tokens"] for point in clip["curve"]] == [20, 77]
+    assert [point["tokens"] for point in ours["curve"]] == [20, 77, 100, 248]
+    texts = [json.loads(line)["long_text"] for line in data.read_text(encoding="utf-8").splitlines()]
+    image_embeds = embed_images(tiny_model, tiny_processor, images)
+    for point in ours["curve"]:
+        embeds = embed_texts(tiny_model, tiny_processor, texts, max_tokens=point.pop("tokens"))
+        assert point == retrieval_recall(image_embeds, embeds, range(4))
+    assert ours["metrics"] == ours["curve"][-1]
+    assert {len(ranks) for ranks in ours["ranks"].values()} == {4}
+
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines()[:-5])) <= 100
+    assert "tiny-clip" in printed and str(output / "retrieval_gallery.png") in printed
+    assert "| tiny-lrsclip | 248 |" in (output / "results.md").read_text(encoding="utf-8")
+    for name in ("recall_vs_tokens.png", "retrieval_gallery.png"):
+        assert min(Image.open(output / name).size) > 500
+    assert not list(output.glob(".*"))
+
+
+def test_images_are_encoded_once_for_both_tasks(tiny_checkpoint, data, tmp_path, monkeypatch):
+    import evaluation.embedding
+
+    calls = []
+    original = evaluation.embedding.embed_images
+    monkeypatch.setattr(
+        evaluation.embedding, "embed_images", lambda *given: calls.append(len(given[2])) or original(*given)
+    )
+    assert run.main(arguments([tiny_checkpoint], data, tmp_path / "out", "--tokens-kept", "none")) == 0
+    assert calls == [4]
+    assert not (tmp_path / "out" / "recall_vs_tokens.png").exists()
+
+
+def test_bfloat16_is_recorded(tiny_checkpoint, data, tmp_path):
+    assert run.main(arguments([tiny_checkpoint], data, tmp_path, "--tasks", "zcrs", "--dtype", "bf16")) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["models"][0]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "more, problem",
+    [
+        (["--tasks", "zrcl"], "unknown task 'zrcl'; --tasks takes zcrl, zcrs or all. Did you mean zcrl?"),
+        (["--tasks", ","], "no task given"),
+        (["--tokens-kept", "20,x"], "--tokens-kept '20,x' must be whole numbers"),
+        (["--tokens-kept", "1"], "--tokens-kept 1 must be at least 2"),
+        (["--device", "cuda:77"], "--device cuda:77 cannot be used here"),
+        (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(tiny_checkpoint, data, tmp_path, capsys, more, problem):
+    assert run.main(arguments([tiny_checkpoint], data, tmp_path / "out", *more)) == 2
+    assert f"error: {problem}" in capsys.readouterr().err
+
+
+def test_missing_models_and_output_are_named_before_anything_is_loaded(tiny_checkpoint, data, tmp_path, capsys):
+    assert run.main(arguments([tiny_checkpoint, tmp_path / "none"], data, tmp_path / "out")) == 2
+    assert "none does not exist" in capsys.readouterr().err
+    assert run.main(arguments([tmp_path], data, tmp_path / "out")) == 2
+    assert "has no config.json" in capsys.readouterr().err
+    assert run.main(arguments([tiny_checkpoint] * 2, data, tmp_path / "out")) == 2
+    assert "given twice" in capsys.readouterr().err
+    assert run.main(arguments([tiny_checkpoint], data, data / "below-a-file")) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert run.main(arguments([tiny_checkpoint], tmp_path / "no.jsonl", tmp_path / "out")) == 2
+    assert "no.jsonl does not exist" in capsys.readouterr().err
+
+
+def test_what_was_measured_stays_when_a_later_model_fails(tiny_checkpoint, clip_checkpoint, data, tmp_path, capsys):
+    (clip_checkpoint / "model.safetensors").write_bytes(b"broken")
+    assert run.main(arguments([tiny_checkpoint, clip_checkpoint], data, tmp_path / "out", "--tasks", "zcrs")) == 2
+    assert "tiny-clip: not loadable" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["results"]) == 1
+
+
+def test_labels_take_parents_until_they_differ(tmp_path):
+    folders = [tmp_path / "a" / "last", tmp_path / "b" / "last"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "config.json").touch()
+    assert run.label_models([str(folder) for folder in folders]) == ["a/last", "b/last"]
+    assert run.label_models([f"{folders[0]}/"]) == ["last"]
+
+
+def test_the_table_is_readable_in_80_columns():
+    columns = [Column("model"), *(Column(f"R@{k}", "text to image", 1, True) for k in (1, 5, 10)), Column("mR", "", 1)]
+    table = Table("Title", columns, [["a", 1.0, 2.0, 100.0, 3.0], ["b", None, 2.5, 1.0, 3.25]], "A note.")
+    file = io.StringIO()
+    print_table(make_console(file), table)
+    lines = file.getvalue().splitlines()
+    assert lines[2].split() == ["text", "to", "image"]
+    assert lines[3].split() == ["model", "R@1", "R@5", "R@10", "mR"]
+    assert lines[6].split() == ["b", "–", "2.5", "1.0", "3.2"]
+    assert "\x1b" not in file.getvalue()
+    console = Console(file=io.StringIO(), width=80, force_terminal=True)
+    print_table(console, table)
+    assert "\x1b[1m2.5" in console.file.getvalue()  # the best in bold
+    assert "| b | – | **2.50** | 1.00 | 3.25 |" in markdown(table)
+
+
+def test_json_keeps_lists_of_numbers_on_a_line(tmp_path):
+    document = {"ranks": [1, 2, 30], "text": "[1,  2]", "curve": [{"tokens": 20}]}
+    write_json(tmp_path / "a.json", document)
+    assert '"ranks": [1, 2, 30]' in (tmp_path / "a.json").read_text()
+    assert json.loads((tmp_path / "a.json").read_text()) == document
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "a.json", {"mR": float("nan")})
+    assert json.loads((tmp_path / "a.json").read_text()) == document

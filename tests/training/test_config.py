@@ -1,0 +1,59 @@
+"""Mistakes in a configuration are told all at once, with the nearest valid name, before anything loads."""
+
+import pytest
+
+from training.config import parse_config
+
+
+def test_file_and_overrides(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data: {train: tiles}\nloss: {long_weight: 0.6}\noptim: {learning_rate: 1.0e-5}\n")
+    config = parse_config(
+        ["--config", str(recipe), "--output_dir", "7", "--optim.learning_rate=3e-4", "--loop.steps", "9"]
+    )
+    assert (config.output_dir, config.data.train, config.loss.long_weight) == ("7", "tiles", 0.6)
+    assert (config.optim.learning_rate, config.loop.steps, config.model.stretch_ratio) == (3e-4, 9, 4)
+    assert config.precision == "auto" and config.optim.name == "sgd"
+
+
+def test_every_mistake_at_once():
+    with pytest.raises(SystemExit) as caught:
+        parse_config(
+            [
+                "--output_dir",
+                "x",
+                "--loss.long_weight",
+                "1.5",
+                "--optim.learning_rat",
+                "1e-3",
+                "--loop.batch_size",
+                "many",
+            ]
+        )
+    message = str(caught.value)
+    assert "optim.learning_rat is not a field; did you mean optim.learning_rate?" in message
+    assert "loss.long_weight=1.5: input should be less than or equal to 1." in message
+    assert "loop.batch_size='many'" in message and "data is required and not set." in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
+        (["steps", "3"], "'steps' stands where a --field was expected"),
+        (["--loop.steps"], "--loop.steps has no value"),
+        (["--output_dir", "x", "--output_dir.sub", "3"], "output_dir is a single value"),
+        (["--output_dir", "x", "--data.train", "y", "--model.init", "scratch"], "model.tokenizer is not set"),
+    ],
+)
+def test_mistakes(arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        parse_config(arguments)
+
+
+def test_help_lists_every_field(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_config(["--help"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert "loss.long_weight" in printed and "float, default 0.8" in printed and "data.train" in printed

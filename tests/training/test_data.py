@@ -1,0 +1,175 @@
+"""Pairs from every kind of source, visits that can be repeated, and offenders named."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from training.data import (
+    CaptionedImages,
+    Collator,
+    DataConfig,
+    VisitSampler,
+    load_pairs,
+    read_image,
+    shuffle_sentences,
+)
+
+
+COLUMNS = ["long_text", "short_text"]
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def sources(captioned_folder, tmp_path):
+    """The same 12 pairs in every form."""
+    rows = rows_of(captioned_folder)
+    absolute = [row | {"image": str(captioned_folder / row["image"])} for row in rows]
+    table = Dataset.from_list(absolute)
+    table.to_csv(tmp_path / "pairs.csv")
+    table.to_csv(tmp_path / "pairs.tsv", sep="\t")
+    (tmp_path / "pairs.json").write_text(json.dumps(absolute))
+    features = Features({"image": ImageFeature(), "long_text": Value("string"), "short_text": Value("string")})
+    embedded = [row | {"image": {"bytes": Path(row["image"]).read_bytes(), "path": None}} for row in absolute]
+    Dataset.from_list(embedded, features=features).to_parquet(tmp_path / "pairs.parquet")
+    (tmp_path / "folder").mkdir()
+    Dataset.from_list(embedded, features=features).to_parquet(tmp_path / "folder" / "train.parquet")
+    names = ["pairs.csv", "pairs.tsv", "pairs.json", "pairs.parquet", "folder"]
+    return [captioned_folder, captioned_folder / "captions.jsonl", *(tmp_path / name for name in names)]
+
+
+def test_every_source_gives_the_same_pairs(sources, captioned_folder):
+    expected = rows_of(captioned_folder)
+    for source in sources:
+        rows = load_pairs(str(source), "train", DataConfig(train="x"), COLUMNS)
+        assert [row["short_text"] for row in rows] == [row["short_text"] for row in expected], source
+        image = read_image(rows[3]["image"])
+        assert image.tobytes() == Image.open(captioned_folder / "3.png").tobytes(), source
+
+
+def test_other_column_names(captioned_folder, tmp_path):
+    renamed = [{"file": row["image"], "text": row["long_text"]} for row in rows_of(captioned_folder)]
+    for row in renamed:
+        row["file"] = str(captioned_folder / row["file"])
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, renamed)))
+    config = DataConfig(train="x", image_column="file", long_column="text")
+    rows = load_pairs(str(tmp_path / "data.jsonl"), "train", config, ["text"])
+    assert len(rows) == 12 and set(rows.column_names) == {"file", "text"}
+
+
+class TestErrors:
+    def write(self, path, rows):
+        path.write_text("\n".join(map(json.dumps, rows)))
+        return str(path)
+
+    def load(self, source):
+        return load_pairs(source, "train", DataConfig(train="x"), COLUMNS)
+
+    def test_missing_images_are_counted_and_named(self, captioned_folder, tmp_path):
+        source = self.write(tmp_path / "captions.jsonl", rows_of(captioned_folder))
+        with pytest.raises(
+            ValueError, match="12 images that do not exist, the first: .*0.png, .*1.png, .*2.png; mend"
+        ):
+            self.load(source)
+
+    def test_empty_captions(self, captioned_folder):
+        rows = rows_of(captioned_folder)
+        rows[4]["short_text"] = "  "
+        rows[7]["short_text"] = None
+        with pytest.raises(ValueError, match="2 rows with an empty short_text, the first: 4, 7"):
+            self.load(self.write(captioned_folder / "empty.jsonl", rows))
+
+    def test_missing_column(self, captioned_folder):
+        rows = [{"image": "0.png", "caption": "a"}]
+        with pytest.raises(ValueError, match="no column 'long_text', 'short_text'; it has image, caption"):
+            self.load(self.write(captioned_folder / "column.jsonl", rows))
+
+    def test_no_source(self, tmp_path):
+        with pytest.raises(ValueError, match="does not exist"):
+            self.load("nowhere.jsonl")
+        with pytest.raises(ValueError, match="holds no caption file; name it one of train.parquet, train.jsonl"):
+            self.load(str(tmp_path))
+        (tmp_path / "a.txt").write_text("x")
+        with pytest.raises(ValueError, match="must end in one of .jsonl"):
+            self.load(str(tmp_path / "a.txt"))
+
+    def test_unreadable_image(self, tmp_path):
+        (tmp_path / "broken.png").write_bytes(b"no image")
+        with pytest.raises(ValueError, match="broken.png cannot be read"):
+            read_image(str(tmp_path / "broken.png"))
+        with pytest.raises(ValueError, match="an embedded image cannot be read"):
+            read_image({"bytes": b"no image", "path": None})
+
+
+def test_exif_rotation(tmp_path):
+    image = Image.new("RGB", (20, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(str(tmp_path / "turned.jpg")).size == (10, 20)
+
+
+class TestVisits:
+    def test_each_epoch_is_another_permutation(self):
+        batches = list(VisitSampler(rows=10, batch_size=3, steps=6, seed=0))
+        first, second = ([index for batch in half for _, index in batch] for half in (batches[:3], batches[3:]))
+        assert len(set(first)) == len(set(second)) == 9 and first != second
+        assert [batch[0][0] for batch in batches] == [0, 0, 0, 1, 1, 1]
+
+    def test_processes_share_the_global_batch(self):
+        whole = list(VisitSampler(rows=10, batch_size=4, steps=5, seed=3))
+        parts = [list(VisitSampler(rows=10, batch_size=4, steps=5, seed=3, rank=rank, world=2)) for rank in (0, 1)]
+        assert [a + b for a, b in zip(*parts)] == whole
+
+    def test_a_later_start_goes_on(self):
+        whole = list(VisitSampler(rows=10, batch_size=4, steps=7, seed=3))
+        assert list(VisitSampler(rows=10, batch_size=4, steps=7, seed=3, start=3)) == whole[3:]
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="512 is more than the 125 training pairs"):
+            VisitSampler(rows=125, batch_size=512, steps=1, seed=0)
+        with pytest.raises(ValueError, match="multiple of their number, 4"):
+            VisitSampler(rows=125, batch_size=30, steps=1, seed=0, world=4)
+
+    def test_what_is_random_depends_on_the_visit_alone(self, captioned_folder):
+        config = DataConfig(train="x", shuffle_sentences=True)
+        data = CaptionedImages(load_pairs(str(captioned_folder), "train", config, COLUMNS), config, seed=5)
+        alone = data.__getitems__([(1, 7)])[0]["long_text"]
+        among = data.__getitems__([(0, 3), (1, 7), (1, 2)])[1]["long_text"]
+        later = data.__getitems__([(2, 7)])[0]["long_text"]
+        assert alone == among and alone != later
+        assert sorted(alone.split()) == sorted(later.split())
+
+    def test_one_of_several_captions(self, captioned_folder):
+        rows = Dataset.from_list([{"image": str(captioned_folder / "0.png"), "short_text": ["a", "b", "c"]}])
+        data = CaptionedImages(rows, DataConfig(train="x"), seed=0)
+        assert {data.__getitems__([(epoch, 0)])[0]["short_text"] for epoch in range(30)} == {"a", "b", "c"}
+
+
+def test_shuffled_sentences_are_the_same_sentences():
+    text = "One road. Two tanks! Three ships? Four fields."
+    shuffled = shuffle_sentences(text, random.Random(1))
+    assert shuffled != text
+    assert sorted(shuffled.replace("!", ".").replace("?", ".").split(". ")) != [] and len(shuffled) == len(text)
+
+
+def test_collator(tiny_processor, captioned_folder):
+    config = DataConfig(train="x")
+    data = CaptionedImages(load_pairs(str(captioned_folder), "train", config, COLUMNS), config, seed=0)
+    items = data.__getitems__([(0, index) for index in range(4)])
+    batch = Collator(tiny_processor)(items)
+    expected = tiny_processor(
+        text=[item["long_text"] for item in items],
+        short_text=[item["short_text"] for item in items],
+        images=[item["image"] for item in items],
+        return_tensors="pt",
+    )
+    assert set(batch) == {"pixel_values", "input_ids", "short_input_ids"}
+    assert all((batch[name] == expected[name]).all() for name in batch)

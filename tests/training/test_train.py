@@ -1,0 +1,208 @@
+"""Whole runs: what they leave behind, resumed ones, and two processes against one."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel
+
+from tests.conftest import tower_configs
+from training import train
+from training.model import ModelConfig, build_model
+from training.optim import OptimConfig, build_optimizer, build_scheduler
+
+
+ROOT = Path(__file__).parents[2]
+TABLE = "text_model.embeddings.position_embedding.weight"
+
+
+def log_of(folder: Path, kind: str = "train") -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_what_a_run_leaves_behind(run_arguments, captioned_folder, tmp_path, capsys):
+    train.main([*run_arguments, "--loop.steps", "30", "--data.validation", str(captioned_folder)])
+    folder = tmp_path / "run"
+    last_line = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last_line == str(folder / "final")
+
+    model, processor = AutoModel.from_pretrained(last_line), AutoProcessor.from_pretrained(last_line)
+    assert model.dtype == torch.float32
+    assert model(**processor(text="a red roof", return_tensors="pt")).text_embeds.shape == (1, 24)
+    assert AutoModel.from_pretrained(folder / "best").config.text_config.max_position_embeddings == 248
+
+    records = log_of(folder)
+    assert [record["step"] for record in records] == list(range(1, 31))
+    assert {"loss", "long_loss", "short_loss", "logit_scale", "learning_rate", "seconds"} <= records[0].keys()
+    for record in records:
+        assert record["loss"] == pytest.approx(0.8 * record["long_loss"] + 0.2 * record["short_loss"], rel=1e-5)
+    assert records[-1]["loss"] < 0.9 * records[0]["loss"]
+    (validation,) = log_of(folder, "validation")
+    assert validation["step"] == 30 and validation["long_text_to_image_R@1"] > 100 / 12
+    assert yaml.safe_load((folder / "config.yaml").read_text())["loop"]["batch_size"] == 4
+    assert list(folder.rglob("events.out.tfevents*")), "TensorBoard"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000030"]
+
+
+def test_resumed_equals_uninterrupted_to_the_bit(run_arguments, tmp_path, monkeypatch):
+    arguments = [*run_arguments, "--loop.steps", "7", "--loop.save_every", "2", "--data.shuffle_sentences", "true"]
+    train.main([*arguments, "--output_dir", str(tmp_path / "whole")])
+
+    class Killed(Exception):
+        pass
+
+    plain_step = train.Trainer.step
+
+    def step_until_killed(self, batch):
+        if self.state.step == 5:
+            raise Killed
+        return plain_step(self, batch)
+
+    monkeypatch.setattr(train.Trainer, "step", step_until_killed)
+    with pytest.raises(Killed):
+        train.main([*arguments, "--output_dir", str(tmp_path / "parts")])
+    monkeypatch.undo()
+    assert sorted(path.name for path in (tmp_path / "parts/checkpoints").iterdir()) == [
+        "step-00000002",
+        "step-00000004",
+    ]
+    train.main([*arguments, "--output_dir", str(tmp_path / "parts"), "--resume", "true"])
+
+    whole, parts = weights_of(tmp_path / "whole/final"), weights_of(tmp_path / "parts/final")
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+    losses = {record["step"]: record["loss"] for record in log_of(tmp_path / "parts")}
+    assert losses == {record["step"]: record["loss"] for record in log_of(tmp_path / "whole")}
+
+
+def launch(arguments: list[str], processes: int) -> str:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    command += ["-m", "training.train", *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_two_processes_equal_one(run_arguments, captioned_folder, tmp_path):
+    # SGD: Adam's division by tiny second moments would blow up the last bits of the sums.
+    arguments = [*run_arguments, "--optim.name", "sgd", "--optim.learning_rate", "0.05", "--optim.warmup_steps", "2"]
+    arguments += ["--optim.schedule", "cosine", "--data.validation", str(captioned_folder)]
+    train.main([*arguments, "--output_dir", str(tmp_path / "one")])
+    printed = launch([*arguments, "--output_dir", str(tmp_path / "two")], processes=2)
+    assert printed.strip().splitlines()[-1] == str(tmp_path / "two/final")
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    assert len(one) == len(two) == 4
+    for a, b in zip(one, two):
+        assert a["learning_rate"] == b["learning_rate"]
+        for name in ("loss", "long_loss", "short_loss", "logit_scale"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5), name
+    assert [record["learning_rate"] for record in one] == pytest.approx([0.0, 0.025, 0.05, 0.025])
+    assert one[-1]["logit_scale"] != one[0]["logit_scale"]
+    theirs = weights_of(tmp_path / "two/final")
+    for name, tensor in weights_of(tmp_path / "one/final").items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_kept_positions_stay_frozen(run_arguments, tiny_clip, tiny_processor, tmp_path, optimizer):
+    tiny_clip.save_pretrained(tmp_path / "clip")
+    tiny_processor.save_pretrained(tmp_path / "clip")
+    arguments = [*run_arguments, "--model.init", str(tmp_path / "clip"), "--model.tokenizer", "null"]
+    arguments += ["--optim.name", optimizer, "--optim.weight_decay", "0.1", "--optim.max_grad_norm", "1"]
+    train.main(arguments)
+    before, after = tiny_clip.state_dict()[TABLE], weights_of(tmp_path / "run/final")[TABLE]
+    assert after.shape == (248, 32)
+    assert torch.equal(after[:20], before[:20])
+    assert not torch.equal(after[20:60:4], before[20:30])
+
+
+@pytest.mark.parametrize(("weight", "absent"), [(0.0, "long_loss"), (1.0, "short_loss")])
+def test_one_kind_of_text_alone(run_arguments, tmp_path, weight, absent):
+    train.main([*run_arguments, "--loss.long_weight", str(weight)])
+    assert all(absent not in record and record["loss"] > 0 for record in log_of(tmp_path / "run"))
+
+
+def test_a_77_position_model_is_stretched_and_trained_on(run_arguments, tmp_path):
+    text = "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 77}"
+    train.main([*run_arguments, "--model.text", text, "--output_dir", str(tmp_path / "first")])
+    first = AutoModel.from_pretrained(tmp_path / "first/final")
+    assert first.config.text_config.max_position_embeddings == 77
+    second = ["--model.init", str(tmp_path / "first/final"), "--model.tokenizer", "null"]
+    train.main([*run_arguments, *second, "--output_dir", str(tmp_path / "second")])
+    third = ["--model.init", str(tmp_path / "second/final"), "--model.tokenizer", "null"]  # stretched: taken as it is
+    train.main([*run_arguments, *third, "--output_dir", str(tmp_path / "third")])
+    for name in ("second", "third"):
+        text_config = AutoModel.from_pretrained(tmp_path / name / "final").config.text_config
+        assert (text_config.max_position_embeddings, text_config.stretch_ratio) == (248, 4)
+        assert AutoProcessor.from_pretrained(tmp_path / name / "final").tokenizer.model_max_length == 248
+
+
+class TestErrors:
+    def test_non_finite_loss_stops_the_run(self, run_arguments):
+        with pytest.raises(SystemExit, match="The loss is nan at step [23]; lower optim.learning_rate"):
+            train.main([*run_arguments, "--optim.name", "sgd", "--optim.learning_rate", "1e30"])
+
+    def test_batch_larger_than_the_data(self, run_arguments):
+        with pytest.raises(SystemExit, match="512 is more than the 12 training pairs"):
+            train.main([*run_arguments, "--loop.batch_size", "512"])
+
+    def test_tokenizer_of_another_vocabulary(self, tiny_tokenizer, tiny_processor, tmp_path):
+        configs = tower_configs(tiny_tokenizer)
+        configs["text_config"]["vocab_size"] = 600
+        CLIPModel(CLIPConfig(**configs)).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="tokenizer has .* entries"):
+            build_model(ModelConfig(init=str(tmp_path)), tiny_processor)
+
+    def test_emulated_bf16_is_refused(self, monkeypatch):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False, raising=False)
+        if torch.cuda.is_available():
+            pytest.skip("a GPU decides here")
+        with pytest.raises(ValueError, match="no bf16 arithmetic"):
+            train.choose_precision("bf16")
+        assert train.choose_precision("auto") == train.choose_precision("fp32") == "no"
+
+
+class TestOptimizer:
+    def test_decay_spares_what_is_not_a_matrix(self, tiny_model):
+        decayed, plain = build_optimizer(tiny_model, OptimConfig(weight_decay=0.1)).param_groups
+        names = {id(parameter): name for name, parameter in tiny_model.named_parameters()}
+        spared = {names[id(parameter)] for parameter in plain["params"]}
+        assert {"logit_scale", TABLE, "vision_model.embeddings.class_embedding"} <= spared
+        assert all(name.endswith(".weight") and "norm" not in name for name in names.values() if name not in spared)
+        assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
+        assert len(decayed["params"]) + len(spared) == len(names)
+
+    def test_table_x_is_the_default(self, tiny_model):
+        optimizer = build_optimizer(tiny_model, OptimConfig())
+        assert isinstance(optimizer, torch.optim.SGD)
+        group = optimizer.param_groups[0]
+        assert (group["lr"], group["momentum"], group["dampening"], group["weight_decay"]) == (3e-4, 0.9, 0.1, 0.0)
+
+    def test_cosine_with_warmup(self, tiny_model):
+        config = OptimConfig(learning_rate=1.0, schedule="cosine", warmup_steps=5)
+        optimizer = build_optimizer(tiny_model, config)
+        scheduler = build_scheduler(optimizer, config, steps=25)
+        rates = []
+        for _ in range(25):
+            rates.append(scheduler.get_last_lr()[0])
+            optimizer.step()
+            scheduler.step()
+        expected = [s / 5 if s < 5 else (1 + math.cos(math.pi * (s - 5) / 20)) / 2 for s in range(25)]
+        assert rates == pytest.approx(expected)
+
+
+def test_logit_scale_is_clamped(run_arguments, tmp_path):
+    train.main(
+        [*run_arguments, "--optim.name", "sgd", "--optim.learning_rate", "50", "--model.initial_logit_scale", "99.9"]
+    )
+    assert max(record["logit_scale"] for record in log_of(tmp_path / "run")) <= 100.0 + 1e-3
