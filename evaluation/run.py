@@ -154,13 +154,20 @@ def label_models(paths: Sequence[str]) -> list[str]:
             raise ValueError(f"model folder {path} does not exist; {MODELS_ARE}.")
         if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
             raise ValueError(f"model folder {path} has no config.json; {MODELS_ARE}.")
-    parts = [Path(path).absolute().parts for path in paths]
+    parts = [_telling_parts(Path(path).absolute().parts) for path in paths]
     if len(set(parts)) < len(parts):
         raise ValueError("the same model is given twice with --model.")
     depth = 1
     while len({own[-depth:] for own in parts}) < len(parts):
         depth += 1
     return ["/".join(own[-depth:]) for own in parts]
+
+
+def _telling_parts(parts: tuple[str, ...]) -> tuple[str, ...]:
+    """A training run leaves its models in `RUN/final` and `RUN/best`: the run's name says more."""
+    if parts[-1] == "final":
+        return parts[:-1]
+    return (*parts[:-2], "/".join(parts[-2:])) if parts[-1] == "best" else parts
 
 
 def check_device(name: str) -> str:

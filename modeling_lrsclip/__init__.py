@@ -2,13 +2,15 @@
 
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
     AutoTokenizer,
     CLIPTokenizer,
 )
+
+# From its own module: without torchvision, `transformers.AutoImageProcessor` is a stub that raises in 5.17.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_lrsclip import LRSCLIPConfig, LRSCLIPTextConfig, LRSCLIPVisionConfig
 from .image_processing_lrsclip import LRSCLIPImageProcessor
@@ -27,7 +29,11 @@ __version__ = "0.1.0"
 # Known here (next lines) and, in a process that cannot import this package, through the `auto_map` that
 # `register_for_auto_class` has `save_pretrained` write beside a copy of the code.
 AutoConfig.register("lrsclip", LRSCLIPConfig)
+AutoConfig.register("lrsclip_text_model", LRSCLIPTextConfig)
+AutoConfig.register("lrsclip_vision_model", LRSCLIPVisionConfig)
 AutoModel.register(LRSCLIPConfig, LRSCLIPModel)
+AutoModel.register(LRSCLIPTextConfig, LRSCLIPTextModelWithProjection)
+AutoModel.register(LRSCLIPVisionConfig, LRSCLIPVisionModelWithProjection)
 AutoModelForZeroShotImageClassification.register(LRSCLIPConfig, LRSCLIPModel)
 AutoProcessor.register(LRSCLIPConfig, LRSCLIPProcessor)
 AutoImageProcessor.register(LRSCLIPConfig, LRSCLIPImageProcessor)

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.clip.modeling_clip import image_text_contrastive_loss
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.models.clip.modeling_clip import CLIPTextModelOutput, image_text_contrastive_loss
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_lrsclip import LRSCLIPConfig, LRSCLIPTextConfig, LRSCLIPVisionConfig
 from .position_stretching import stretch_position_embedding
@@ -90,7 +92,22 @@ def _unit(embeds: torch.Tensor) -> torch.Tensor:
     return embeds / embeds.pow(2).sum(dim=-1, keepdim=True).pow(0.5)
 
 
-class LRSCLIPModel(CLIPModel):
+class _CLIPInitialization:
+    """Weights that a checkpoint lacks, or a model from scratch, begin as CLIP's do."""
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # In custom code, transformers leaves modules without parameters of their own (attention, MLP, projections) out
+        # of `_init_weights`, lest it overwrite what was loaded; CLIP's spares loaded weights by itself.
+        return False
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, CLIPModel):  # CLIP forgets it: missing in a checkpoint, it was whatever memory held
+            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+
+
+class LRSCLIPModel(_CLIPInitialization, CLIPModel):
     r"""
     CLIP with a position table for long texts, trained on long and short captions.
 
@@ -164,7 +181,9 @@ class LRSCLIPModel(CLIPModel):
         super().save_pretrained(*args, **kwargs)
 
     @can_return_tuple
-    def get_text_features(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+    def get_text_features(
+        self, input_ids=None, attention_mask=None, position_ids=None, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
         _check_text(input_ids, self.config.text_config)
         return super().get_text_features(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **kwargs
@@ -181,8 +200,8 @@ class LRSCLIPModel(CLIPModel):
         interpolate_pos_encoding: bool = False,
         short_input_ids: torch.LongTensor | None = None,
         short_attention_mask: torch.Tensor | None = None,
-        **kwargs,
-    ) -> LRSCLIPOutput:
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | LRSCLIPOutput:
         """
         Any of images, long texts and short texts may be left out; what needs them is then None in the output.
 
@@ -273,21 +292,23 @@ def _check_pairs(pixel_values, input_ids, short_input_ids) -> None:
         )
 
 
-class LRSCLIPTextModelWithProjection(CLIPTextModelWithProjection):
+class LRSCLIPTextModelWithProjection(_CLIPInitialization, CLIPTextModelWithProjection):
     r"""The text tower with its projection; loads from a full checkpoint. `text_embeds` are not normalized, as in CLIP."""
 
     config: LRSCLIPTextConfig
     _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^visual_projection\.", r"^logit_scale$"]
 
     @can_return_tuple
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | CLIPTextModelOutput:
         _check_text(input_ids, self.config)
         return super().forward(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **kwargs
         )
 
 
-class LRSCLIPVisionModelWithProjection(CLIPVisionModelWithProjection):
+class LRSCLIPVisionModelWithProjection(_CLIPInitialization, CLIPVisionModelWithProjection):
     r"""The vision tower with its projection; loads from a full checkpoint. `image_embeds` are not normalized, as in CLIP."""
 
     config: LRSCLIPVisionConfig

@@ -5,6 +5,7 @@ import re
 import unicodedata
 
 from transformers import BatchFeature, ProcessorMixin
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs, Unpack
 from transformers.utils import logging
 
@@ -72,7 +73,11 @@ class LRSCLIPProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer)
 
     def __call__(
-        self, images=None, text=None, short_text=None, **kwargs: Unpack[LRSCLIPProcessorKwargs]
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | None = None,
+        short_text: str | list[str] | None = None,
+        **kwargs: Unpack[LRSCLIPProcessorKwargs],
     ) -> BatchFeature:
         """
         Args:
@@ -136,7 +141,10 @@ class LRSCLIPProcessor(ProcessorMixin):
         # The fast tokenizer remembers the last call's padding and truncation and would write them to the folder.
         self.tokenizer.backend_tokenizer.no_truncation()
         self.tokenizer.backend_tokenizer.no_padding()
-        return super().save_pretrained(save_directory, **kwargs)
+        saved = super().save_pretrained(save_directory, **kwargs)
+        # It also leaves the folder's `auto_map` on the processor, which a loaded one does not have.
+        self.__dict__.pop("auto_map", None)
+        return saved
 
     def _count_cut(self, cleaned, input_ids, text_kwargs: dict) -> int:
         """Checks the rows that came out and counts those that truncation shortened."""

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 IMAGE_COLUMN = "image"
@@ -48,7 +48,7 @@ class ImageFiles(Sequence[Image.Image]):
         source = self.sources[index]
         try:
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-            image.load()
+            image = ImageOps.exif_transpose(image)  # upright, as for training; also reads the pixels
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"image {self.names[index]} cannot be read: {error}") from error
         return image

@@ -5,7 +5,13 @@ import copy
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForZeroShotImageClassification, CLIPModel
+from transformers import (
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    CLIPModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+)
 
 from modeling_lrsclip import (
     LRSCLIPConfig,
@@ -56,6 +62,30 @@ class TestIsCLIP:
 
     def test_state_dict_keys_are_clips(self, tiny_clip, tiny_model):
         assert list(tiny_clip.state_dict()) == list(tiny_model.state_dict())
+
+    def test_weights_from_scratch_are_equal(self, tiny_model):
+        config = tiny_model.config
+        for ours, theirs, part in (
+            (LRSCLIPModel, CLIPModel, config),
+            (LRSCLIPTextModelWithProjection, CLIPTextModelWithProjection, config.text_config),
+            (LRSCLIPVisionModelWithProjection, CLIPVisionModelWithProjection, config.vision_config),
+        ):
+            torch.manual_seed(1)
+            got = ours(part).state_dict()
+            torch.manual_seed(1)
+            for name, expected in theirs(part).state_dict().items():
+                assert torch.equal(got[name], expected), (ours, name)
+
+    def test_weights_that_a_checkpoint_lacks_begin_as_from_scratch(self, tiny_model):
+        attention = "vision_model.encoder.layers.0.self_attn.q_proj.weight"
+        kept = {
+            name: value for name, value in tiny_model.state_dict().items() if name not in (attention, "logit_scale")
+        }
+        model = LRSCLIPModel.from_pretrained(None, config=copy.deepcopy(tiny_model.config), state_dict=dict(kept))
+        got = model.state_dict()
+        assert all(torch.equal(got[name], value) for name, value in kept.items())
+        assert got["logit_scale"].item() == pytest.approx(tiny_model.config.logit_scale_init_value)
+        assert got[attention].std() == pytest.approx(32**-0.5 * 4**-0.5, rel=0.1)  # width 32, 2 * 2 layers
 
 
 class TestForward:
@@ -257,6 +287,14 @@ class TestSaveAndLoad:
         assert torch.equal(got, whole.text_model_output.pooler_output)
         got = vision(inputs["pixel_values"]).image_embeds
         assert torch.equal(got, whole.vision_model_output.pooler_output)
+
+    def test_a_saved_tower(self, tiny_checkpoint, tmp_path):
+        for tower_class in (LRSCLIPTextModelWithProjection, LRSCLIPVisionModelWithProjection):
+            tower = tower_class.from_pretrained(tiny_checkpoint)
+            tower.save_pretrained(tmp_path / tower_class.__name__)
+            loaded = AutoModel.from_pretrained(tmp_path / tower_class.__name__)
+            assert type(loaded) is tower_class
+            assert all(torch.equal(loaded.state_dict()[name], value) for name, value in tower.state_dict().items())
 
     def test_dtype(self, tiny_checkpoint, inputs):
         model = AutoModel.from_pretrained(tiny_checkpoint, dtype=torch.bfloat16)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, CLIPTokenizer
+from transformers import AutoProcessor, AutoTokenizer, CLIPTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging as transformers_logging
 
 from modeling_lrsclip import LRSCLIPImageProcessor, LRSCLIPProcessor, processing_lrsclip

@@ -13,8 +13,10 @@ import sys
 sys.modules["modeling_lrsclip"] = None  # any import of the package fails from here on
 import torch
 from PIL import Image
-from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForZeroShotImageClassification,
-                          AutoProcessor, AutoTokenizer)
+from transformers import (AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor,
+                          AutoTokenizer)
+# `transformers.AutoImageProcessor` is a stub without torchvision in 5.17
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 folder, out = sys.argv[1:]
 remote = {"trust_remote_code": True}

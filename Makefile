@@ -1,0 +1,86 @@
+# Each target makes its own environment in .venv on first use.
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+BIN := $(VENV)/bin
+LAUNCH = $(BIN)/accelerate launch --config_file training/accelerate/cpu.yaml -m training.train --config training/configs/demo.yaml
+DEMO ?= runs/demo
+TRAIN = $(LAUNCH) --data.train $(DEMO)/scenes --data.validation $(DEMO)/scenes --model.tokenizer $(DEMO)/scenes/tokenizer --resume true
+HALF := 350
+WHOLE := 700
+
+export TOKENIZERS_PARALLELISM = true
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: demo test lint bench hf-suite
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo      stretch a small CLIP, fine-tune it on long and short captions, evaluate and reload it"
+	@echo "make test      the test suite"
+	@echo "make lint      ruff"
+	@echo "make bench     speed against other implementations"
+	@echo "make hf-suite  transformers' own model tests on ours, beside stock CLIP"
+
+$(READY): setup.py constraints.txt
+	@echo "== Making the environment $(VENV) (once, about two minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,eval,dev]'
+	@touch $@
+
+test: $(READY)
+	$(BIN)/python -m pytest -q -n 2
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+hf-suite: $(READY)
+	$(BIN)/python tests/hf_suite/run.py
+
+bench: $(READY)
+	$(BIN)/python -m pytest -q -s tests/benchmarks
+
+# ---------------------------------------------------------------------------------------------------------------- demo
+# Table VII of the paper in small: the same scenes, architecture and number of steps for every row. An interrupted
+# demo goes on where it stopped when made again.
+
+demo: $(DEMO)/lrsclip/final/config.json $(DEMO)/clip77-short/final/config.json $(DEMO)/clip77-long-stretched/config.json
+	@echo
+	@echo "== 6/7 Long and short retrieval on the held-out scenes"
+	$(BIN)/python -m evaluation.run --tasks zcrl,zcrs --data $(DEMO)/scenes --output $(DEMO)/results --model \
+	  $(DEMO)/clip77-short/final $(DEMO)/clip77-long/final $(DEMO)/clip77-long-stretched $(DEMO)/lrsclip/final
+	@echo
+	@echo "== 7/7 Reloading through AutoModel, as somebody would who downloads the folder"
+	cd $(DEMO) && $(CURDIR)/$(BIN)/python $(CURDIR)/training/demo_reload.py lrsclip/final scenes/test.parquet
+	@echo
+	@echo "The table:        $(DEMO)/results/results.md"
+	@echo "The two pictures: $(DEMO)/results/recall_vs_tokens.png, $(DEMO)/results/retrieval_gallery.png"
+	@echo "The model folder: $(DEMO)/lrsclip/final"
+
+$(DEMO)/scenes/scenes.json: | $(READY)
+	@echo
+	@echo "== 1/7 Drawing aerial scenes, each with a long and a short caption"
+	$(BIN)/python -m evaluation.benchmarks.aerial_scenes $(DEMO)/scenes --scenes 16000 --test-scenes 2048 --image-size 96
+
+$(DEMO)/clip77-short/final/config.json: $(DEMO)/scenes/scenes.json
+	@echo
+	@echo "== 2/7 (a) CLIP, 77 positions, on the short captions only"
+	$(TRAIN) --output_dir $(DEMO)/clip77-short --loss.long_weight 0 --loop.steps $(WHOLE)
+
+$(DEMO)/clip77-long/final/config.json: $(DEMO)/scenes/scenes.json
+	@echo
+	@echo "== 3/7 (b) CLIP, 77 positions, on the long captions only, which it cuts at 77 tokens"
+	$(TRAIN) --output_dir $(DEMO)/clip77-long --loss.long_weight 1 --loop.steps $(WHOLE)
+
+$(DEMO)/clip77-long-stretched/config.json: $(DEMO)/clip77-long/final/config.json
+	@echo
+	@echo "== 4/7 (b') the same, stretched to 248 positions without further training"
+	$(BIN)/python -m modeling_lrsclip.convert $(DEMO)/clip77-long/final $(DEMO)/clip77-long-stretched --stretch
+
+$(DEMO)/lrsclip/final/config.json: $(DEMO)/scenes/scenes.json
+	@echo
+	@echo "== 5/7 (c) LRSCLIP: a CLIP of 77 positions trained for half the steps, stretched to 248, fine-tuned for the other half"
+	$(TRAIN) --output_dir $(DEMO)/clip77 --loop.steps $(HALF)
+	$(TRAIN) --output_dir $(DEMO)/lrsclip --loop.steps $(HALF) --model.init $(DEMO)/clip77/final
