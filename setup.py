@@ -27,7 +27,7 @@ setup(
     extras_require={
         "train": ["accelerate>=1.10", "datasets>=4.0", "pydantic>=2.7", "pyyaml", "tensorboard", "tqdm"],
         "eval": ["datasets>=4.0", "matplotlib", "rich", "tqdm"],
-        "dev": ["parameterized", "pytest", "pytest-xdist", "regex", "ruff"],
+        "dev": ["parameterized", "pytest", "pytest-xdist", "regex", "ruff", "setuptools>=77"],
     },
     classifiers=[
         "Intended Audience :: Science/Research",

@@ -1,0 +1,117 @@
+"""The README's commands and code run as they stand, on small data; the wheel holds what README says."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from transformers import CLIPConfig, CLIPModel
+
+from evaluation import run as evaluation_run
+from modeling_lrsclip import LRSCLIPModel
+from tests.conftest import tower_configs
+from training import train
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+]
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+SMALL = [
+    "--model.text", "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}",
+    "--model.vision", "{image_size: 32, patch_size: 8, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}",
+    "--model.vocab_size", "600", "--loop.batch_size", "4", "--loop.steps", "2", "--loop.log_every", "1",
+]  # fmt: skip
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, images, long_texts, short_texts):
+    """An empty folder with `your/captions.jsonl` and the recipes, as the working directory."""
+    (tmp_path / "your" / "tiles").mkdir(parents=True)
+    rows = []
+    for index, image in enumerate(images):
+        image.save(tmp_path / "your" / "tiles" / f"{index}.png")
+        rows.append({"image": f"tiles/{index}.png", "long_text": long_texts[index], "short_text": short_texts[index]})
+    (tmp_path / "your" / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "training").symlink_to(ROOT / "training")
+    images[0].save(tmp_path / "tile.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(*words: str) -> list[str]:
+    """The arguments of the one README command that contains all the words."""
+    (found,) = [line for line in COMMANDS if all(word in line for word in words)]
+    return shlex.split(found)
+
+
+def test_every_target_is_in_the_makefile():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in {line.split()[1] for line in COMMANDS if line.startswith("make ")}:
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_ci_calls_the_test_command():
+    assert "make test" in (ROOT / ".ci" / "run").read_text() and "make test" in COMMANDS
+
+
+def test_from_scratch_then_use_then_evaluate(workplace, capsys):
+    arguments = command("training.train", "debug_cpu.yaml")
+    train.main([*arguments[arguments.index("training.train") + 1 :], *SMALL])
+    assert capsys.readouterr().out.strip().splitlines()[-1] == "runs/mine/final"
+
+    code = PYTHON[0].replace("runs/demo/lrsclip/final", "runs/mine/final")
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=workplace)
+    assert shown.returncode == 0, shown.stderr
+    assert re.fullmatch(r"tensor\(\[\[0\.\d+, 0\.\d+\]\]\)", shown.stdout.strip()), shown.stdout
+
+    arguments = command("evaluation.run")
+    assert evaluation_run.main(arguments[arguments.index("evaluation.run") + 1 :]) == 0
+    printed = capsys.readouterr().out
+    assert "ZCRL" in printed and "ZCRS" in printed and "mine" in printed
+    for name in ("results.json", "results.md", "recall_vs_tokens.png", "retrieval_gallery.png"):
+        assert (workplace / "results" / name).stat().st_size > 0, name
+
+
+def test_fine_tuning_a_clip(workplace, tiny_clip, tiny_processor, capsys):
+    tiny_clip.save_pretrained("clip")
+    tiny_processor.save_pretrained("clip")
+    arguments = command("training.train", "finetune.yaml")
+    # The Hub is out of reach here: a small CLIP in a folder takes the place of openai/clip-vit-base-patch16.
+    offline = ["--model.init", "clip", "--loop.batch_size", "4", "--loop.steps", "2", "--data.workers", "1"]
+    train.main([*arguments[arguments.index("training.train") + 1 :], *offline])
+    assert LRSCLIPModel.from_pretrained("runs/mine/final").config.text_config.max_position_embeddings == 248
+
+
+def test_stretching_any_clip(workplace, tiny_tokenizer):
+    CLIPModel(CLIPConfig(**tower_configs(tiny_tokenizer))).save_pretrained("clip")
+    for line in PYTHON[1].splitlines():
+        if line.startswith("model ="):
+            positions = int(re.search(r"-> (\d+)", line)[1])
+            names = {"LRSCLIPModel": LRSCLIPModel}
+            exec(line.replace("openai/clip-vit-base-patch16", "clip"), names)
+            assert names["model"].config.text_config.max_position_embeddings == positions
+
+
+def test_the_wheel_holds_the_port_only(tmp_path):
+    source = tmp_path / "source"  # a build leaves its traces where it runs
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for room in ("modeling_lrsclip", "training"):
+        shutil.copytree(ROOT / room, source / room)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+    subprocess.run([*build, str(tmp_path), str(source)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("lrsclip-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"modeling_lrsclip"}
+    assert {f"modeling_lrsclip/{path.name}" for path in (ROOT / "modeling_lrsclip").glob("*.py")} <= set(names)
