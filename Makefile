@@ -82,5 +82,5 @@ $(DEMO)/clip77-long-stretched/config.json: $(DEMO)/clip77-long/final/config.json
 $(DEMO)/lrsclip/final/config.json: $(DEMO)/scenes/scenes.json
 	@echo
 	@echo "== 5/7 (c) LRSCLIP: a CLIP of 77 positions trained for half the steps, stretched to 248, fine-tuned for the other half"
-	$(TRAIN) --output_dir $(DEMO)/clip77 --loop.steps $(HALF)
+	$(TRAIN) --output_dir $(DEMO)/clip77 --loop.steps $(HALF) --optim.schedule constant
 	$(TRAIN) --output_dir $(DEMO)/lrsclip --loop.steps $(HALF) --model.init $(DEMO)/clip77/final
