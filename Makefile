@@ -5,15 +5,15 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 LAUNCH = $(BIN)/accelerate launch --config_file training/accelerate/cpu.yaml -m training.train --config training/configs/demo.yaml
 DEMO ?= runs/demo
-TRAIN = $(LAUNCH) --data.train $(DEMO)/scenes --data.validation $(DEMO)/scenes --model.tokenizer $(DEMO)/scenes/tokenizer --resume true
+TRAIN = $(LAUNCH) --data.train $(DEMO)/scenes --data.validation $(DEMO)/scenes --model.tokenizer $(DEMO)/scenes/tokenizer --resume
 HALF := 350
 WHOLE := 700
 
-export TOKENIZERS_PARALLELISM = true
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test lint bench hf-suite
+.PHONY: help demo test lint bench hf-suite
 .DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      stretch a small CLIP, fine-tune it on long and short captions, evaluate and reload it"
@@ -40,13 +40,13 @@ hf-suite: $(READY)
 	$(BIN)/python tests/hf_suite/run.py
 
 bench: $(READY)
-	$(BIN)/python -m pytest -q -s tests/benchmarks
+	$(BIN)/python -m tests.benchmarks.encoding
 
 # ---------------------------------------------------------------------------------------------------------------- demo
 # Table VII of the paper in small: the same scenes, architecture and number of steps for every row. An interrupted
 # demo goes on where it stopped when made again.
 
-demo: $(DEMO)/lrsclip/final/config.json $(DEMO)/clip77-short/final/config.json $(DEMO)/clip77-long-stretched/config.json
+demo: $(DEMO)/clip77-short/final/config.json $(DEMO)/clip77-long-stretched/config.json $(DEMO)/lrsclip/final/config.json
 	@echo
 	@echo "== 6/7 Long and short retrieval on the held-out scenes"
 	$(BIN)/python -m evaluation.run --tasks zcrl,zcrs --data $(DEMO)/scenes --output $(DEMO)/results --model \
@@ -83,4 +83,4 @@ $(DEMO)/lrsclip/final/config.json: $(DEMO)/scenes/scenes.json
 	@echo
 	@echo "== 5/7 (c) LRSCLIP: a CLIP of 77 positions trained for half the steps, stretched to 248, fine-tuned for the other half"
 	$(TRAIN) --output_dir $(DEMO)/clip77 --loop.steps $(HALF) --optim.schedule constant
-	$(TRAIN) --output_dir $(DEMO)/lrsclip --loop.steps $(HALF) --model.init $(DEMO)/clip77/final
+	$(TRAIN) --output_dir $(DEMO)/lrsclip --loop.steps $(HALF) --model.init $(DEMO)/clip77/final --seed 1

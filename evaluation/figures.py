@@ -10,6 +10,8 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageOps
 
+from modeling_lrsclip.image_processing_lrsclip import to_rgb
+
 from .benchmarks.retrieval_data import ImageFiles
 
 
@@ -153,9 +155,7 @@ class _Sheet:
     ) -> None:
         box = (x / self.width, 1 - (y + side) / self.height, side / self.width, side / self.height)
         axes = self.figure.add_axes(box, xticks=[], yticks=[])
-        square = ImageOps.fit(
-            image.convert("RGB"), (256, 256), Image.Resampling.BICUBIC
-        )  # the middle, as models see it
+        square = ImageOps.fit(to_rgb(image), (256, 256), Image.Resampling.BICUBIC)  # the middle, as models see it
         axes.imshow(square, aspect="auto")
         for spine in axes.spines.values():
             spine.set(edgecolor=color, linewidth=line, linestyle=style)

@@ -141,8 +141,8 @@ def parse_tokens(values: str) -> list[int]:
         kept = [int(value) for value in values.split(",") if value.strip()]
     except ValueError:
         raise ValueError(f"--tokens-kept {values!r} must be whole numbers, such as {TOKENS_KEPT}, or none.") from None
-    if min(kept) < 2:
-        raise ValueError(f"--tokens-kept {min(kept)} must be at least 2: the start and the end token count.")
+    if min(kept, default=0) < 2:
+        raise ValueError(f"--tokens-kept {values} must be at least 2: the start and the end token count.")
     return kept
 
 

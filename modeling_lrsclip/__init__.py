@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LRSCLIP for transformers. Importing it makes the Auto classes know `model_type` `lrsclip`."""
 
 from transformers import (

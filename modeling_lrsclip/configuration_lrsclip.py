@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LRSCLIP configuration: CLIP's, with a longer text position table and the weight of the long text in the loss."""
 
 from huggingface_hub.dataclasses import strict

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """
 A CLIP checkpoint as a folder for `LRSCLIPModel.from_pretrained`, stretched to longer texts if asked for.
 
@@ -51,18 +52,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("source", help="folder or Hub id of a CLIP in HuggingFace format")
     parser.add_argument("output_dir", help="folder to write")
     parser.add_argument("--stretch", action="store_true", help="stretch the text position table, 77 -> 248")
-    parser.add_argument("--kept-positions", type=int, default=20, help="first rows kept as they are (20)")
-    parser.add_argument("--stretch-ratio", type=int, default=4, help="rows that stand for each later one (4)")
+    parser.add_argument("--kept-positions", type=int, help="with --stretch: first rows kept as they are (20)")
+    parser.add_argument("--stretch-ratio", type=int, help="with --stretch: rows that stand for each later one (4)")
     options = parser.parse_args(argv)
+    numbers = {"kept_positions": options.kept_positions, "stretch_ratio": options.stretch_ratio}
+    numbers = {name: value for name, value in numbers.items() if value is not None}
+    if numbers and not options.stretch:
+        parser.error("--kept-positions and --stretch-ratio say how to stretch; add --stretch.")
     logging.disable_progress_bar()
     try:
-        model = convert(
-            options.source,
-            options.output_dir,
-            stretch=options.stretch,
-            kept_positions=options.kept_positions,
-            stretch_ratio=options.stretch_ratio,
-        )
+        model = convert(options.source, options.output_dir, stretch=options.stretch, **numbers)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pixels as the published code prepares them, without torchvision: short side bicubic, centre crop, CLIP's mean and std."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """
 LRSCLIP: a CLIP that reads 248 text tokens and learns from a long and a short caption of each image.
 
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection, PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput, image_text_contrastive_loss
@@ -142,7 +143,8 @@ class LRSCLIPModel(_CLIPInitialization, CLIPModel):
         """
         clip = name_or_path_or_model
         if not isinstance(clip, CLIPModel):
-            clip = CLIPModel.from_pretrained(clip, **kwargs)
+            known = PreTrainedConfig.get_config_dict(clip, **kwargs)[0].get("model_type")
+            clip = (cls if known == LRSCLIPConfig.model_type else CLIPModel).from_pretrained(clip, **kwargs)
         already = getattr(clip.config.text_config, "stretch_ratio", 1)
         if already != 1 and stretch_ratio != 1:
             raise ValueError(

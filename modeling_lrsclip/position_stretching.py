@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Knowledge preserved stretching (KPS): CLIP's text position table made longer, its first rows untouched."""
 
 import torch

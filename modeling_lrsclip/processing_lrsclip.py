@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One call from captions and images to model inputs: `processor(text=..., short_text=..., images=...)`."""
 
 import html
@@ -116,20 +117,17 @@ class LRSCLIPProcessor(ProcessorMixin):
             inputs |= self.image_processor(images, **merged["images_kwargs"])
         return BatchFeature(inputs, tensor_type=text_kwargs.get("return_tensors"))
 
-    def encode_text(self, texts: list[str], max_tokens: int | None = None) -> list[list[int]]:
+    def encode_text(self, texts: list[str]) -> list[list[int]]:
         """
         Token ids without padding, for callers that sort by length before they pad.
 
         Args:
             texts (`list[str]` of N): captions.
-            max_tokens (`int`, *optional*):
-                Tokens kept of each, end-of-text put back as the last one; by default what the table holds.
 
         Returns:
-            `list[list[int]]` of N rows, start and end tokens included.
+            `list[list[int]]` of N rows, start and end tokens included, cut where the model's table ends.
         """
-        table = self.tokenizer.model_max_length
-        limit = min(max_tokens or table, table)
+        limit = self.tokenizer.model_max_length
         rows = self.tokenizer(_clean_all(texts, "texts"), verbose=False)["input_ids"]
         return [row if len(row) <= limit else row[: limit - 1] + row[-1:] for row in rows]
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A BPE tokenizer of CLIP's kind, trained on one's own captions: for other languages, and where the Hub is out of reach."""
 
 import json

@@ -10,6 +10,8 @@ from modeling_lrsclip import LRSCLIPConfig, LRSCLIPImageProcessor, LRSCLIPModel,
 from modeling_lrsclip.train_tokenizer import train_tokenizer
 
 
+torch.set_num_threads(1)  # two test processes share two cores; more threads only wait for each other
+
 LONG = [
     "Two white storage tanks stand in the upper left corner. A grey road runs from the left edge to the right edge, and "
     "three red cars are parked beside it. South of the road lies a dark green field with a small blue pond.",

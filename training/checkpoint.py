@@ -20,18 +20,18 @@ def replace_folder(accelerator: Accelerator, folder: Path, write: Callable[[Path
     A crash leaves the old folder or none, never half of one: the new one grows under a name that starts with a dot,
     is flushed to disk, and replaces the old one by rename.
     """
-    growing = folder.with_name(f".{folder.name}.partial")
+    growing, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     if accelerator.is_main_process:
+        if old.exists() and not folder.exists():  # a crash between the two renames below
+            old.rename(folder)
         shutil.rmtree(growing, ignore_errors=True)
         growing.mkdir(parents=True)
     accelerator.wait_for_everyone()
     write(growing)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        for path in growing.rglob("*"):
-            if path.is_file():
-                _flush(path)
-        old = folder.with_name(f".{folder.name}.old")
+        for path in (*growing.rglob("*"), growing):
+            _flush(path)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
@@ -42,6 +42,8 @@ def replace_folder(accelerator: Accelerator, folder: Path, write: Callable[[Path
 
 
 def _flush(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows does not open folders
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -72,7 +72,10 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
     if known.config:
         if not Path(known.config).is_file():
             raise SystemExit(f"--config {known.config} does not exist; the recipes are in training/configs/.")
-        values = yaml.safe_load(Path(known.config).read_text()) or {}
+        try:
+            values = yaml.safe_load(Path(known.config).read_text()) or {}
+        except yaml.YAMLError as error:
+            raise SystemExit(f"{known.config} is not valid YAML: {error}") from None
     for name, value in _overrides(rest):
         _assign(values, name, value)
     try:
@@ -90,9 +93,12 @@ def _overrides(rest: list[str]) -> list[tuple[str, Any]]:
             raise SystemExit(f"{word!r} stands where a --field was expected; write --field value.")
         name, equals, value = word[2:].partition("=")
         if not equals:
-            if not words:
+            if words and not words[0].startswith("--"):
+                value = words.pop(0)
+            elif _fields().get(name, "").startswith("bool"):
+                value = "true"  # a switch: --resume
+            else:
                 raise SystemExit(f"--{name} has no value; write --{name} value.")
-            value = words.pop(0)
         pairs.append((name, yaml.safe_load(value)))
     return pairs
 

@@ -82,15 +82,22 @@ def load_pairs(source: str, split: str, config: DataConfig, columns: list[str]) 
         )
     if isinstance(rows.features[config.image_column], ImageFeature):
         return rows.cast_column(config.image_column, ImageFeature(decode=False))
+    stored = rows[config.image_column]
+    _refuse(source, "rows without an image path", [i for i, name in enumerate(stored) if not isinstance(name, str)])
     folder = path.parent
-    files = [str(folder / name) for name in rows[config.image_column]]
+    files = [str(folder / name) for name in stored]
     _refuse(source, "images that do not exist", [name for name in files if not Path(name).is_file()])
     return rows.remove_columns(config.image_column).add_column(config.image_column, files)
 
 
-def _filled(text) -> bool:
-    texts = text if isinstance(text, list) else [text]
-    return bool(texts) and all(isinstance(one, str) and one.strip() for one in texts)
+def caption_list(stored: str | list[str]) -> list[str]:
+    """A row's captions: a string is one, a list several."""
+    return stored if isinstance(stored, list) else [stored]
+
+
+def _filled(stored) -> bool:
+    texts = caption_list(stored)
+    return bool(texts) and all(isinstance(text, str) and text.strip() for text in texts)
 
 
 def _refuse(source: str, what: str, offenders: list) -> None:
@@ -108,7 +115,7 @@ def read_image(stored: str | dict) -> Image.Image:
         )
         with Image.open(source) as image:
             return ImageOps.exif_transpose(image)
-    except OSError as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} cannot be read as an image ({error}); replace it or remove its row.") from error
 
 
@@ -132,17 +139,13 @@ class CaptionedImages(torch.utils.data.Dataset):
             rng = random.Random(f"{self.seed}/{epoch}/{index}")
             item = {"image": read_image(table[image][position])}
             if long in table:
-                item["long_text"] = _one_of(table[long][position], rng)
+                item["long_text"] = rng.choice(caption_list(table[long][position]))
                 if self.config.shuffle_sentences:
                     item["long_text"] = shuffle_sentences(item["long_text"], rng)
             if short in table:
-                item["short_text"] = _one_of(table[short][position], rng)
+                item["short_text"] = rng.choice(caption_list(table[short][position]))
             items.append(item)
         return items
-
-
-def _one_of(text: str | list[str], rng: random.Random) -> str:
-    return text if isinstance(text, str) else rng.choice(text)
 
 
 def shuffle_sentences(text: str, rng: random.Random) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +23,9 @@ from .data import CaptionedImages, Collator, VisitSampler
 from .gather import gather_with_gradient
 from .losses import DualTextLoss, dual_text_loss
 
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
 
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 
@@ -73,7 +76,7 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         scheduler: torch.optim.lr_scheduler.LRScheduler,
         data: CaptionedImages,
-        config: Any,
+        config: "TrainConfig",
         validate: Callable[[LRSCLIPModel], dict[str, float]] | None = None,
     ):
         self.accelerator, self.processor, self.data, self.config = accelerator, processor, data, config
@@ -87,8 +90,14 @@ class Trainer:
     def train(self) -> TrainState:
         """Trains from wherever the state stands to the last step; returns the state."""
         loop, state = self.config.loop, self.state
-        if self.config.resume and load_newest_state(self.accelerator, self.folder):
-            self.report.say(f"resumed after step {state.step} of {self.steps}")
+        if self.config.resume:
+            found = load_newest_state(self.accelerator, self.folder)
+            self.report.say(
+                f"resumed after step {state.step} of {self.steps}"
+                if found
+                else f"no checkpoint in {self.folder} to resume, starting from the beginning"
+            )
+        self.report.rewind(state.step)
         self.model.train()
         with self.report.progress(state.step):
             start = time.perf_counter() - state.seconds
@@ -125,7 +134,7 @@ class Trainer:
             pin_memory=self.accelerator.device.type == "cuda",
         )
 
-    def step(self, batch: dict[str, torch.Tensor]) -> tuple[DualTextLoss, dict[str, float]]:
+    def step(self, batch: dict[str, torch.Tensor]) -> tuple[DualTextLoss, dict[str, Any]]:
         """One optimizer step on this process' share of the global batch."""
         accelerator = self.accelerator
         bare = accelerator.unwrap_model(self.model)
@@ -139,21 +148,27 @@ class Trainer:
             self.config.loss.long_weight,
         )
         if not losses.loss.isfinite():  # the same number on every process, so all stop here together
-            raise FloatingPointError(
-                f"The loss is {losses.loss.item()} at step {self.state.step + 1}; lower optim.learning_rate, set "
-                f"optim.max_grad_norm, or train without mixed precision. Checkpoints so far are in {self.folder}."
-            )
+            raise self._not_finite("loss", losses.loss)
         accelerator.backward(losses.loss)
         numbers = {"learning_rate": self.scheduler.get_last_lr()[0]}
         if self.config.optim.max_grad_norm is not None:
             norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.max_grad_norm)
-            numbers["gradient_norm"] = norm.item()
+            numbers["gradient_norm"] = norm
+            if accelerator.scaler is None and not norm.isfinite():  # fp16's loss scaling skips such steps by itself
+                raise self._not_finite("gradient norm", norm)
         self.optimizer.step()
-        self.scheduler.step()
+        if not accelerator.optimizer_step_was_skipped:  # by fp16's loss scaling
+            self.scheduler.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
             bare.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-        return losses, numbers | {"logit_scale": bare.logit_scale.exp().item()}
+        return losses, numbers | {"logit_scale": bare.logit_scale.detach().exp()}
+
+    def _not_finite(self, what: str, value: torch.Tensor) -> FloatingPointError:
+        return FloatingPointError(
+            f"The {what} is {value.item()} at step {self.state.step + 1}; lower optim.learning_rate, set "
+            f"optim.max_grad_norm, or set precision to fp32. Checkpoints so far, if any, are in {self.folder}."
+        )
 
     def validate_and_keep_best(self) -> None:
         state, accelerator = self.state, self.accelerator
@@ -191,16 +206,25 @@ class RunLog:
         )
         return self.bar
 
+    def rewind(self, step: int) -> None:
+        """Takes out of `log.jsonl` what a killed run wrote after the checkpoint it is resumed from."""
+        if self.accelerator.is_main_process and self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            self.path.write_text(
+                "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
+            )
+
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
             tqdm.write(text)
 
-    def losses(self, state: TrainState, losses: DualTextLoss, numbers: dict[str, float], write: bool) -> None:
+    def losses(self, state: TrainState, losses: DualTextLoss, numbers: dict[str, Any], write: bool) -> None:
         self.bar.update()
-        if not write:
+        if not write:  # numbers are read off the device only when somebody will see them
             return
         parts = {name: value.item() for name, value in losses._asdict().items() if value is not None}
         self.bar.set_postfix({name: f"{value:.3f}" for name, value in parts.items()}, refresh=False)
+        numbers = {name: float(value) for name, value in numbers.items()}
         self._write("train", state, parts | numbers | {"seconds": state.seconds})
 
     def validation(self, state: TrainState, numbers: dict[str, float]) -> None:

@@ -1,18 +1,24 @@
 """The model and processor that a run starts from: a CLIP stretched, an LRSCLIP, or a small one from scratch."""
 
+import difflib
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
-from accelerate.logging import get_logger
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from transformers import AutoConfig, AutoTokenizer
 
-from modeling_lrsclip import LRSCLIPConfig, LRSCLIPImageProcessor, LRSCLIPModel, LRSCLIPProcessor
+from modeling_lrsclip import (
+    LRSCLIPConfig,
+    LRSCLIPImageProcessor,
+    LRSCLIPModel,
+    LRSCLIPProcessor,
+    LRSCLIPTextConfig,
+    LRSCLIPVisionConfig,
+)
 from modeling_lrsclip.train_tokenizer import train_tokenizer
 
-
-logger = get_logger(__name__)
 
 SCRATCH, TRAIN_TOKENIZER = "scratch", "train"
 
@@ -32,6 +38,16 @@ class ModelConfig:
     attn_implementation: str | None = None  # eager, sdpa, flash_attention_2; by default what transformers picks
     gradient_checkpointing: bool = False
 
+    @model_validator(mode="after")
+    def _tower_fields_exist(self):
+        for given, config_class in ((self.text, LRSCLIPTextConfig), (self.vision, LRSCLIPVisionConfig)):
+            known = {field.name for field in fields(config_class)}
+            for name in given:
+                if name not in known:
+                    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+                    raise ValueError(f"{name} is not a field of {config_class.__name__}; did you mean {nearest}?")
+        return self
+
 
 def build_processor(config: ModelConfig, captions: Iterable[str]) -> LRSCLIPProcessor:
     """The processor whose tokenizer cuts at the model's table; `captions` are read only to train a tokenizer."""
@@ -42,9 +58,11 @@ def build_processor(config: ModelConfig, captions: Iterable[str]) -> LRSCLIPProc
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.init, model_max_length=positions)
     if config.init == SCRATCH:
         size = config.vision.get("image_size", 224)
+        image_processor = LRSCLIPImageProcessor(
+            size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+        )
     else:
-        size = AutoConfig.from_pretrained(config.init).vision_config.image_size
-    image_processor = LRSCLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+        image_processor = LRSCLIPImageProcessor.from_pretrained(config.init)
     return LRSCLIPProcessor(image_processor, tokenizer)
 
 

@@ -4,15 +4,17 @@ Fine-tunes a CLIP on images with a long and a short caption each (paper, IV-C).
     accelerate launch -m training.train --config training/configs/demo.yaml [--section.field value]
 """
 
+import datetime
 import os
 import statistics
 from pathlib import Path
 
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from datasets import Dataset, disable_progress_bars
+from datasets.exceptions import DatasetsError
 from pydantic import RootModel
 from transformers.utils import logging
 
@@ -20,29 +22,33 @@ from evaluation.embedding import embed_images
 from evaluation.retrieval import evaluate_retrieval
 
 from .config import TrainConfig, parse_config
-from .data import CaptionedImages, load_pairs, read_image
+from .data import CaptionedImages, caption_list, load_pairs, read_image
 from .loop import Trainer, count_steps
 from .model import build_model, build_processor
 from .optim import build_optimizer, build_scheduler
 
 
 MEASURED_CAPTIONS = 1000  # whose token lengths are told at the start
+LONGEST_WAIT = datetime.timedelta(hours=6)  # of the other processes, while the first one validates or reads data
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(argv)
     try:
         run(config)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, DatasetsError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
 def run(config: TrainConfig) -> Path:
     """Trains as `config` says; returns the folder of the final model."""
     folder = Path(config.output_dir)
+    check_run_folder(folder, config)
+    if config.data.workers:  # forked processes must not wait for the tokenizer's threads, which a fork leaves behind
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    PartialState(timeout=LONGEST_WAIT)
     accelerator = Accelerator(
-        mixed_precision=choose_precision(config.precision),
-        cpu=not torch.cuda.is_available(),
+        mixed_precision=choose_precision(config.precision, PartialState().device.type),
         log_with="tensorboard",
         project_dir=str(folder),
     )
@@ -56,8 +62,10 @@ def run(config: TrainConfig) -> Path:
         held_out = None
         if config.data.validation:
             held_out = load_pairs(config.data.validation, config.data.validation_split, config.data, columns)
-        processor = build_processor(config.model, (text for name in columns for text in rows[name]))
+        captions = (text for name in columns for stored in rows[name] for text in caption_list(stored))
+        processor = build_processor(config.model, captions)
     model = build_model(config.model, processor)
+    model.config.long_weight = config.loss.long_weight
     optimizer = build_optimizer(model, config.optim)
     scheduler = build_scheduler(optimizer, config.optim, count_steps(config.loop, len(rows)))
     trainer = Trainer(
@@ -68,11 +76,11 @@ def run(config: TrainConfig) -> Path:
         scheduler,
         CaptionedImages(rows, config.data, config.seed),
         config,
-        validate=None if held_out is None else Validation(config, processor, held_out),
+        validate=None if held_out is None else Validation(config, processor, held_out, accelerator.mixed_precision),
     )
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(RootModel[TrainConfig](config).model_dump()))
+        (folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
         introduce(trainer, rows, columns)
     accelerator.init_trackers("tensorboard")
     state = trainer.train()
@@ -84,18 +92,50 @@ def run(config: TrainConfig) -> Path:
     return folder / "final"
 
 
-def choose_precision(precision: str) -> str:
+def as_dict(config: TrainConfig) -> dict:
+    return RootModel[TrainConfig](config).model_dump()
+
+
+def check_run_folder(folder: Path, config: TrainConfig) -> None:
     """
-    accelerate's name for it; "auto" is bf16 where the hardware multiplies it, else fp32.
+    Raises `ValueError` when the folder holds a run and this one would overwrite it, or would go on with it under
+    another configuration; how often to log, validate and save may change.
+    """
+    if not (folder / "config.yaml").exists():
+        return
+    if not config.resume:
+        raise ValueError(f"{folder} holds a run already; go on with it by --resume, or set another output_dir.")
+    free = {"resume", "output_dir", "loop.log_every", "loop.validate_every", "loop.save_every"}
+    free |= {"loop.keep_checkpoints", "data.workers"}
+    before, now = flatten(yaml.safe_load((folder / "config.yaml").read_text())), flatten(as_dict(config))
+    changed = [name for name in now if name not in free and before.get(name) != now[name]]
+    if changed:
+        told = ", ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in changed)
+        raise ValueError(f"{folder} cannot be resumed with another configuration: {told}; set another output_dir.")
+
+
+def flatten(values: dict, prefix: str = "") -> dict:
+    """Nested sections as dotted names."""
+    flat = {}
+    for name, value in values.items():
+        nested = isinstance(value, dict) and name not in ("text", "vision")
+        flat |= flatten(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return flat
+
+
+def choose_precision(precision: str, device: str) -> str:
+    """
+    accelerate's name for it; "auto" is bf16 where the hardware of `device` multiplies it, else fp32.
 
     Raises:
         `ValueError`: for bf16 on a CPU that only emulates it, 100 times slower than fp32.
     """
-    if torch.cuda.is_available():
+    if device == "cuda":
         fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if precision == "bf16" and not fast_bf16:
+        fast_bf16 = device == "cpu" and torch.backends.mkldnn.is_available()
+        fast_bf16 = fast_bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if device == "cpu" and precision == "bf16" and not fast_bf16:
             raise ValueError(
                 "This CPU has no bf16 arithmetic and would emulate it 100x slower; set precision to auto."
             )
@@ -106,9 +146,10 @@ def choose_precision(precision: str) -> str:
 
 def use_all_cores(accelerator: Accelerator) -> None:
     """`accelerate launch` gives a process one thread; without a GPU the processes share the cores instead."""
-    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if launched and accelerator.device.type == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def caption_columns(config: TrainConfig) -> list[str]:
@@ -124,11 +165,13 @@ def introduce(trainer: Trainer, rows: Dataset, columns: list[str]) -> None:
     print(
         f"{parameters:.1f} M parameters, {positions} text positions; {len(rows)} pairs, {trainer.steps} steps of "
         f"{trainer.config.loop.batch_size} on {trainer.accelerator.num_processes} x {trainer.accelerator.device.type}, "
-        f"{choose_precision(trainer.config.precision).replace('no', 'fp32')}"
+        f"{trainer.accelerator.mixed_precision.replace('no', 'fp32')}"
     )
+    if trainer.config.data.validation == trainer.config.data.train:
+        print("note: data.validation names the training data; unless their splits differ, recall is not held out")
     for name in columns:
-        texts = rows[:MEASURED_CAPTIONS][name]
-        lengths = trainer.processor.count_tokens([text if isinstance(text, str) else text[0] for text in texts])
+        texts = rows[name][:MEASURED_CAPTIONS]
+        lengths = trainer.processor.count_tokens([caption_list(stored)[0] for stored in texts])
         cut = sum(length > positions for length in lengths) / len(lengths)
         print(f"{name}: {statistics.fmean(lengths):.0f} tokens on average, {cut:.0%} longer than {positions} and cut")
 
@@ -136,22 +179,18 @@ def introduce(trainer: Trainer, rows: Dataset, columns: list[str]) -> None:
 class Validation:
     """Recall of held-out pairs, long and short texts each by themselves."""
 
-    def __init__(self, config: TrainConfig, processor, rows: Dataset):
-        self.config, self.processor = config, processor
+    def __init__(self, config: TrainConfig, processor, rows: Dataset, precision: str):
+        self.config, self.processor, self.precision = config, processor, precision
         self.rows = rows.select(range(min(len(rows), config.data.validation_pairs or len(rows))))
         self.columns = caption_columns(config)
 
     def __call__(self, model) -> dict[str, float]:
-        dtype = torch.bfloat16 if choose_precision(self.config.precision) == "bf16" else None
-        images = [read_image(stored) for stored in self.rows[self.config.data.image_column]]
+        dtype = torch.bfloat16 if self.precision == "bf16" else None
+        images = (read_image(stored) for stored in self.rows[self.config.data.image_column])
         image_embeds = embed_images(model, self.processor, images, dtype=dtype)  # (M, P), once for both texts
         numbers = {}
         for column in self.columns:
-            pairs = [
-                (text, index)
-                for index, texts in enumerate(self.rows[column])
-                for text in ([texts] if isinstance(texts, str) else texts)
-            ]
+            pairs = [(text, index) for index, stored in enumerate(self.rows[column]) for text in caption_list(stored)]
             texts, owners = zip(*pairs)
             recall = evaluate_retrieval(model, self.processor, image_embeds, list(texts), list(owners), dtype=dtype)
             kind = "long" if column == self.config.data.long_column else "short"

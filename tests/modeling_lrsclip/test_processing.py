@@ -68,10 +68,6 @@ class TestTokens:
         assert inputs["attention_mask"].sum(dim=1).tolist() == lengths
         assert (inputs["input_ids"][inputs["attention_mask"] == 0] == tiny_tokenizer.pad_token_id).all()
 
-    def test_max_tokens_puts_the_end_back(self, tiny_processor, tiny_tokenizer, long_texts):
-        (ids,), (cut,) = (tiny_processor.encode_text(long_texts[:1], max_tokens=n) for n in (None, 20))
-        assert cut == ids[:19] + [tiny_tokenizer.eos_token_id]
-
     def test_one_string_is_one_text(self, tiny_processor):
         assert tiny_processor(text="two tanks")["input_ids"] == tiny_processor.encode_text(["two tanks"])[0]
 

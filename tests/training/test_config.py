@@ -16,6 +16,11 @@ def test_file_and_overrides(tmp_path):
     assert config.precision == "auto" and config.optim.name == "sgd"
 
 
+def test_switches():
+    config = parse_config(["--resume", "--output_dir", "x", "--data.train", "y", "--data.shuffle_sentences"])
+    assert config.resume and config.data.shuffle_sentences and config.output_dir == "x"
+
+
 def test_every_mistake_at_once():
     with pytest.raises(SystemExit) as caught:
         parse_config(
@@ -42,6 +47,11 @@ def test_every_mistake_at_once():
         (["--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["steps", "3"], "'steps' stands where a --field was expected"),
         (["--loop.steps"], "--loop.steps has no value"),
+        (["--loop.steps", "--resume"], "--loop.steps has no value"),
+        (
+            ["--output_dir", "x", "--data.train", "y", "--model.text", "{hiden_size: 32}"],
+            "hiden_size .* did you mean hidden_size",
+        ),
         (["--output_dir", "x", "--output_dir.sub", "3"], "output_dir is a single value"),
         (["--output_dir", "x", "--data.train", "y", "--model.init", "scratch"], "model.tokenizer is not set"),
     ],

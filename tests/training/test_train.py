@@ -77,12 +77,14 @@ def test_resumed_equals_uninterrupted_to_the_bit(run_arguments, tmp_path, monkey
         "step-00000002",
         "step-00000004",
     ]
-    train.main([*arguments, "--output_dir", str(tmp_path / "parts"), "--resume", "true"])
+    train.main([*arguments, "--output_dir", str(tmp_path / "parts"), "--resume"])
 
     whole, parts = weights_of(tmp_path / "whole/final"), weights_of(tmp_path / "parts/final")
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
-    losses = {record["step"]: record["loss"] for record in log_of(tmp_path / "parts")}
-    assert losses == {record["step"]: record["loss"] for record in log_of(tmp_path / "whole")}
+    losses = [(record["step"], record["loss"]) for record in log_of(tmp_path / "parts")]  # no step twice
+    assert losses == [(record["step"], record["loss"]) for record in log_of(tmp_path / "whole")]
+    with pytest.raises(SystemExit, match="parts holds a run already; go on with it by --resume,"):
+        train.main([*arguments, "--output_dir", str(tmp_path / "parts")])
 
 
 def launch(arguments: list[str], processes: int) -> str:
@@ -130,6 +132,7 @@ def test_kept_positions_stay_frozen(run_arguments, tiny_clip, tiny_processor, tm
 def test_one_kind_of_text_alone(run_arguments, tmp_path, weight, absent):
     train.main([*run_arguments, "--loss.long_weight", str(weight)])
     assert all(absent not in record and record["loss"] > 0 for record in log_of(tmp_path / "run"))
+    assert AutoModel.from_pretrained(tmp_path / "run/final").config.long_weight == weight
 
 
 def test_a_77_position_model_is_stretched_and_trained_on(run_arguments, tmp_path):
@@ -147,7 +150,46 @@ def test_a_77_position_model_is_stretched_and_trained_on(run_arguments, tmp_path
         assert AutoProcessor.from_pretrained(tmp_path / name / "final").tokenizer.model_max_length == 248
 
 
+def test_several_captions_an_image(run_arguments, captioned_folder, tmp_path):
+    rows = [json.loads(line) for line in (captioned_folder / "captions.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["short_text"] = [row["short_text"], row["short_text"].replace("A ", "One ")]
+    (captioned_folder / "several.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = str(captioned_folder / "several.jsonl")
+    train.main([*run_arguments, "--data.train", source, "--data.validation", source])
+    assert log_of(tmp_path / "run", "validation")[0]["short_text_to_image_R@10"] > 0
+
+
+def test_workers_change_nothing(run_arguments, tmp_path):
+    for workers in (0, 2):
+        folder = str(tmp_path / f"workers{workers}")
+        train.main(
+            [
+                *run_arguments,
+                "--data.workers",
+                str(workers),
+                "--data.shuffle_sentences",
+                "true",
+                "--output_dir",
+                folder,
+            ]
+        )
+    losses = [[record["loss"] for record in log_of(tmp_path / f"workers{workers}")] for workers in (0, 2)]
+    assert losses[0] == losses[1]
+
+
 class TestErrors:
+    def test_another_configuration_is_not_resumed(self, run_arguments):
+        train.main(run_arguments)
+        with pytest.raises(SystemExit, match="optim.learning_rate was 0.001 and is 0.5; set another output_dir"):
+            train.main([*run_arguments, "--optim.learning_rate", "0.5", "--resume"])
+        train.main([*run_arguments, "--loop.log_every", "3", "--resume"])
+
+    def test_malformed_file(self, run_arguments, captioned_folder):
+        (captioned_folder / "malformed.jsonl").write_text('{"image": "0.png", "long_text"')
+        with pytest.raises(SystemExit, match="error: "):
+            train.main([*run_arguments, "--data.train", str(captioned_folder / "malformed.jsonl")])
+
     def test_non_finite_loss_stops_the_run(self, run_arguments):
         with pytest.raises(SystemExit, match="The loss is nan at step [23]; lower optim.learning_rate"):
             train.main([*run_arguments, "--optim.name", "sgd", "--optim.learning_rate", "1e30"])
@@ -165,11 +207,11 @@ class TestErrors:
 
     def test_emulated_bf16_is_refused(self, monkeypatch):
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False, raising=False)
-        if torch.cuda.is_available():
-            pytest.skip("a GPU decides here")
         with pytest.raises(ValueError, match="no bf16 arithmetic"):
-            train.choose_precision("bf16")
-        assert train.choose_precision("auto") == train.choose_precision("fp32") == "no"
+            train.choose_precision("bf16", "cpu")
+        assert train.choose_precision("auto", "cpu") == train.choose_precision("fp32", "cpu") == "no"
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True, raising=False)
+        assert train.choose_precision("auto", "cpu") == train.choose_precision("bf16", "cpu") == "bf16"
 
 
 class TestOptimizer:
