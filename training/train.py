@@ -46,9 +46,9 @@ def run(config: TrainConfig) -> Path:
     check_run_folder(folder, config)
     if config.data.workers:  # forked processes must not wait for the tokenizer's threads, which a fork leaves behind
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    PartialState(timeout=LONGEST_WAIT)
+    device = PartialState(timeout=LONGEST_WAIT).device
     accelerator = Accelerator(
-        mixed_precision=choose_precision(config.precision, PartialState().device.type),
+        mixed_precision=choose_precision(config.precision, device.type),
         log_with="tensorboard",
         project_dir=str(folder),
     )
