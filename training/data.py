@@ -49,13 +49,7 @@ def load_pairs(source: str, split: str, config: DataConfig, columns: list[str]) 
         `ValueError`: for a source that is neither file, folder nor Hub id, a missing column, an empty caption or a
             missing image file (counted, the first few named).
     """
-    path = Path(source)
-    if path.is_dir():
-        names = [name.format(split=split) for name in FOLDER_FILES]
-        found = [path / name for name in names if (path / name).exists()]
-        if not found:
-            raise ValueError(f"The folder {source} holds no caption file; name it one of {', '.join(names)}.")
-        path = found[0]
+    path = find_file(source, split)
     if path.is_file():
         if path.suffix not in FORMATS:
             raise ValueError(f"{path} is not a caption file; its name must end in one of {', '.join(FORMATS)}.")
@@ -88,6 +82,18 @@ def load_pairs(source: str, split: str, config: DataConfig, columns: list[str]) 
     files = [str(folder / name) for name in stored]
     _refuse(source, "images that do not exist", [name for name in files if not Path(name).is_file()])
     return rows.remove_columns(config.image_column).add_column(config.image_column, files)
+
+
+def find_file(source: str, split: str) -> Path:
+    """The caption file that `source` names; in a folder, the first of `FOLDER_FILES` that is there."""
+    path = Path(source)
+    if not path.is_dir():
+        return path
+    names = [name.format(split=split) for name in FOLDER_FILES]
+    found = [path / name for name in names if (path / name).exists()]
+    if not found:
+        raise ValueError(f"The folder {source} holds no caption file; name it one of {', '.join(names)}.")
+    return found[0]
 
 
 def caption_list(stored: str | list[str]) -> list[str]:

@@ -95,7 +95,7 @@ class Trainer:
             self.report.say(
                 f"resumed after step {state.step} of {self.steps}"
                 if found
-                else f"no checkpoint in {self.folder} to resume, starting from the beginning"
+                else f"starting at step 0: no checkpoint to resume in {self.folder}"
             )
         self.report.rewind(state.step)
         self.model.train()

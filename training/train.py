@@ -22,7 +22,7 @@ from evaluation.embedding import embed_images
 from evaluation.retrieval import evaluate_retrieval
 
 from .config import TrainConfig, parse_config
-from .data import CaptionedImages, caption_list, load_pairs, read_image
+from .data import CaptionedImages, caption_list, find_file, load_pairs, read_image
 from .loop import Trainer, count_steps
 from .model import build_model, build_processor
 from .optim import build_optimizer, build_scheduler
@@ -167,8 +167,11 @@ def introduce(trainer: Trainer, rows: Dataset, columns: list[str]) -> None:
         f"{trainer.config.loop.batch_size} on {trainer.accelerator.num_processes} x {trainer.accelerator.device.type}, "
         f"{trainer.accelerator.mixed_precision.replace('no', 'fp32')}"
     )
-    if trainer.config.data.validation == trainer.config.data.train:
-        print("note: data.validation names the training data; unless their splits differ, recall is not held out")
+    data = trainer.config.data
+    if data.validation:
+        validation, train = find_file(data.validation, data.validation_split), find_file(data.train, data.train_split)
+        if validation == train and (train.is_file() or data.validation_split == data.train_split):
+            print(f"note: validation is on the training pairs themselves ({train}), so its recall is not held out")
     for name in columns:
         texts = rows[name][:MEASURED_CAPTIONS]
         lengths = trainer.processor.count_tokens([caption_list(stored)[0] for stored in texts])

@@ -34,7 +34,9 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 def test_what_a_run_leaves_behind(run_arguments, captioned_folder, tmp_path, capsys):
     train.main([*run_arguments, "--loop.steps", "30", "--data.validation", str(captioned_folder)])
     folder = tmp_path / "run"
-    last_line = capsys.readouterr().out.strip().splitlines()[-1]
+    printed = capsys.readouterr().out
+    assert "note: validation is on the training pairs themselves" in printed
+    last_line = printed.strip().splitlines()[-1]
     assert last_line == str(folder / "final")
 
     model, processor = AutoModel.from_pretrained(last_line), AutoProcessor.from_pretrained(last_line)
