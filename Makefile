@@ -26,8 +26,8 @@ help:
 $(READY): setup.py constraints.txt
 	@echo "== Making the environment $(VENV) (once, about two minutes)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,eval,dev]'
+	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable '.[train,eval,dev]'
 	@touch $@
 
 test: $(READY)
