@@ -256,10 +256,10 @@ class Encoder:
             self.image_seconds[key] = time.perf_counter() - started
         return self._images[key]
 
-    def texts(self, rows: Sequence[list[int]], max_tokens: int | None = None) -> Tensor:
+    def texts(self, rows: Sequence[list[int]]) -> Tensor:
         """(N, D) unit embeddings of token rows."""
         title = f"{self.label}: texts" if self.progress else False
-        return embed_token_rows(self.model, self.processor, rows, self.batch_size, max_tokens, self.dtype, title)
+        return embed_token_rows(self.model, self.processor, rows, self.batch_size, dtype=self.dtype, progress=title)
 
     def describe(self) -> dict[str, Any]:
         """What identifies the model in `results.json`."""

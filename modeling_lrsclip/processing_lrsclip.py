@@ -49,7 +49,7 @@ def clean_text(text: str) -> str:
     `basic_clean`, `whitespace_clean`): mends encodings and quotes (ftfy), resolves HTML entities twice, collapses
     white space, lower-cases. transformers' CLIP tokenizer does only the last two.
     """
-    # Printable ASCII without an entity is left alone by ftfy and html: most captions skip them, 20x faster.
+    # Printable ASCII without an entity is left alone by ftfy and html: most captions can skip them.
     if not (text.isascii() and text.isprintable() and "&" not in text):
         text = html.unescape(html.unescape(_fix_text(text)))
     return re.sub(r"\s+", " ", text).strip().lower()

@@ -128,7 +128,7 @@ def choose_precision(precision: str, device: str) -> str:
     accelerate's name for it; "auto" is bf16 where the hardware of `device` multiplies it, else fp32.
 
     Raises:
-        `ValueError`: for bf16 on a CPU that only emulates it, 100 times slower than fp32.
+        `ValueError`: for bf16 on a CPU that only emulates it, many times slower than fp32.
     """
     if device == "cuda":
         fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -137,7 +137,7 @@ def choose_precision(precision: str, device: str) -> str:
         fast_bf16 = fast_bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         if device == "cpu" and precision == "bf16" and not fast_bf16:
             raise ValueError(
-                "This CPU has no bf16 arithmetic and would emulate it 100x slower; set precision to auto."
+                "This CPU has no bf16 arithmetic and would emulate it, many times slower than fp32; set precision to auto."
             )
     if precision == "auto":
         precision = "bf16" if fast_bf16 else "fp32"
