@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from .paper import ARXIV
+
 
 SCHEMA_VERSION = 1
 VERSIONS_OF = ("torch", "transformers", "tokenizers", "datasets", "pillow", "numpy")
@@ -71,6 +73,14 @@ class Column:
     best: bool = False  # the highest value is set in bold
 
 
+class Aside(float):
+    """A number of the paper: shown like the others, but it does not compete for the bold one."""
+
+
+class Gap(Aside):
+    """Measured minus paper: shown with its sign."""
+
+
 @dataclass
 class Table:
     title: str
@@ -82,11 +92,12 @@ class Table:
         """(text, bold) of every cell."""
         best = []
         for index, column in enumerate(self.columns):
-            values = [row[index] for row in self.rows if isinstance(row[index], int | float)]
+            numbers = [row[index] for row in self.rows if isinstance(row[index], int | float)]
+            values = [number for number in numbers if not isinstance(number, Aside)]
             best.append(max(values) if column.best and values and max(values) > min(values) else None)
         return [
             [
-                (_format(value, column, extra_digits), value is not None and value == best[index])
+                (_format(value, column, extra_digits), value == best[index] and not isinstance(value, Aside | None))
                 for index, (value, column) in enumerate(zip(row, self.columns, strict=True))
             ]
             for row in self.rows
@@ -94,13 +105,14 @@ class Table:
 
 
 def _format(value: Any, column: Column, extra_digits: int) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.{column.digits + extra_digits}f}" if column.digits is not None else str(value)
+    if value is None or isinstance(value, str):
+        return "–" if value is None else value
+    sign = "+" if isinstance(value, Gap) else ""
+    return f"{value:{sign}.{column.digits + extra_digits}f}" if column.digits is not None else str(value)
 
 
 def retrieval_table(title: str, results: Sequence[dict[str, Any]], models: Sequence[dict[str, Any]]) -> Table:
-    """One row per model, in the order of the paper's Tables II and III."""
+    """One row per model, in the order of the paper's Tables II and III; below it the paper's row and the gap."""
     positions = {model["label"]: model["positions"] for model in models}
     keys = [key for key in results[0]["metrics"] if key != "mR"]
     columns = [Column("model"), Column("tokens", "reads")]
@@ -113,12 +125,22 @@ def retrieval_table(title: str, results: Sequence[dict[str, Any]], models: Seque
     for result in results:
         values = [result["metrics"][key] for key in [*keys, "mR"]]
         label = result["model"]
-        table.rows.append([label, positions[label], *values, 100 * result["share_truncated"]])
+        mark = " †" if "seen" in result else ""
+        table.rows.append([label + mark, positions[label], *values, 100 * result["share_truncated"]])
+        for name, kind in (("paper", Aside), ("gap", Gap)):
+            if name in result:
+                row = [kind(result[name][key]) if key in result[name] else None for key in [*keys, "mR"]]
+                table.rows.append([f"  {name}", "", *row, ""])
     tokens = results[0]["tokens"]
-    table.note = (
+    lines = [
         f"Recall in %; guessing: R@1 {100 / images:.2g}. "
         f"Tokens a text: {tokens['mean']:.0f} on average, {tokens['longest']} at most."
-    )
+    ]
+    if any("paper" in result for result in results):
+        lines.append(f"paper: as printed in {ARXIV}; gap: measured minus paper.")
+    lines += dict.fromkeys(text for result in results for text in result.get("remarks", []))
+    lines += dict.fromkeys(f"† seen, not zero-shot: {result['seen']}." for result in results if "seen" in result)
+    table.note = "\n".join(lines)
     return table
 
 

@@ -8,6 +8,7 @@ import argparse
 import datetime
 import difflib
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from .embedding import load_encoder
 from .figures import draw_recall_vs_tokens, draw_retrieval_gallery
+from .paper import beside_paper
 from .report import (
     SCHEMA_VERSION,
     Table,
@@ -60,7 +62,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--tokens-kept", default=TOKENS_KEPT, help=f"for R@1 against tokens kept ({TOKENS_KEPT}); none: no curve"
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options.command = shlex.join(["python", "-m", "evaluation.run", *words])
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,6 +94,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     document: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": options.command,
         "data": options.data,
         "batch_size": options.batch_size,
         "environment": environment(),
@@ -104,7 +110,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             started = time.perf_counter()
             result = task.evaluate(encoder, data[task.name], tokens_kept)
             seconds = time.perf_counter() - started
-            document["results"].append({"model": label, "task": task.name, "dataset": data[task.name].name} | result)
+            result = {"model": label, "task": task.name, "dataset": data[task.name].name} | result
+            document["results"].append(result | beside_paper(result))
             console.print(f"{label}: {task.name} done in {seconds:.1f} s, mR {result['metrics']['mR']:.1f}")
         write_json(output / "results.json", document)  # after each model: what is done stays done
     tables = make_tables(tasks, document)

@@ -1,0 +1,309 @@
+"""
+Fills a model card from a checkpoint, what was measured of it, and how it was trained.
+
+    python model_cards/build_card.py --checkpoint runs/mine/final --results results/results.json --repo you/mine
+    python model_cards/build_card.py --published lrsclip-vit-b-16 --output model_cards/lrsclip_vit_b_16.md
+
+A card shows no figure that is not in results.json, in the training record or in the paper's tables.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
+
+
+if not __package__:  # run as a file: siblings and modeling_lrsclip are found from the clone's root
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from model_cards.checkpoint import ModelFacts, published_model, read_checkpoint
+from model_cards.measured import eval_results, paper_tables, results_section, select_model, tokens_section
+
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+RECORD = "run.json"  # what training.train leaves beside the weights
+TAGS = ["remote-sensing", "clip", "lrsclip", "long-text", "image-text-retrieval"]
+CODE_REPO = "MitsuiChen14/LRSCLIP"  # the authors', on GitHub
+UNKNOWN = "unknown"  # the Hub's identifier of a licence that is not stated
+RECORDED = {"data", "steps", "weights", "config", "processes", "device", "precision", "seconds", "versions"}
+
+
+def build_card(
+    checkpoint: Path | None,
+    results: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+    repo_id: str | None = None,
+    *,
+    published: str | None = None,
+    license_id: str = UNKNOWN,
+) -> ModelCard:
+    """
+    The card of a checkpoint, or of published weights that are not at hand.
+
+    Args:
+        checkpoint: model folder; None only with `published`.
+        results: content of the results.json of `evaluation.run`; the results of these very weights are taken from it,
+            recognised by their hash. None: every table says "not yet measured here".
+        training: content of the run.json of `training.train`; by default that in `checkpoint`, if it is there.
+        repo_id: `owner/name` on the Hub, for the lines of use; default the folder's name.
+        published: key of `published.json`, for weights converted from the authors' files.
+        license_id: of the weights, as the Hub spells it.
+
+    Returns:
+        `ModelCard`: with validated metadata; `.save(path)` writes it.
+
+    Raises:
+        `ValueError`: one sentence for a folder that is no LRSCLIP checkpoint, results or a training record of other
+            weights or of another format, a malformed repo id, an unknown published model.
+    """
+    if checkpoint is None and published is None:
+        raise ValueError("a card needs a checkpoint folder or the name of a published model.")
+    if repo_id is not None:
+        validate_repo_id(repo_id)
+    description, facts = published_model(published) if published else (None, None)
+    if checkpoint is not None:
+        checkpoint = Path(checkpoint)
+        facts = read_checkpoint(checkpoint)
+        training = training or _read_record(checkpoint)
+    if description and training:
+        raise ValueError(
+            f"{published} was trained by its authors, but a training record is given; leave one of them out."
+        )
+    if training:
+        _check_training(training, facts, checkpoint)
+    measured, own = {}, []
+    if results is not None:
+        if checkpoint is None:
+            raise ValueError("results belong to weights; give the checkpoint folder that was measured.")
+        measured, own = select_model(results, facts.weights_sha256, checkpoint)
+        if training and _same_file(results.get("data"), training["data"]["name"]):
+            own = [result | {"seen": "it was trained on this very file"} for result in own]
+    address = repo_id or (_folder_name(checkpoint, address=True) if checkpoint else published)
+    title = repo_id.split("/")[-1] if repo_id else _folder_name(checkpoint) if checkpoint else published
+    data = card_data(title, own, training, description, license_id)
+    paper_model = published or next((result["paper_model"] for result in own if "paper_model" in result), None)
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        title=description["name"] if description else title,
+        facts=facts,
+        text=facts.config.text_config,
+        vision=facts.config.vision_config,
+        address=address,
+        results_section=results_section(own, paper_model),
+        tokens_section=tokens_section(own),
+        paper_name=paper_tables()["names"].get(paper_model),
+        commands=_commands(address, description, training, results, measured),
+        versions_section=_versions(results, measured, own, training),
+        arxiv=paper_tables()["source"]["arxiv"],
+        **_origin(description, training),
+    )
+    return ModelCard(re.sub(r"\n{3,}", "\n\n", card.content))
+
+
+def card_data(
+    name: str,
+    results: Sequence[dict[str, Any]],
+    training: dict[str, Any] | None,
+    description: dict[str, Any] | None,
+    license_id: str,
+) -> ModelCardData:
+    """The card's metadata; what is not known is left out."""
+    base, datasets = description and description["base_model"], None
+    if training and training["init"] and training["init"]["kind"] == "hub":
+        base = training["init"]["name"]
+    if training and training["data"]["kind"] == "hub":
+        datasets = [training["data"]["name"]]
+    metrics = dict.fromkeys(
+        "recall" if "R@" in name or name == "mR" else name for own in results for name in own["metrics"]
+    )
+    return ModelCardData(
+        language="en",
+        license=license_id,
+        library_name="transformers",
+        pipeline_tag="zero-shot-image-classification",
+        tags=TAGS,
+        base_model=base,
+        base_model_relation="finetune" if base else None,
+        datasets=datasets,
+        metrics=list(metrics) or None,
+        model_name=name if results else None,  # of the model-index
+        eval_results=eval_results(results) or None,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- origin
+
+
+def _read_record(checkpoint: Path) -> dict[str, Any] | None:
+    path = checkpoint / RECORD
+    return _read_json(path) if path.is_file() else None
+
+
+def _check_training(training: dict[str, Any], facts: ModelFacts, checkpoint: Path) -> None:
+    if not isinstance(training, dict) or not training.keys() >= RECORDED:
+        raise ValueError("the training record lacks what run.json of training.train holds; give that file.")
+    if training["weights"]["sha256"] != facts.weights_sha256:
+        raise ValueError(
+            f"the training record is that of other weights ({training['weights']['sha256'][:12]}) than those in "
+            f"{checkpoint} ({facts.weights_sha256[:12]}); give the run.json that lies beside them."
+        )
+
+
+def _same_file(measured_on: Any, trained_on: str) -> bool:
+    """Whether the evaluation read the very file of the training; of a folder the two may read different parts."""
+    if not isinstance(measured_on, str) or not Path(trained_on).suffix:
+        return False
+    return os.path.abspath(measured_on) == os.path.abspath(trained_on)
+
+
+def _origin(description: dict[str, Any] | None, training: dict[str, Any] | None) -> dict[str, Any]:
+    """What the template says of where the weights come from."""
+    variables: dict[str, Any] = {"published": description, "training": training}
+    if description:
+        lrs2m, recipe = paper_tables()["lrs2m"], paper_tables()["recipe"]
+        variables |= {
+            "base_name": f"[{description['base_model']}](https://huggingface.co/{description['base_model']})",
+            "code_repo": CODE_REPO,
+            "lrs2m": lrs2m,
+            "pairs_of_table_1": sum(row[0] for row in lrs2m["rows"].values()),
+            "recipe": recipe,
+            "short_weight": round(1 - recipe["long_weight"], 6),
+        }
+    elif training:
+        config, init = training["config"], training["init"]
+        started_from = "random weights"
+        if init:
+            started_from = f"`{_public(init['name'])}`"
+            if init["kind"] == "hub":
+                started_from = f"[{init['name']}](https://huggingface.co/{init['name']})"
+        variables |= {
+            "captions": " and ".join(f"`{name}`" for name in training["data"]["captions"]),
+            "config": config,
+            "config_yaml": yaml.safe_dump(_public(config), sort_keys=False, width=110).strip(),
+            "data_name": _public(training["data"]["name"]),
+            "init_data_name": training["init_run"] and _public(training["init_run"]["data"]["name"]),
+            "short_weight": round(1 - config["loss"]["long_weight"], 6),
+            "started_from": started_from,
+        }
+    return variables
+
+
+def _public(value: Any) -> Any:
+    """Absolute paths, wherever they stand, cut to their last part: a card is no place for somebody's folders."""
+    if isinstance(value, dict):
+        return {name: _public(entry) for name, entry in value.items()}
+    if isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~")):
+        return Path(value).name
+    return value
+
+
+def _folder_name(checkpoint: Path, address: bool = False) -> str:
+    """`runs/mine/final` is the model `mine`; as an address, from which it is loaded, the folder itself."""
+    path = checkpoint.absolute()
+    return path.parent.name if path.name in ("final", "best") and not address else path.name
+
+
+# ------------------------------------------------------------------------------------------------------------- reproduce
+
+
+def _commands(
+    address: str,
+    description: dict[str, Any] | None,
+    training: dict[str, Any] | None,
+    results: dict[str, Any] | None,
+    measured: dict[str, Any],
+) -> list[str]:
+    """The shell lines that make the weights and measure them."""
+    commands = []
+    if description:
+        commands.append(f"python -m modeling_lrsclip.convert {description['weights_file']} {address}")
+    if training:
+        commands.append("accelerate launch -m training.train --config config.yaml")
+    if results and "command" in results:
+        words = [address if word == measured["path"] else _public(word) for word in shlex.split(results["command"])]
+        return [*commands, shlex.join(words)]
+    commands.append(f"python -m evaluation.run --model {address} --tasks all --data DATA --output results")
+    card = f"python model_cards/build_card.py --checkpoint {address} --results results/results.json"
+    return [*commands, card + (f" --published {description['key']}" if description else "")]
+
+
+def _versions(
+    results: dict[str, Any] | None,
+    measured: dict[str, Any],
+    own: Sequence[dict[str, Any]],
+    training: dict[str, Any] | None,
+) -> str:
+    lines = []
+    if training:
+        lines.append(f"- Trained with {_listed(training['versions'])}.")
+    if results:
+        environment = results["environment"]
+        versions = {"python": environment["python"]} | environment["versions"]
+        lines.append(f"- Measured with {_listed(versions)}, in {measured['dtype']} on {measured['device']}.")
+    for result in own:
+        hashes = [
+            f"{noun} `{result[f'{noun}_sha256'][:16]}`"
+            for noun in ("images", "texts", "labels")
+            if f"{noun}_sha256" in result
+        ]
+        if hashes:
+            lines.append(f"- {result['dataset']} for {result['task']}, SHA-256: {', '.join(hashes)}.")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _listed(versions: dict[str, str | None]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+
+
+# --------------------------------------------------------------------------------------------------------------- command
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; bad input is one sentence on standard error and exit status 2."""
+    parser = argparse.ArgumentParser(prog="python model_cards/build_card.py", description="Builds a model card.")
+    parser.add_argument("--checkpoint", type=Path, help="model folder as save_pretrained writes it")
+    parser.add_argument("--results", type=Path, help="results.json of evaluation.run on this checkpoint")
+    parser.add_argument(
+        "--training", type=Path, help="run.json of training.train (default: the one beside the weights)"
+    )
+    parser.add_argument("--repo", help="owner/name on the Hub, for the lines of use")
+    parser.add_argument("--published", help="for weights converted from the authors' files, such as lrsclip-vit-b-16")
+    parser.add_argument("--license", default=UNKNOWN, help="of the weights, as the Hub spells it (unknown)")
+    parser.add_argument("--output", type=Path, help="file to write (README.md in the checkpoint folder)")
+    options = parser.parse_args(arguments)
+    try:
+        results, training = (_read_json(path) if path else None for path in (options.results, options.training))
+        chosen = {"published": options.published, "license_id": options.license}
+        card = build_card(options.checkpoint, results, training, options.repo, **chosen)
+        output = options.output or (options.checkpoint and options.checkpoint / "README.md")
+        if output is None:
+            raise ValueError("--output FILE is needed where no --checkpoint is given.")
+        unfinished = output.with_name(f".{output.name}.{os.getpid()}")
+        card.save(unfinished)
+        os.replace(unfinished, output)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
