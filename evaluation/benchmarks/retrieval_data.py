@@ -1,110 +1,150 @@
 """
-Images and their captions for text-image retrieval, from a folder, a table file or the Hub.
+Images and their captions for text-image retrieval, from a folder, a file or the Hub.
 
 M images, N texts; a text belongs to one image, an image has one text or several.
 """
 
-import csv
-import difflib
 import hashlib
-import io
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple
 
-from PIL import Image, ImageOps
+from .image_files import ImageFiles, complain, plain, usable_images
+from .tables import (
+    FORMATS,
+    MissingColumn,
+    Table,
+    is_hub_id,
+    parse_json,
+    read_hub,
+    read_parquet,
+    read_table,
+    read_text,
+    table_images,
+)
 
 
-IMAGE_COLUMN = "image"
-FORMATS = (".parquet", ".jsonl", ".json", ".csv")
-SHOWN = 3  # offenders an error names before it only counts
+TEXT_COLUMNS = {
+    "long_text": ("long_text", "long_caption"),
+    "short_text": ("short_text", "title", "caption", "captions", "sentences"),  # title: RS5M's *_test.csv
+}
+IN_A_FOLDER = (  # what is looked for, in this order
+    "test.parquet",
+    "test-*.parquet",
+    "data/test-*.parquet",  # a clone of a data set of the Hub
+    "dataset_*.json",  # RSITMD, RSICD, UCM-Captions, after Karpathy's files
+    "*_test.csv",  # RS5M's test data
+    "test_caps.txt",  # AMFMN's *_precomp
+    *(f"{stem}{suffix}" for stem in ("test", "captions") for suffix in FORMATS[1:]),
+)
 
 
-class ImageFiles(Sequence[Image.Image]):
-    """
-    A sequence of images that are opened when they are asked for, so that none is held in memory.
+class PublishedSplit(NamedTuple):
+    """A benchmark's test split as published (paper, V-B 1; RSITMD-L and RSICD-L have one long text an image)."""
 
-    Args:
-        sources: per image a path or the bytes of an image file.
-        names: per image what errors and figures call it.
-    """
+    name: str
+    images: int
+    texts: int
 
-    def __init__(self, sources: Sequence[Path | bytes], names: Sequence[str]):
-        self.sources, self.names = list(sources), list(names)
 
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    @overload
-    def __getitem__(self, index: int) -> Image.Image: ...
-    @overload
-    def __getitem__(self, index: slice) -> "ImageFiles": ...
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return ImageFiles(self.sources[index], self.names[index])
-        source = self.sources[index]
-        try:
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-            image = ImageOps.exif_transpose(image)  # upright, as for training; also reads the pixels
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"image {self.names[index]} cannot be read: {error}") from error
-        return image
-
-    def __iter__(self) -> Iterator[Image.Image]:
-        return (self[index] for index in range(len(self)))
-
-    @cached_property
-    def content_hash(self) -> str:
-        """SHA-256 over the content of all files, in order; file names do not enter."""
-        digest = hashlib.sha256()
-        for source in self.sources:
-            digest.update(hashlib.sha256(source if isinstance(source, bytes) else source.read_bytes()).digest())
-        return digest.hexdigest()
+PUBLISHED_SPLITS = {
+    ("rsitmd", "short_text"): PublishedSplit("RSITMD", 452, 5 * 452),
+    ("rsitmd", "long_text"): PublishedSplit("RSITMD-L", 452, 452),
+    ("rsicd", "short_text"): PublishedSplit("RSICD", 1093, 5 * 1093),
+    ("rsicd", "long_text"): PublishedSplit("RSICD-L", 1093, 1093),
+}
 
 
 @dataclass(frozen=True)
 class RetrievalData:
     """One retrieval benchmark: `text_to_image[j]` is the index of the image that text j describes."""
 
-    name: str
+    name: str  # as in the paper's tables where it is one of theirs
     images: ImageFiles  # M
     texts: list[str]  # N
     text_to_image: list[int]  # N
+    read_from: str = ""  # file, columns, encoding
+    expected: PublishedSplit | None = None
+    skipped: tuple[str, ...] = ()  # images left out, with the reason
 
     @property
     def texts_hash(self) -> str:
         """SHA-256 over the texts and the images they belong to."""
         return hashlib.sha256(json.dumps([self.texts, self.text_to_image]).encode()).hexdigest()
 
+    @property
+    def summary(self) -> str:
+        """One line on what was found, and against what."""
+        found = f"{self.name}: {len(self.images):,} images, {len(self.texts):,} texts"
+        if self.expected and not self.is_whole:
+            found += (
+                f"; its test split has {self.expected.images:,} and {self.expected.texts:,}: figures do not compare "
+                "with published ones"
+            )
+        elif self.expected:
+            found += ", the whole test split"
+        left_out = f"; {len(self.skipped)} images left out, first: {self.skipped[0]}" if self.skipped else ""
+        return f"{found}{left_out} ({self.read_from})"
 
-@dataclass(frozen=True)
-class _Table:
-    """Two columns as read: `origin` and `row_name` word the errors, `folder` is what image paths start from."""
+    @property
+    def is_whole(self) -> bool:
+        """The numbers of images and texts are those of the published test split."""
+        return bool(self.expected) and (len(self.images), len(self.texts)) == self.expected[1:]
 
-    origin: str
-    images: list[Any]
-    captions: list[Any]
-    folder: Path | None
-    row_name: str = "row"
+    def describe(self) -> dict[str, Any]:
+        """What `results.json` says of the data."""
+        return {
+            "read_from": self.read_from,
+            "benchmark": self.expected.name if self.expected else None,
+            "expected": {"images": self.expected.images, "texts": self.expected.texts} if self.expected else None,
+            "whole": self.is_whole,
+            "skipped": list(self.skipped),
+            "summary": self.summary,
+        }
 
-    def __len__(self) -> int:
-        return len(self.images)
+
+def find_sources(source: str | Path, text_column: str) -> list[str]:
+    """
+    The benchmarks that a folder holds: itself where it has a caption file, else each folder below it that has one with
+    the kind of text asked for. Anything that is no folder is returned as it is.
+    """
+    path = Path(source).expanduser()
+    if not path.is_dir() or _caption_files(path):
+        return [str(source)]
+    folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and _caption_files(folder)]
+    found = []
+    for folder in folders:
+        try:
+            _read(folder, text_column)
+        except MissingColumn:
+            continue
+        found.append(str(folder))
+    if folders and not found:
+        names = ", ".join(folder.name for folder in folders[:5])
+        raise ValueError(f"none of the caption files in {path} ({names}) has a {text_column}.")
+    return found or [str(source)]
 
 
-def load_retrieval(source: str | Path, text_column: str) -> RetrievalData:
+def load_retrieval(source: str | Path, text_column: str, allow_missing: int = 0) -> RetrievalData:
     """
     Loads images and one kind of caption.
 
     Args:
         source: one of
-            - a folder with `test.parquet` (as `evaluation.benchmarks.aerial_scenes` writes it), or shards of it;
-            - a `.parquet`, `.jsonl`, `.json` (a list of objects) or `.csv` file;
+            - a folder with `test.parquet` (as `evaluation.benchmarks.aerial_scenes` writes it) or shards of it, with
+              `dataset_*.json`, `*_test.csv`, `test_caps.txt`, `test.*` or `captions.*`;
+            - a `.parquet`, `.jsonl`, `.json` (a list of objects), `.csv` or `.tsv` file with the columns `image` (or
+              `filename`, `filepath`, `file_name`: a path, or the image itself) and `text_column`;
+            - RSITMD's or RSICD's own `dataset_*.json`, whose `test` images are taken; RS5M's `rsitmd_test.csv`,
+              `rsicd_test.csv`; AMFMN's `test_caps.txt` beside `test_filename.txt`;
             - the id of a Hub data set, whose `test` split is taken.
-            It has the columns `image` (a path relative to the file, or the image itself) and `text_column`.
-        text_column: `long_text` or `short_text`: a string, or a list of several captions of the image.
+            Image paths start at the file's folder, or at the folder below it that holds most of them.
+        text_column: `long_text` or `short_text`: a string, or a list of several captions of the image. Published
+            files call the short one `title`, `caption`, `captions` or `sentences`.
+        allow_missing: how many images may be missing or unreadable; they and their texts are left out, and named in
+            `skipped`.
 
     Returns:
         [`RetrievalData`]: rows that name the same image become one image with several texts.
@@ -116,171 +156,132 @@ def load_retrieval(source: str | Path, text_column: str) -> RetrievalData:
     table = _read(source, text_column)
     if not len(table):
         raise ValueError(f"{table.origin} has no rows.")
-    keys = _image_keys(table)
     captions = _captions(table, text_column)
-    place: dict[Any, int] = {}
-    sources, names, texts, text_to_image = [], [], [], []
-    for row, ((key, opened, name), own) in enumerate(zip(keys, captions, strict=True)):
-        if key not in place:
-            place[key] = len(sources)
-            sources.append(opened)
-            names.append(name or f"{table.row_name} {row + 1} of {table.origin}")
-        texts.extend(own)
-        text_to_image.extend([place[key]] * len(own))
-    return RetrievalData(_name(source), ImageFiles(sources, names), texts, text_to_image)
+    images, owners, beside = table_images(table)
+    kept, skipped = usable_images(images, allow_missing, table.origin, beside)
+    place = {image: position for position, image in enumerate(kept)}
+    texts, text_to_image = [], []
+    for own, image in zip(captions, owners, strict=True):
+        if image in place:
+            texts.extend(own)
+            text_to_image.extend([place[image]] * len(own))
+    expected = _published_split(source, text_column)
+    name = expected.name if expected else _name(source)
+    read_from = f"{Path(table.origin).name}: {table.how}"
+    return RetrievalData(name, images.take(kept), texts, text_to_image, read_from, expected, tuple(skipped))
 
 
 def _name(source: str | Path) -> str:
     """`runs/scenes/test.parquet` and `runs/scenes` are both the data set `scenes`."""
     path = Path(source)
-    if path.suffix in FORMATS and path.stem in ("test", "captions", "data"):
+    if path.suffix in (*FORMATS, ".txt") and path.stem in ("test", "captions", "data", "test_caps"):
         return path.absolute().parent.name
     return path.stem if path.suffix in FORMATS else path.absolute().name
 
 
-# ------------------------------------------------------------------------------------------------------------ reading
+def _published_split(source: str | Path, text_column: str) -> PublishedSplit | None:
+    """The benchmark that the file, its folder or the Hub id is named after."""
+    path = Path(source)
+    for part in (path.stem, path.absolute().parent.name if path.suffix else ""):
+        for (benchmark, column), split in PUBLISHED_SPLITS.items():
+            if benchmark in plain(part) and column == text_column:
+                return split
+    return None
 
 
-def _read(source: str | Path, text_column: str) -> _Table:
-    path = Path(source).expanduser()
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def _read(source: str | Path, text_column: str) -> Table:
+    path, columns = Path(source).expanduser(), TEXT_COLUMNS[text_column]
     if path.is_dir():
-        found = sorted(path.glob("test.parquet")) or sorted(path.glob("test-*.parquet"))
-        if not found:
-            near = ", ".join(sorted(file.name for file in path.iterdir() if file.suffix in FORMATS)[:5])
-            raise ValueError(
-                f"{path} holds no test.parquet; name a {', '.join(FORMATS)} file"
-                + (f", for example one of: {near}." if near else " with the columns image, long_text, short_text.")
-            )
-        return _read_parquet(found, text_column)
-    if not path.is_file():
-        if path.suffix in FORMATS or not _is_hub_id(str(source)):
-            raise ValueError(f"{path} does not exist; give a folder, a {', '.join(FORMATS)} file or a Hub id.")
-        return _read_hub(str(source), text_column)
-    if path.suffix == ".parquet":
-        return _read_parquet([path], text_column)
-    if path.suffix == ".jsonl":
-        return _from_records(path, _json_lines(path), text_column, row_name="line")
+        if found := _caption_files(path):
+            parquet = found[0].suffix == ".parquet"
+            return read_parquet(found, columns) if parquet else _read_file(_only(found), text_column)
+        near = ", ".join(sorted(file.name for file in path.iterdir() if file.suffix in FORMATS)[:5])
+        raise ValueError(
+            f"{path} holds no test.parquet, dataset_*.json, *_test.csv or captions.jsonl; name a "
+            f"{', '.join(FORMATS)} file"
+            + (f", for example one of: {near}." if near else " with the columns image, long_text, short_text.")
+        )
+    if path.is_file():
+        return _read_file(path, text_column)
+    if path.suffix in FORMATS or not is_hub_id(str(source)):
+        raise ValueError(f"{path} does not exist; give a folder, a {', '.join(FORMATS)} file or a Hub id.")
+    return read_hub(str(source), columns)
+
+
+def _caption_files(folder: Path) -> list[Path]:
+    return next((found for pattern in IN_A_FOLDER if (found := sorted(folder.glob(pattern)))), [])
+
+
+def _only(found: list[Path]) -> Path:
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise ValueError(f"{found[0].parent} holds several caption files ({names}); name one of them.")
+    return found[0]
+
+
+def _read_file(path: Path, text_column: str) -> Table:
+    if path.name.endswith("_caps.txt"):
+        return _read_line_pairs(path, text_column)
     if path.suffix == ".json":
-        return _from_records(path, _json_list(path), text_column, row_name="entry")
-    if path.suffix == ".csv":
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return _from_records(path, list(csv.DictReader(file)), text_column)
-    raise ValueError(f"{path}: {path.suffix or 'no suffix'} is not a supported format; use {', '.join(FORMATS)}.")
+        document = parse_json(path, read_text(path)[0])
+        if isinstance(document, dict) and isinstance(document.get("images"), list):
+            return _read_karpathy(path, document["images"], text_column)
+    return read_table(path, TEXT_COLUMNS[text_column])
 
 
-def _is_hub_id(source: str) -> bool:
-    return source.count("/") == 1 and not source.startswith((".", "~", "/"))
+def _read_karpathy(path: Path, entries: list[Any], text_column: str) -> Table:
+    """`{"images": [{"filename": …, "split": "test", "sentences": [{"raw": …}, …]}, …]}`."""
+    column = "sentences" if text_column == "short_text" else text_column
+    for number, entry in enumerate(entries, start=1):
+        for name in ("filename", "split", "sentences"):
+            if not isinstance(entry, dict) or name not in entry:
+                raise ValueError(f"{path}, image {number} has no {name}; each image needs filename, split, sentences.")
+    chosen = [entry for entry in entries if entry["split"] == "test"]
+    if not chosen:
+        splits = ", ".join(
+            f"{split}: {count}" for split, count in Counter(entry["split"] for entry in entries).items()
+        )
+        raise ValueError(f"{path} has no image of split test; it has {splits or 'no images'}.")
+    if any(column not in entry for entry in chosen):
+        raise MissingColumn(
+            f"{path} has short captions only (sentences); long-text retrieval needs a file with long_text for each "
+            "image, such as RSITMD-L or RSICD-L."
+        )
+    images, values = [entry["filename"] for entry in chosen], [entry[column] for entry in chosen]
+    return Table(str(path), images, values, path.parent, "test image", f"{column} of the images of split test")
 
 
-def _read_parquet(paths: list[Path], text_column: str) -> _Table:
-    import pyarrow
-    from pyarrow import parquet
-
-    origin, rows = str(paths[0]), []
-    for path in paths:
-        try:
-            _check_columns(str(path), parquet.read_schema(path).names, text_column)
-            rows += parquet.read_table(path, columns=[IMAGE_COLUMN, text_column]).to_pylist()
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{path} is not a readable parquet file: {error}") from error
-    return _Table(origin, [row[IMAGE_COLUMN] for row in rows], [row[text_column] for row in rows], paths[0].parent)
-
-
-def _read_hub(name: str, text_column: str) -> _Table:
-    import datasets
-
-    try:
-        data = datasets.load_dataset(name, split="test")
-    except (OSError, ValueError) as error:  # datasets' and the Hub's errors are of these kinds
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{name} is neither a path nor a Hub data set that could be read ({reason})") from error
-    _check_columns(name, data.column_names, text_column)
-    if isinstance(data.features[IMAGE_COLUMN], datasets.Image):
-        data = data.cast_column(IMAGE_COLUMN, datasets.Image(decode=False))
-    return _Table(name, list(data[IMAGE_COLUMN]), list(data[text_column]), folder=None)
+def _read_line_pairs(path: Path, text_column: str) -> Table:
+    """Captions line by line, and their images' names in the file beside: a name a caption, or a name every five."""
+    if text_column != "short_text":
+        raise MissingColumn(f"{path} has short captions only; long-text retrieval needs a file with long_text.")
+    beside = path.with_name(path.name.replace("_caps.txt", "_filename.txt"))
+    if not beside.is_file():
+        raise ValueError(f"{path} needs {beside.name} beside it, with the images' names.")
+    texts, names = (read_text(file)[0].rstrip("\n").split("\n") for file in (path, beside))
+    each, rest = divmod(len(texts), max(len(names), 1))
+    if not each or rest:
+        raise ValueError(
+            f"{path} has {len(texts)} captions, {beside.name} {len(names)} images: not a whole number each."
+        )
+    images = [name.strip() for name in names for _ in range(each)]
+    texts = [text.rstrip("\r") for text in texts]
+    return Table(str(path), images, texts, path.parent, "line", f"images of {beside.name}")
 
 
-def _json_lines(path: Path) -> list[Any]:
-    rows = []
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                rows.append(json.loads(line) if line.strip() else None)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
-    while rows and rows[-1] is None:  # empty lines at the end
-        rows.pop()
-    return rows
+# ------------------------------------------------------------------------------------------------------------ checking
 
 
-def _json_list(path: Path) -> list[Any]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} must hold a list of objects, one an image; it holds a {type(rows).__name__}.")
-    return rows
-
-
-def _from_records(path: Path, rows: list[Any], text_column: str, row_name: str = "row") -> _Table:
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, {row_name} {number} is not an object with the fields image and {text_column}.")
-        _check_columns(f"{path}, {row_name} {number}", row, text_column)
-    images, captions = [row[IMAGE_COLUMN] for row in rows], [row[text_column] for row in rows]
-    return _Table(str(path), images, captions, path.parent, row_name)
-
-
-def _check_columns(origin: str, columns: Any, text_column: str) -> None:
-    for wanted in (IMAGE_COLUMN, text_column):
-        if wanted not in columns:
-            near = difflib.get_close_matches(wanted, [str(name) for name in columns], n=1)
-            raise ValueError(
-                f"{origin} has no {wanted}; it has {', '.join(map(str, columns)) or 'nothing'}"
-                + (f" (is {near[0]} what you mean?)" if near else ".")
-            )
-
-
-# ----------------------------------------------------------------------------------------------------------- checking
-
-
-def _image_keys(table: _Table) -> list[tuple[Any, Path | bytes, str]]:
-    """Per row (identity, file or bytes, name). The same file, or embedded bytes under the same path, is one image."""
-    keys, missing, odd = [], [], []
-    for row, value in enumerate(table.images):
-        path, content = (value.get("path"), value.get("bytes")) if isinstance(value, dict) else (value, None)
-        if isinstance(path, bytes):
-            path, content = None, path
-        if content is not None:
-            keys.append(((path, hashlib.sha256(content).digest()), content, path or ""))
-        elif isinstance(path, str) and path:
-            file = (table.folder or Path()) / Path(path).expanduser()
-            if not file.is_file():
-                missing.append(path)
-            keys.append((file, file, path))
-        else:
-            odd.append(f"{table.row_name} {row + 1}")
-    _complain(odd, len(table), f"{table.row_name}s of {table.origin} have neither an image path nor an image")
-    beside = f" (paths are taken from {table.folder})" if table.folder else ""
-    _complain(missing, len(table), f"images of {table.origin} are missing{beside}")
-    return keys
-
-
-def _captions(table: _Table, text_column: str) -> list[list[str]]:
+def _captions(table: Table, text_column: str) -> list[list[str]]:
     captions, empty = [], []
-    for row, value in enumerate(table.captions):
+    for row, value in enumerate(table.values):
         own = list(value) if isinstance(value, list | tuple) else [value]
+        own = [text.get("raw") if isinstance(text, dict) else text for text in own]  # a sentence of Karpathy's
         if not own or not all(isinstance(text, str) and text.strip() for text in own):
             empty.append(f"{table.row_name} {row + 1}")
         captions.append(own)
-    _complain(empty, len(table), f"{table.row_name}s of {table.origin} have no {text_column}, or an empty one")
+    complain(empty, len(table), f"{table.row_name}s of {table.origin} have no {text_column}, or an empty one")
     return captions
-
-
-def _complain(offenders: list[str], total: int, what: str) -> None:
-    """Raises one sentence that counts the offenders and names the first few."""
-    if offenders:
-        shown = ", ".join(offenders[:SHOWN])
-        more = ", …" if len(offenders) > SHOWN else ""
-        raise ValueError(f"{len(offenders)} of {total} {what}, first: {shown}{more}")

@@ -1,0 +1,267 @@
+"""
+Zero-shot classification (ZIC): each image goes to the class whose prompt is most similar to it.
+
+Shapes: M images, C classes, T templates, D width of the shared space.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .benchmarks.class_names import Templates, known_datasets, load_templates
+from .benchmarks.classification_data import ClassificationData, find_sources, load_classification
+from .embedding import Encoder, encode_texts, share_truncated, token_lengths
+from .paper import ARXIV
+from .report import Aside, Column, Gap, Table
+
+
+SEEN = "†"  # beside figures of a model that was trained on the data set
+
+
+# ------------------------------------------------------------------------------------------------------------- measure
+
+
+class Predictions(NamedTuple):
+    """What each image was taken for. `predicted` equals the label exactly where the label won alone."""
+
+    predicted: Tensor  # (M,) int64, class index
+    correct: Tensor  # (M,) bool
+
+
+def classify(image_embeds: Any, class_embeds: Any, labels: Any) -> Predictions:
+    """
+    The most similar class of each image by dot product.
+
+    Ties count against the model: where another class scores as high as the right one, the first such class is the
+    prediction. Scores are summed in float64 and rounded to float32, so that equal embeddings tie exactly.
+
+    Args:
+        image_embeds: (M, D) tensor or array, unit rows.
+        class_embeds: (C, D) tensor or array, unit rows; at least two.
+        labels: (M,) integers, the class of image i.
+
+    Raises:
+        `ValueError`: for shapes that do not fit, values that are not finite, labels out of range, fewer than two
+            classes.
+    """
+    images, classes, labels = _check(image_embeds, class_embeds, labels)
+    scores = (images.double() @ classes.double().T).float()  # (M, C)
+    own = scores.gather(1, labels[:, None]).squeeze(1)  # (M,)
+    scores.scatter_(1, labels[:, None], -torch.inf)
+    rival_score, rival = scores.max(dim=1)  # (M,) the best of the wrong classes
+    correct = own > rival_score
+    return Predictions(torch.where(correct, labels, rival), correct)
+
+
+def confusion_matrix(labels: Any, predicted: Any, classes: int) -> Tensor:
+    """(C, C) int64 counts: row i, column j holds the images of class i that were taken for class j."""
+    labels, predicted = torch.as_tensor(labels), torch.as_tensor(predicted)
+    return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
+
+
+def classification_metrics(confusion: Any) -> dict[str, float]:
+    """
+    `accuracy` over all images, and `mean_per_class_accuracy` over the classes that have images; in percent.
+
+    Args:
+        confusion: (C, C) counts of [`confusion_matrix`].
+    """
+    confusion = torch.as_tensor(confusion)
+    right, images = confusion.diagonal(), confusion.sum(dim=1)  # (C,)
+    present = images > 0
+    if not present.any():
+        raise ValueError("the confusion matrix counts no image.")
+    return {
+        "accuracy": 100 * right.sum().item() / images.sum().item(),
+        "mean_per_class_accuracy": 100 * (right[present] / images[present]).double().mean().item(),
+    }
+
+
+def class_embeddings(encoder: Encoder, class_names: Sequence[str], templates: Templates) -> Tensor:
+    """(C, D) unit embeddings: the mean of the unit embeddings of a class's prompts, made a unit vector again."""
+    prompts = [prompt for name in class_names for prompt in templates.fill(name)]
+    embeds = encoder.texts(encode_texts(encoder.processor, prompts))  # (C * T, D)
+    return F.normalize(embeds.view(len(class_names), -1, embeds.shape[1]).mean(dim=1), dim=1)  # (C, D)
+
+
+def _check(image_embeds: Any, class_embeds: Any, labels: Any) -> tuple[Tensor, Tensor, Tensor]:
+    images, classes, labels = (torch.as_tensor(value) for value in (image_embeds, class_embeds, labels))
+    for name, value, least in (("image_embeds", images, 1), ("class_embeds", classes, 2)):
+        if value.ndim != 2 or len(value) < least:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; wanted (n, D) with n of at least {least}.")
+        if not value.isfinite().all():
+            bad = (~value.isfinite().all(dim=1)).nonzero().flatten()
+            raise ValueError(f"{name} has NaN or infinite values in {len(bad)} of {len(value)} rows, first: {bad[0]}.")
+    if images.shape[1] != classes.shape[1]:
+        raise ValueError(f"image_embeds are {images.shape[1]} wide, class_embeds {classes.shape[1]}; must be equal.")
+    if labels.shape != (len(images),) or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"labels must be {len(images)} class indices, one an image; got shape {tuple(labels.shape)} of "
+            f"{str(labels.dtype).removeprefix('torch.')}."
+        )
+    outside = ((labels < 0) | (labels >= len(classes))).nonzero().flatten()
+    if len(outside):
+        raise ValueError(
+            f"labels[{outside[0]}] is {labels[outside[0]]}; with {len(classes)} classes it must be from 0 to "
+            f"{len(classes) - 1}."
+        )
+    return images, classes.to(images.device), labels.long().to(images.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------- task
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """A row of `evaluation.run`'s registry: how to load the data and measure a model on it."""
+
+    name: str
+    title: str
+
+    def sources(self, source: str) -> list[str]:
+        """The data sets below a folder of data sets; else the source itself."""
+        return find_sources(source)
+
+    def load(self, source: str, allow_missing: int = 0) -> ClassificationData:
+        return load_classification(source, allow_missing)
+
+    def evaluate(
+        self, encoder: Encoder, data: ClassificationData, templates: str = "paper", wording: str = "human"
+    ) -> dict[str, Any]:
+        """
+        Measures one model on one data set.
+
+        Args:
+            templates: a set of `benchmarks/classes/templates.json`, or a text file with one template a line.
+            wording: of the class names, `human` or `folder`; see [`~benchmarks.class_names.Dataset.wordings`].
+
+        Returns:
+            `dict`: ready for JSON: `metrics` (percent), `per_class`, `confusion` (rows: true class), `labels`,
+            `predictions` and `correct` per image, `prompts`, ….
+        """
+        chosen, dataset = load_templates(templates), data.dataset
+        names = dataset.wordings(wording)
+        image_embeds = encoder.images(data.images)  # (M, D)
+        started = time.perf_counter()
+        class_embeds = class_embeddings(encoder, names, chosen)  # (C, D)
+        text_seconds = time.perf_counter() - started
+        predicted, correct = classify(image_embeds, class_embeds, data.labels)
+        confusion = confusion_matrix(data.labels, predicted, len(names))
+        prompts = [prompt for name in names for prompt in chosen.fill(name)]
+        lengths = token_lengths(encoder.processor, prompts)
+        return {
+            "metrics": classification_metrics(confusion),
+            "images": len(data.images),
+            "classes": len(names),
+            "data": data.describe(),
+            "class_names": dataset.describe(wording),
+            "prompts": {
+                "template_set": chosen.name,
+                "version": chosen.version,
+                "templates": list(chosen.templates),
+                "first": prompts[0],
+                "sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+            },
+            "share_truncated": share_truncated(lengths, encoder.positions),
+            "seconds": {"images": encoder.image_seconds[data.images.content_hash], "texts": text_seconds},
+            "images_sha256": data.images.content_hash,
+            "labels_sha256": data.labels_hash,
+            "per_class": _per_class(dataset.folders, names, confusion),
+            "confusion": confusion.tolist(),
+            "labels": data.labels,
+            "predictions": predicted.tolist(),
+            "correct": correct.int().tolist(),
+        }
+
+
+def _per_class(folders: Sequence[str], names: Sequence[str], confusion: Tensor) -> list[dict[str, Any]]:
+    rows = []
+    for folder, name, counts, right in zip(folders, names, confusion, confusion.diagonal().tolist(), strict=True):
+        images = counts.sum().item()
+        accuracy = 100 * right / images if images else None
+        rows.append({"class": folder, "name": name, "images": images, "accuracy": accuracy})
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------------- table
+
+
+def classification_table(title: str, results: Sequence[dict[str, Any]]) -> Table:
+    """
+    Accuracy with a row per model and a column per data set, as the paper's Table IV; below it the paper's row and the
+    gap, where there is one.
+
+    Args:
+        results: of this task, with `model`, `dataset`, and what [`~evaluation.paper.beside_paper`] adds. A figure of a
+            model that has seen the data set is marked; it does not compete, and leaves no mean.
+    """
+    datasets = _in_order([result["dataset"] for result in results])
+    averaged = [name for name in _paper_names() if name in datasets]
+    averaged = averaged if len(averaged) == len(_paper_names()) else datasets
+    columns = [Column("model"), *(Column(name, "", 1, True) for name in datasets)]
+    columns.append(Column("mean" if len(datasets) > 1 else "per class", "" if len(datasets) > 1 else "mean", 1, True))
+    table = Table(title + (f" · {datasets[0]}" if len(datasets) == 1 else ""), columns)
+    for label in dict.fromkeys(result["model"] for result in results):
+        own = {result["dataset"]: result for result in results if result["model"] == label}
+        measured = {name: result["metrics"]["accuracy"] for name, result in own.items()}
+        cells = {name: f"{value:.1f} {SEEN}" if "seen" in own[name] else value for name, value in measured.items()}
+        row = [label, *(cells.get(name) for name in datasets)]
+        if len(datasets) == 1:
+            table.rows.append([*row, own[datasets[0]]["metrics"]["mean_per_class_accuracy"]])
+        else:
+            table.rows.append([*row, _mean([cells.get(name) for name in averaged])])
+        table.rows += _paper_rows(own, datasets, averaged)
+    table.note = _note(results, datasets, averaged)
+    return table
+
+
+def _in_order(names: Sequence[str]) -> list[str]:
+    """The columns of Table IV first, in its order; then the others as they came."""
+    first = [dataset.name for dataset in known_datasets().values()]
+    return sorted(dict.fromkeys(names), key=lambda name: first.index(name) if name in first else len(first))
+
+
+def _paper_names() -> list[str]:
+    return [dataset.name for dataset in known_datasets().values() if dataset.in_paper]
+
+
+def _mean(cells: Sequence[Any]) -> float | None:
+    """None where a figure is missing or marked."""
+    return sum(cells) / len(cells) if all(isinstance(cell, float) for cell in cells) else None
+
+
+def _paper_rows(own: dict[str, dict[str, Any]], datasets: Sequence[str], averaged: Sequence[str]) -> list[list[Any]]:
+    """The paper's figures of one model and the gaps to them; nothing where it has none."""
+    rows = []
+    for name, kind in (("paper", Aside), ("gap", Gap)):
+        cells = {dataset: kind(result[name]["accuracy"]) for dataset, result in own.items() if name in result}
+        if cells:
+            mean = _mean([cells.get(dataset) for dataset in averaged]) if len(datasets) > 1 else None
+            mean = None if mean is None else kind(mean)
+            rows.append([f"  {name}", *(cells.get(dataset, "") for dataset in datasets), "" if mean is None else mean])
+    return rows
+
+
+def _note(results: Sequence[dict[str, Any]], datasets: Sequence[str], averaged: Sequence[str]) -> str:
+    prompts, wording = results[0]["prompts"], results[0]["class_names"]["wording"]
+    words = (
+        "folders' names as class names" if wording == "folder" else "class names as in evaluation/benchmarks/classes"
+    )
+    lines = [f"Accuracy in % over all images. Templates {prompts['template_set']}, {words}: {prompts['first']!r}, …"]
+    if list(averaged) != list(datasets):
+        lines.append(f"mean: of the paper's {len(averaged)} data sets.")
+    parts = [result["dataset"] for result in results if result["data"]["expected"] and not result["data"]["whole"]]
+    if parts:
+        lines.append(f"Only a part of {', '.join(dict.fromkeys(parts))} was here.")
+    if any("paper" in result for result in results):
+        lines.append(f"paper: as printed in {ARXIV}; gap: measured minus paper.")
+    lines += dict.fromkeys(text for result in results for text in result.get("remarks", []))
+    lines += dict.fromkeys(f"{SEEN} seen, not zero-shot: {result['seen']}." for result in results if "seen" in result)
+    return "\n".join(lines)
