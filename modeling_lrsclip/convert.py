@@ -1,72 +1,358 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-A CLIP checkpoint as a folder for `LRSCLIPModel.from_pretrained`, stretched to longer texts if asked for.
+Any published CLIP checkpoint as a folder for `from_pretrained`, stretched to longer texts if asked for.
 
+    python -m modeling_lrsclip.convert LRSCLIP_ViT-B-16.pt lrsclip-b16 --tokenizer bpe_simple_vocab_16e6.txt.gz
     python -m modeling_lrsclip.convert openai/clip-vit-base-patch16 lrsclip-start --stretch
 """
 
 import argparse
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
 import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer
-from transformers.utils import logging
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
+from transformers import __version__ as transformers_version
+from transformers.utils import logging as transformers_logging
 
+from .configuration_lrsclip import LRSCLIPConfig
 from .image_processing_lrsclip import LRSCLIPImageProcessor
 from .modeling_lrsclip import LRSCLIPModel
+from .position_stretching import stretch_position_embedding
 from .processing_lrsclip import LRSCLIPProcessor
+from .published_checkpoints import ACTIVATIONS, PRESETS, read_pretrained, read_published_checkpoint
+from .published_tokenizer import tokenizer_from_bpe
 
 
-def convert(
-    source: str, output_dir: str, *, stretch: bool = False, kept_positions: int = 20, stretch_ratio: int = 4
-) -> LRSCLIPModel:
+DEFAULT_TOKENIZER = "openai/clip-vit-base-patch16"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+RECORD = "conversion.json"  # in every folder written here: what it came from and what was decided
+_TABLE = "text_model.embeddings.position_embedding.weight"
+_PROBE = "It\u2019s 2 white tanks &amp; a road."
+
+logger = logging.getLogger("modeling_lrsclip.convert")
+
+
+def convert(source: str | Path, output_dir: str | Path, **options: Any) -> dict[str, Any]:
     """
+    Writes a checkpoint as a folder: weights, processor, tokenizer, the code for `trust_remote_code=True`, and a record
+    of what was decided. The folder appears when it is complete and was read back equal, or not at all.
+
     Args:
-        source (`str`): folder or Hub id of a CLIP (or unstretched LRSCLIP) in HuggingFace format, with its tokenizer.
-        output_dir (`str`): folder to write: weights, processor and the code for `trust_remote_code=True`.
-        stretch (`bool`): stretch the text position table; without it the table is taken over as it is.
-        kept_positions, stretch_ratio (`int`): see [`stretch_position_embedding`].
+        source (`str` or `Path`): see [`prepare`].
+        output_dir (`str` or `Path`): folder to write. An earlier conversion there is replaced, anything else is not.
+        options: of [`prepare`].
 
     Returns:
-        `LRSCLIPModel`: what was written.
+        `dict`: the record, as in the folder's `conversion.json`.
 
     Raises:
-        `ValueError`: as `LRSCLIPModel.from_clip`.
-        `OSError`: for a source that is neither a model folder nor a Hub id.
+        `ValueError`: as [`prepare`], and for an `output_dir` that holds something else.
+        `OSError`: as [`prepare`], and for a disk that fails.
     """
-    model = LRSCLIPModel.from_clip(
-        source, kept_positions=kept_positions, stretch_ratio=stretch_ratio if stretch else 1
-    )
-    positions = model.config.text_config.max_position_embeddings
-    tokenizer = AutoTokenizer.from_pretrained(source, model_max_length=positions)
-    image_processor = LRSCLIPImageProcessor.from_pretrained(source)
-    model.save_pretrained(output_dir)
-    LRSCLIPProcessor(image_processor, tokenizer).save_pretrained(output_dir)
-    return model
+    output_dir = Path(output_dir).resolve()
+    _check_output(output_dir, source)
+    prepared = prepare(source, **options)
+    size = sum(tensor.nbytes for tensor in prepared.tensors.values())
+    _say("writing", f"{output_dir}: {size / 1e6:,.0f} MB, {_types(prepared.tensors)}")
+    growing = output_dir.with_name(f".{output_dir.name}.partial")
+    shutil.rmtree(growing, ignore_errors=True)
+    growing.mkdir(parents=True)
+    try:
+        prepared.skeleton.save_pretrained(growing, state_dict=dict(prepared.tensors))
+        prepared.processor.save_pretrained(growing)
+        # vocab.json and merges.txt, for readers that do not know tokenizer.json.
+        prepared.processor.tokenizer.backend_tokenizer.model.save(str(growing))
+        record = _record(source, prepared)
+        (growing / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        _check_written(growing, prepared)
+        shutil.rmtree(output_dir, ignore_errors=True)
+        growing.rename(output_dir)
+    except SafetensorError as error:
+        raise OSError(f"{output_dir} cannot be written ({error}); nothing was left there.") from None
+    finally:
+        shutil.rmtree(growing, ignore_errors=True)
+    return record
 
 
-def main(argv: list[str] | None = None) -> None:
+def load_published(source: str | Path, **options: Any) -> tuple[LRSCLIPModel, LRSCLIPProcessor]:
+    """
+    The same without a folder, to measure a published checkpoint.
+
+    Args:
+        source (`str` or `Path`): see [`prepare`].
+        options: of [`prepare`].
+
+    Returns:
+        `(LRSCLIPModel, LRSCLIPProcessor)`: the model in evaluation mode, on the CPU, all its weights of one type.
+
+    Raises:
+        As [`prepare`].
+    """
+    prepared = prepare(source, **options)
+    config, dtype = prepared.skeleton.config, prepared.skeleton.dtype
+    # Copies: the tensors are those of a mapped file, which may go away while the model lives.
+    owned = {name: tensor.to(dtype, copy=True) for name, tensor in prepared.tensors.items()}
+    model = LRSCLIPModel.from_pretrained(None, config=config, state_dict=owned, dtype=dtype)
+    return model.eval(), prepared.processor
+
+
+@dataclass
+class Prepared:
+    """A checkpoint read, mapped and stretched, with its processor; nothing is written yet."""
+
+    skeleton: LRSCLIPModel  # on the meta device: configuration and type, without memory
+    tensors: dict[str, torch.Tensor]  # its weights; those of a file are memory-mapped where the format allows
+    processor: LRSCLIPProcessor
+    decisions: list[str]  # what was found and decided, a line each
+
+
+def prepare(
+    source: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    kept_positions: int = 20,
+    stretch_ratio: int = 1,
+    **reading: Any,
+) -> Prepared:
+    """
+    Args:
+        source (`str` or `Path`): a published checkpoint file (see [`read_published_checkpoint`]), or the folder or Hub
+            id of a CLIP or LRSCLIP in HuggingFace format.
+        tokenizer (`str` or `Path`, *optional*): Hub id, folder, or the BPE file that the published code ships. By
+            default the source's own; for a file, which has none, `openai/clip-vit-base-patch16`.
+        dtype (`torch.dtype`, *optional*): type of all weights. By default each keeps the source's; where these differ
+            (OpenAI's archives: fp16, but embeddings and norms fp32), `from_pretrained` loads all as the widest.
+        kept_positions, stretch_ratio (`int`): see [`stretch_position_embedding`]; ratio 1 keeps the table as it is.
+        reading: `preset`, `activation` and `heads` of [`read_published_checkpoint`], for a file.
+
+    Raises:
+        `ValueError`: as [`read_published_checkpoint`], [`read_pretrained`] and `LRSCLIPModel.from_clip`; for a
+            tokenizer that does not fit the model, and weights too large for `dtype`.
+        `OSError`: for a source or tokenizer out of reach.
+    """
+    reading = {name: value for name, value in reading.items() if value is not None}
+    is_file = os.path.isfile(source)
+    if is_file:
+        _say("reading", f"{source} ({os.path.getsize(source) / 1e6:,.0f} MB)")
+        checkpoint = read_published_checkpoint(source, **reading)
+    elif reading:
+        raise ValueError(f"{', '.join(reading)} are for checkpoint files; {source} is none, its config.json decides.")
+    else:
+        _say("reading", str(source))
+        checkpoint = read_pretrained(_folder_or_hub_id(source))
+    decisions, tensors = checkpoint.notes, checkpoint.tensors
+    model_class = LRSCLIPModel if isinstance(checkpoint.config, LRSCLIPConfig) else CLIPModel
+    with torch.device("meta"):
+        unstretched = model_class(checkpoint.config)
+        skeleton = LRSCLIPModel.from_clip(unstretched, kept_positions=kept_positions, stretch_ratio=stretch_ratio)
+    if stretch_ratio != 1:
+        tensors[_TABLE] = stretch_position_embedding(tensors[_TABLE], kept_positions, stretch_ratio)
+        decisions.append(f"stretched to {len(tensors[_TABLE])} positions: {kept_positions} kept, x {stretch_ratio}")
+    for line in decisions:
+        _say("mapping", line)
+
+    name = tokenizer or (DEFAULT_TOKENIZER if is_file else source)
+    loaded = _load_tokenizer(name, skeleton)
+    _say("tokenizer", f"{name}: {len(loaded):,} entries, {loaded.model_max_length} tokens")
+    image_processor = _image_processor(source, is_file, skeleton.config.vision_config.image_size)
+
+    for key in tensors if dtype is not None else ():
+        tensors[key] = _cast(key, tensors[key], dtype)
+    widest = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
+    return Prepared(skeleton.to(widest), tensors, LRSCLIPProcessor(image_processor, loaded), decisions)
+
+
+# --------------------------------------------------------------------------------------------------------------- steps
+
+
+def _folder_or_hub_id(source: str | Path) -> str:
+    if os.path.isdir(source):
+        if not os.path.isfile(os.path.join(source, "config.json")):
+            files = [
+                path.name for path in Path(source).iterdir() if path.suffix in (".pt", ".pth", ".bin", ".safetensors")
+            ]
+            hint = f"give the file itself, {files[0]}" if files else "it is no model in HuggingFace format"
+            raise ValueError(f"{source} holds no config.json; {hint}.")
+    elif not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(source)) or str(source).endswith(
+        (".pt", ".pth", ".safetensors")
+    ):
+        raise OSError(
+            f"{source} does not exist; give a checkpoint file, a model folder or the id of a Hub repository."
+        )
+    return str(source)
+
+
+def _load_tokenizer(name: str | Path, model: LRSCLIPModel) -> PreTrainedTokenizerBase:
+    text_config = model.config.text_config
+    positions = text_config.max_position_embeddings
+    if os.path.isfile(name):
+        tokenizer = tokenizer_from_bpe(name, positions)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, model_max_length=positions)
+        except (OSError, ValueError, ImportError):
+            raise OSError(
+                f"There is no tokenizer at {name}, or the Hub is out of reach; give --tokenizer a folder, or the BPE "
+                "file of the published code (model/bpe_simple_vocab_16e6.txt.gz in MitsuiChen14/LRSCLIP)."
+            ) from None
+    if len(tokenizer) > text_config.vocab_size or tokenizer.eos_token_id != text_config.eos_token_id:
+        raise ValueError(
+            f"The tokenizer {name} has {len(tokenizer):,} entries and ends texts with {tokenizer.eos_token_id}, the "
+            f"model reads {text_config.vocab_size:,} and pools at {text_config.eos_token_id}; give the one it was "
+            "trained with."
+        )
+    return tokenizer
+
+
+def _image_processor(source: str | Path, is_file: bool, size: int) -> LRSCLIPImageProcessor:
+    """A folder's own; for a file CLIP's mean and std, which the published code of all of them uses, at its size."""
+    if not is_file:
+        return LRSCLIPImageProcessor.from_pretrained(source)
+    return LRSCLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    cast = tensor.to(dtype)
+    if not torch.isfinite(cast).all() and torch.isfinite(tensor).all():
+        largest = tensor.abs().max().item()
+        raise ValueError(
+            f"{name} has values up to {largest:.3g}, more than {dtype} holds; leave --dtype out, or bf16."
+        )
+    return cast
+
+
+def _check_output(output_dir: Path, source: str | Path) -> None:
+    if output_dir.is_dir() and os.path.exists(source) and output_dir.samefile(source):
+        raise ValueError(f"{output_dir} is the source itself; give another folder to write.")
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / RECORD).is_file():
+        raise ValueError(f"{output_dir} holds something else than an earlier conversion; give a new folder.")
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"{output_dir} is a file; give a folder to write.")
+
+
+def _record(source: str | Path, prepared: Prepared) -> dict[str, Any]:
+    digest = None
+    if os.path.isfile(source):
+        digest = hashlib.sha256()
+        with open(source, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    # The name alone: the folder is for the Hub, where nobody needs to see the paths of a machine.
+    local = os.path.exists(source)
+    return {
+        "source": Path(source).name if local else str(source),
+        "sha256": digest and digest.hexdigest(),
+        "decisions": prepared.decisions,
+        "dtype": _types(prepared.tensors),
+        "text_positions": prepared.skeleton.config.text_config.max_position_embeddings,
+        "versions": {"torch": str(torch.__version__), "transformers": transformers_version},
+    }
+
+
+def _check_written(folder: Path, prepared: Prepared) -> None:
+    """Every weight read back equal to the bit, and the tokenizer by what it does."""
+    left = set(prepared.tensors)
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+        for name in names:
+            with safe_open(path, "pt") as file:  # opened anew for each, so that memory holds one weight at a time
+                written = file.get_tensor(name)
+            expected = prepared.tensors[name]
+            if written.dtype != expected.dtype or not torch.equal(_bytes(written), _bytes(expected)):
+                raise OSError(f"{path.name}: {name} reads back differently from what was written; check the disk.")
+        left -= set(names)
+    if left:
+        raise OSError(f"{folder} lacks {len(left)} weights after writing; check the disk.")
+    if LRSCLIPProcessor.from_pretrained(folder).encode_text([_PROBE]) != prepared.processor.encode_text([_PROBE]):
+        raise OSError(f"The tokenizer in {folder} reads back differently from what was written; check the disk.")
+    _say("checking", f"{len(prepared.tensors)} weights read back equal to the bit, and the tokenizer")
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _types(tensors: dict[str, torch.Tensor]) -> str:
+    """`float32`, or `float16 and float32`."""
+    return " and ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}))
+
+
+def _say(stage: str, text: str) -> None:
+    logger.info("%-9s  %s", stage, text)
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m modeling_lrsclip.convert",
-        description="Writes a CLIP checkpoint as an LRSCLIP folder for from_pretrained.",
+        description="Writes a published CLIP checkpoint as an LRSCLIP folder for from_pretrained.",
     )
-    parser.add_argument("source", help="folder or Hub id of a CLIP in HuggingFace format")
-    parser.add_argument("output_dir", help="folder to write")
+    parser.add_argument(
+        "source", help="checkpoint file (.pt, .safetensors), or folder or Hub id in HuggingFace format"
+    )
+    parser.add_argument("output_dir", help="folder to write; an earlier conversion there is replaced")
+    parser.add_argument(
+        "--tokenizer",
+        help=f"Hub id, folder, or bpe_simple_vocab_16e6.txt.gz (the source's own; for files {DEFAULT_TOKENIZER})",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of all weights (the source's)")
+    parser.add_argument(
+        "--preset", choices=PRESETS, help="where a checkpoint file is from, if it has 77 positions: activation, heads"
+    )
+    parser.add_argument("--activation", choices=ACTIVATIONS, help="of a checkpoint file, instead of the preset's")
+    parser.add_argument(
+        "--heads", type=int, nargs=2, metavar=("VISION", "TEXT"), help="of a checkpoint file, instead of the preset's"
+    )
     parser.add_argument("--stretch", action="store_true", help="stretch the text position table, 77 -> 248")
     parser.add_argument("--kept-positions", type=int, help="with --stretch: first rows kept as they are (20)")
     parser.add_argument("--stretch-ratio", type=int, help="with --stretch: rows that stand for each later one (4)")
     options = parser.parse_args(argv)
-    numbers = {"kept_positions": options.kept_positions, "stretch_ratio": options.stretch_ratio}
-    numbers = {name: value for name, value in numbers.items() if value is not None}
-    if numbers and not options.stretch:
+    if not options.stretch and (options.kept_positions is not None or options.stretch_ratio is not None):
         parser.error("--kept-positions and --stretch-ratio say how to stretch; add --stretch.")
-    logging.disable_progress_bar()
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse_arguments(argv)
+    stretching = {"stretch_ratio": 4} if options.stretch else {}
+    for name in ("kept_positions", "stretch_ratio"):
+        if getattr(options, name) is not None:
+            stretching[name] = getattr(options, name)
+    transformers_logging.disable_progress_bar()
+    handler = logging.StreamHandler(sys.stderr)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
-        model = convert(options.source, options.output_dir, stretch=options.stretch, **numbers)
+        record = convert(
+            options.source,
+            options.output_dir,
+            tokenizer=options.tokenizer,
+            dtype=DTYPES.get(options.dtype),
+            preset=options.preset,
+            activation=options.activation,
+            heads=options.heads,
+            **stretching,
+        )
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    print(
-        f"{options.source} -> {options.output_dir}: {model.config.text_config.max_position_embeddings} text positions"
-    )
+    finally:
+        logger.removeHandler(handler)
+    print(f"{options.source} -> {options.output_dir}: {record['text_positions']} text positions")
 
 
 if __name__ == "__main__":
