@@ -1,0 +1,280 @@
+"""Large scenes with queries and the regions that each query describes, from a folder or a file."""
+
+import hashlib
+import io
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..metrics.semantic_localization.measures import check_regions
+from .image_files import UNREADABLE, ImageFiles, usable_images
+from .tables import NotHere, parse_json, read_text
+
+
+AIR_SLT = "AIR-SLT"
+AIR_SLT_COUNTS = {"images": 22, "texts": 59, "regions": 103}  # `test_data/annotations/anno.json` as published
+AIR_SLT_FIELDS, OWN_FIELDS = ("jpg_name", "caption", "points"), ("image", "text", "polygons")
+FILES = ("annotations/anno.json", "anno.json", "localization.jsonl", "localization.parquet")
+TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+
+Polygon = list[list[float]]  # corners (x, y) in pixels
+
+
+@dataclass(frozen=True)
+class LocalizationData:
+    """One localization benchmark: query j is about image `text_to_image[j]`."""
+
+    name: str
+    images: ImageFiles  # M
+    sizes: list[tuple[int, int]]  # M, height and width in pixels
+    texts: list[str]  # Q
+    text_to_image: list[int]  # Q
+    regions: list[list[Polygon]]  # Q
+    read_from: str = ""  # file
+    expected: dict[str, int] = field(default_factory=dict)  # counts of the published data, where this is it
+    skipped: list[str] = field(default_factory=list)  # images left out, with the reason
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {
+            "images": len(self.images),
+            "texts": len(self.texts),
+            "regions": sum(map(len, self.regions)),
+            "regions_over_the_edge": sum(
+                not all(0 <= x <= self.sizes[image][1] and 0 <= y <= self.sizes[image][0] for x, y in polygon)
+                for image, polygons in zip(self.text_to_image, self.regions, strict=True)
+                for polygon in polygons
+            ),
+        }
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the counts are those of the published data."""
+        return bool(self.expected) and all(self.counts[name] == count for name, count in self.expected.items())
+
+    @property
+    def summary(self) -> str:
+        """One line on what was found, and against what."""
+        counts = self.counts
+        found = f"{self.name}: {counts['images']:,} scenes, {counts['texts']:,} queries, {counts['regions']:,} regions"
+        if self.is_whole:
+            found += ", all of it"
+        elif self.expected:
+            found += (
+                f"; it has {self.expected['images']}, {self.expected['texts']} and {self.expected['regions']}: figures "
+                "do not compare with published ones"
+            )
+        if counts["regions_over_the_edge"]:
+            found += f"; {counts['regions_over_the_edge']} regions reach over the edge of their scene"
+        left_out = f"; {len(self.skipped)} images left out, first: {self.skipped[0]}" if self.skipped else ""
+        return f"{found}{left_out} ({self.read_from})"
+
+    def describe(self) -> dict[str, Any]:
+        """What `results.json` says of the data."""
+        return {
+            "read_from": self.read_from,
+            "benchmark": self.name if self.expected else None,
+            "expected": self.expected or None,
+            "whole": self.is_whole,
+            "skipped": self.skipped,
+            "summary": self.summary,
+        }
+
+    @property
+    def queries_hash(self) -> str:
+        """SHA-256 over the queries, their images and regions."""
+        return hashlib.sha256(json.dumps([self.texts, self.text_to_image, self.regions]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Query:
+    """A row as read; `where` words the errors."""
+
+    image: Path | bytes
+    image_name: str
+    text: Any
+    regions: Any
+    where: str
+
+
+def find_sources(source: str | Path) -> list[str]:
+    """
+    The benchmarks that a folder holds: itself where it has one of the files, else each folder below it that has one.
+    Anything that is no folder is returned as it is.
+
+    Raises:
+        `NotHere`: for a folder without any.
+    """
+    path = Path(source).expanduser()
+    if not path.is_dir() or _files(path):
+        return [str(source)]
+    found = [str(folder) for folder in sorted(path.iterdir()) if folder.is_dir() and _files(folder)]
+    if not found:
+        raise NotHere(f"{path} holds none of {', '.join(FILES)}, nor does a folder in it.")
+    return found
+
+
+def load_localization(source: str | Path, allow_missing: int = 0) -> LocalizationData:
+    """
+    Loads scenes, queries and regions.
+
+    Args:
+        source: one of
+            - AIR-SLT as published (`xiaoyuan1996/SemanticLocalizationMetrics`, `test_data/`): the folder with
+              `annotations/anno.json` and `imgs/`, or that JSON file;
+            - a `.jsonl` file, one query a line: `{"image": path, "text": …, "polygons": [[[x, y], …], …]}`, paths
+              relative to the file; or a folder with `localization.jsonl`;
+            - a `.parquet` file with the columns `image` and `queries` (`text`, `polygons`), as
+              `evaluation.benchmarks.aerial_scenes` writes it; or a folder with `localization.parquet`.
+        allow_missing: how many images may be missing or unreadable; their queries are left out.
+
+    Raises:
+        `NotHere`: for a source that holds no data of this kind.
+        `ValueError`: one sentence naming the file for missing images or fields, an empty text, and a region that is
+            no polygon or lies outside its image.
+    """
+    path = _find(Path(source).expanduser())
+    queries = _read(path)
+    if not queries:
+        raise ValueError(f"{path} has no queries.")
+    place = {source: index for index, source in enumerate(dict.fromkeys(query.image for query in queries))}
+    names = {query.image: query.image_name for query in queries}
+    images = ImageFiles(list(place), [names[source] for source in place])
+    kept, skipped = usable_images(images, allow_missing, str(path))
+    images = images.take(kept)
+    place = {source: index for index, source in enumerate(images.sources)}
+    queries = [query for query in queries if query.image in place]
+    sizes = [image_size(source, name) for source, name in zip(images.sources, images.names, strict=True)]
+    owners = [place[query.image] for query in queries]
+    published = path.suffix == ".json"
+    return LocalizationData(
+        AIR_SLT if published else _name(path),
+        images,
+        sizes,
+        [_text(query) for query in queries],
+        owners,
+        [_regions(query, sizes[owner]) for query, owner in zip(queries, owners, strict=True)],
+        str(path),
+        AIR_SLT_COUNTS if published else {},
+        skipped,
+    )
+
+
+def image_size(source: Path | bytes, name: str) -> tuple[int, int]:
+    """Height and width of an image as it is shown, in pixels, without decoding it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # AIR-SLT has scenes of 100 megapixels
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                width, height = image.size
+                turned = image.getexif().get(0x0112) in TURNED
+    except UNREADABLE as error:
+        raise ValueError(f"image {name} cannot be read: {error}") from error
+    return (width, height) if turned else (height, width)
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def _files(folder: Path) -> list[Path]:
+    return [folder / name for name in FILES if (folder / name).is_file()]
+
+
+def _find(path: Path) -> Path:
+    if path.is_dir():
+        found = _files(path)
+        if not found:
+            raise NotHere(f"{path} holds none of {', '.join(FILES)}; one of them names scenes, queries and regions.")
+        return found[0]
+    if not path.is_file():
+        raise NotHere(f"{path} does not exist; give a folder with one of {', '.join(FILES)}, or such a file.")
+    if path.suffix not in (".json", ".jsonl", ".parquet"):
+        raise NotHere(f"{path}: {path.suffix or 'no suffix'} is not supported; use .json, .jsonl or .parquet.")
+    return path
+
+
+def _name(path: Path) -> str:
+    """`scenes/localization.jsonl` is the data set `scenes`."""
+    return path.absolute().parent.name if path.stem == "localization" else path.stem
+
+
+def _read(path: Path) -> list[_Query]:
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    text, _ = read_text(path)
+    if path.suffix == ".json":
+        rows = parse_json(path, text)
+        if not isinstance(rows, list):
+            raise NotHere(f"{path} must hold a list of queries with {', '.join(AIR_SLT_FIELDS)}.")
+        beside = [path.parent.parent / "imgs", path.parent / "imgs"]
+        folder = next((folder for folder in beside if folder.is_dir()), path.parent)
+        return [
+            _query(row, AIR_SLT_FIELDS, folder, path, f"entry {number}") for number, row in enumerate(rows, start=1)
+        ]
+    queries = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"line {number}"
+            queries.append(_query(parse_json(Path(f"{path}, {where}"), line), OWN_FIELDS, path.parent, path, where))
+    return queries
+
+
+def _query(row: Any, fields: Sequence[str], folder: Path, path: Path, where: str) -> _Query:
+    """A row of a JSON file; the first one shows whether the file is of this kind at all."""
+    missing = [name for name in fields if not isinstance(row, dict) or name not in row]
+    if missing:
+        kind = NotHere if where.endswith(" 1") else ValueError
+        raise kind(f"{path}, {where} has no {' and no '.join(missing)}; a query has the fields {', '.join(fields)}.")
+    image, text, regions = (row[name] for name in fields)
+    if not isinstance(image, str) or not image:
+        raise ValueError(f"{path}, {where}: {fields[0]} must be the path of an image, got {image!r:.60}.")
+    return _Query(folder / Path(image).expanduser(), image, text, regions, f"{path}, {where}")
+
+
+def _read_parquet(path: Path) -> list[_Query]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        names = parquet.read_schema(path).names
+        if not {"image", "queries"} <= set(names):
+            raise NotHere(f"{path} must have the columns image and queries; it has {', '.join(names) or 'none'}.")
+        rows = parquet.read_table(path, columns=["image", "queries"]).to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is not a readable parquet file: {error}") from error
+    queries = []
+    for number, row in enumerate(rows, start=1):
+        image = row["image"] or {}
+        source = image.get("bytes") or (path.parent / image["path"] if image.get("path") else None)
+        where = f"{path}, row {number}"
+        if source is None:
+            raise ValueError(f"{where} has no image.")
+        name = image.get("path") or f"{path.name}, row {number}"
+        queries += [
+            _Query(source, name, query["text"], query["polygons"], f"{where}, query {index}")
+            for index, query in enumerate(row["queries"] or [], start=1)
+        ]
+    return queries
+
+
+# ------------------------------------------------------------------------------------------------------------- checking
+
+
+def _text(query: _Query) -> str:
+    if not isinstance(query.text, str) or not query.text.strip():
+        raise ValueError(f"{query.where} has an empty text, or none: {query.text!r:.60}.")
+    return query.text.strip()
+
+
+def _regions(query: _Query, size: tuple[int, int]) -> list[Polygon]:
+    if not isinstance(query.regions, list | tuple):
+        raise ValueError(f"{query.where}: the regions must be a list of polygons, got {query.regions!r:.60}.")
+    try:
+        return [polygon.tolist() for polygon in check_regions(query.regions, *size)]
+    except ValueError as error:
+        raise ValueError(f"{query.where}, image {query.image_name}: {error}") from error

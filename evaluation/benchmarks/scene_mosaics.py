@@ -1,0 +1,243 @@
+"""Large drawn landscapes with the regions that each query describes, for semantic localization.
+
+    python -m evaluation.benchmarks.scene_mosaics OUT --mosaics 4 --seed 0
+
+writes `OUT/localization.jsonl` (`image`, `text`, `polygons`: what `evaluation.benchmarks.localization_data` reads) and
+the images it names, `OUT/mosaics/0.png`, …, of 2048 x 2048 pixels. A mosaic is made of the same scenes as the embedded
+data set: 8 x 8 of them, in districts of one class. Queries name the class of a district, or are the short caption of a
+scene; their polygons are all the places where they are true.
+
+The same arguments give the same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from evaluation.benchmarks.scene_canvas import Polygon, Query
+from evaluation.benchmarks.scene_captions import sentence, true_facts, with_article, write_short_text
+from evaluation.benchmarks.scene_drawing import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, draw_ground, draw_objects
+from evaluation.benchmarks.scene_layout import (
+    CLASS_NAMES,
+    CLASS_OF,
+    LINES,
+    ORIENTATIONS,
+    Scene,
+    pick,
+    plan_scene,
+    scene_random,
+)
+from evaluation.benchmarks.scene_sprites import BORDER_GRAIN, draw_line, smooth_noise
+
+
+TILES, TILE_PIXELS = 8, 256  # scenes along each side of a mosaic, and pixels along each side of a scene
+LARGEST_DISTRICT = 3  # scenes along a side
+CLASS_QUERIES, SCENE_QUERIES = 2, 2  # of a mosaic
+SWAY, SOFT = 2.5, 4  # of the borders between scenes, in 64ths of a scene: how far they waver, how wide they are
+
+
+class District(NamedTuple):
+    """A rectangle of scenes of one class, in scenes."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    def touches(self, other: District) -> bool:
+        """Whether the two share a border or a corner."""
+        across = self.left <= other.right and other.left <= self.right
+        return across and self.top <= other.bottom and other.top <= self.bottom
+
+    def polygon(self, side: int) -> Polygon:
+        """Its outline, for scenes of `side` pixels."""
+        top, bottom, left, right = (edge * side for edge in self)
+        return [[left, top], [right, top], [right, bottom], [left, bottom]]
+
+
+# ----------------------------------------------------------------------------------------------------------------- plan
+
+
+def _cut(rng: random.Random, whole: District) -> Iterator[District]:
+    """Cuts a rectangle in two until no side is longer than a district's may be."""
+    height, width = whole.bottom - whole.top, whole.right - whole.left
+    if max(height, width) <= LARGEST_DISTRICT:
+        yield whole
+    elif height > width or (height == width and rng.random() < 0.5):
+        middle = whole.top + rng.randint(1, height - 1)
+        yield from _cut(rng, whole._replace(bottom=middle))
+        yield from _cut(rng, whole._replace(top=middle))
+    else:
+        middle = whole.left + rng.randint(1, width - 1)
+        yield from _cut(rng, whole._replace(right=middle))
+        yield from _cut(rng, whole._replace(left=middle))
+
+
+def plan_mosaic(rng: random.Random, tiles: int) -> tuple[list[District], list[str], dict[tuple[int, int], Scene]]:
+    """Districts, the class of each, and the scene at every (row, column); no scene has a road or river of its own."""
+    districts = list(_cut(rng, District(0, tiles, 0, tiles)))
+    names: list[str] = []
+    scenes = {}
+    for index, district in enumerate(districts):
+        taken = {names[other] for other in range(index) if district.touches(districts[other])}
+        free = [name for name in CLASS_NAMES if name not in taken] or list(CLASS_NAMES)
+        names.append(pick(rng, free))
+        ground = pick(rng, CLASS_OF[names[-1]].grounds)
+        for row in range(district.top, district.bottom):
+            for column in range(district.left, district.right):
+                scene = plan_scene(rng, names[-1], with_line=False)
+                scenes[row, column] = dataclasses.replace(scene, ground=ground)
+    return districts, names, scenes
+
+
+def _queries(
+    rng: random.Random,
+    districts: list[District],
+    names: list[str],
+    scenes: dict[tuple[int, int], Scene],
+    side: int,
+) -> list[Query]:
+    queries = []
+    for name in rng.sample(sorted(set(names)), min(CLASS_QUERIES, len(set(names)))):
+        a_class = with_article(name)
+        text = pick(rng, (f"{a_class}.", f"{a_class} seen from above.", f"this is {a_class}."))
+        own = [district for district, other in zip(districts, names, strict=True) if other == name]
+        queries.append(Query(sentence(text), [district.polygon(side) for district in own]))
+    facts = {place: true_facts(scene) for place, scene in scenes.items()}
+    for place in rng.sample(sorted(scenes), min(SCENE_QUERIES, len(scenes))):
+        short = write_short_text(rng, scenes[place])
+        own = [
+            District(row, row + 1, column, column + 1)
+            for (row, column), known in sorted(facts.items())
+            if known.issuperset(short.facts)
+        ]
+        queries.append(Query(short.text, [tile.polygon(side) for tile in own]))
+    rng.shuffle(queries)
+    return queries
+
+
+# -------------------------------------------------------------------------------------------------------------- drawing
+
+
+def _ground(rng: random.Random, scenes: dict[tuple[int, int], Scene], tiles: int, side: int) -> np.ndarray:
+    """The grounds of all scenes, running into each other along wavering borders: (tiles * side, tiles * side, 3)."""
+    total, scale = tiles * side, side / 64
+    noise = np.random.default_rng(rng.getrandbits(64))
+    x, y = (
+        np.arange(total, dtype=np.float32)[axis]
+        + 0.5
+        + SWAY * scale * smooth_noise(noise, total, BORDER_GRAIN * scale)
+        for axis in (np.s_[None, :], np.s_[:, None])
+    )  # each (total, total): the place that a pixel's ground is taken for
+    soft, reach = SOFT * scale, math.ceil((4 * SWAY + SOFT) * scale)
+    pixels = np.zeros((total, total, 3), np.float32)
+    weights = np.full((total, total, 1), 1e-6, np.float32)
+    for (row, column), scene in sorted(scenes.items()):
+        rows, columns = (
+            slice(max(place * side - reach, 0), min((place + 1) * side + reach, total)) for place in (row, column)
+        )
+        middle_x, middle_y = (column + 0.5) * side, (row + 0.5) * side
+        own_x, own_y = x[rows, columns], y[rows, columns]
+        # the outer scenes reach beyond the mosaic, so that its rim is covered as well
+        far_x = np.maximum(own_x - middle_x if column < tiles - 1 else 0, middle_x - own_x if column else 0)
+        far_y = np.maximum(own_y - middle_y if row < tiles - 1 else 0, middle_y - own_y if row else 0)
+        inside = np.clip((side / 2 - np.maximum(far_x, far_y)) / soft + 0.5, 0, 1)[..., None]
+        ground = draw_ground(rng, scene.ground, side + 2 * reach, scale)
+        pixels[rows, columns] += inside * ground[: inside.shape[0], : inside.shape[1]]
+        weights[rows, columns] += inside
+    return (pixels / weights).astype(np.uint8)
+
+
+def draw_mosaic(
+    rng: random.Random, tiles: int = TILES, side: int = TILE_PIXELS
+) -> tuple[Image.Image, list[District], list[Query]]:
+    """A landscape of `tiles` x `tiles` scenes of `side` pixels each, its districts, and its queries."""
+    districts, names, scenes = plan_mosaic(rng, tiles)
+    image = Image.fromarray(_ground(rng, scenes, tiles, side))
+    for orientation in ORIENTATIONS:  # roads and rivers run between the scenes
+        for border in rng.sample(range(1, tiles), min(2, tiles - 1)):
+            noise = np.random.default_rng(rng.getrandbits(64))
+            pixels, opacity = draw_line(pick(rng, LINES), orientation, border * side, image.size, side / 64, noise)
+            image.paste(pixels, (0, 0), opacity)
+    for (row, column), scene in sorted(scenes.items()):
+        draw_objects(image, scene, side, (column * side, row * side))
+    return image, districts, _queries(rng, districts, names, scenes, side)
+
+
+def write_mosaics(
+    out: str | Path, mosaics: int, seed: int = 0, tiles: int = TILES, tile_pixels: int = TILE_PIXELS
+) -> int:
+    """Draws the data set into the folder `out`; `localization.jsonl` is written last.
+
+    Returns:
+        Number of queries.
+
+    Raises:
+        ValueError: a count or size is impossible.
+    """
+    for name, value, low, high in (
+        ("--mosaics", mosaics, 1, None),
+        ("--tiles", tiles, 2, None),
+        ("--tile-pixels", tile_pixels, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE),
+    ):
+        if value < low or (high and value > high):
+            raise ValueError(f"{name} is {value}; it must be at least {low}" + (f", at most {high}." if high else "."))
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; the data set needs a folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".mosaics-", dir=out))
+    try:
+        lines, folder = [], temporary / "mosaics"
+        folder.mkdir()
+        for index in tqdm(range(mosaics), "drawing", unit="mosaic", disable=None):
+            image, _, queries = draw_mosaic(scene_random(seed, "mosaics", index, "mosaic"), tiles, tile_pixels)
+            image.save(folder / f"{index}.png")
+            for query in queries:
+                row = {"image": f"mosaics/{index}.png", "text": query.text, "polygons": query.polygons}
+                lines.append(json.dumps(row) + "\n")
+        (out / "localization.jsonl").unlink(missing_ok=True)
+        shutil.rmtree(out / "mosaics", ignore_errors=True)
+        folder.rename(out / "mosaics")
+        (out / "localization.jsonl").write_text("".join(lines), encoding="utf-8")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return len(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m evaluation.benchmarks.scene_mosaics", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    parser.add_argument("--mosaics", type=int, default=4, help="number of landscapes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tiles", type=int, default=TILES, help="scenes along each side of a mosaic")
+    parser.add_argument("--tile-pixels", type=int, default=TILE_PIXELS, help="side of a scene in pixels")
+    arguments = parser.parse_args(argv)
+    try:
+        queries = write_mosaics(**vars(arguments))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    side = arguments.tiles * arguments.tile_pixels
+    print(f"{arguments.mosaics} mosaics of {side} x {side} pixels with {queries} queries -> {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,312 @@
+"""
+Semantic localization (SeLo, paper V-B 4): where in a large scene is what a text describes.
+
+Shapes: H, W pixels of the scene, Q queries, N windows, D width of the shared space.
+"""
+
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import cv2
+import numpy as np
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from modeling_lrsclip.image_processing_lrsclip import to_rgb
+
+from .benchmarks.localization_data import LocalizationData, load_localization
+from .benchmarks.tables import NotHere
+from .embedding import Encoder, encode_texts, share_truncated, token_lengths
+from .localization_windows import (
+    Protocol,
+    SceneWindows,
+    best_windows,
+    choose_protocol,
+    grid_windows,
+    near_windows,
+    probability_map,
+)
+from .metrics.semantic_localization.measures import localization_metrics
+from .models import PAPER_ONLY
+from .paper import ARXIV, dataset_key, paper_figures, paper_tables
+from .report import Aside, Column, Gap, Table
+
+
+__all__ = ["LocalizationTask", "localization_metrics", "localization_table", "similarity_map"]
+
+MEASURES = ("Rsu", "Ras", "Rda", "Rmi")
+SHUFFLES = 4  # of a query's words, for v2
+EXAMPLES, EXAMPLE_SIDE = 4, 64  # queries whose maps are kept for the figure, and the longer side of such a map
+
+
+# ----------------------------------------------------------------------------------------------------------------- maps
+
+
+def similarity_map(
+    model: Any,
+    processor: Any,
+    image: Image.Image,
+    texts: Sequence[str],
+    protocol: str | Protocol = "v1",
+    reference_io: bool = False,
+    **options: Any,
+) -> np.ndarray:
+    """
+    Maps of where a scene shows what each text describes, by the published procedure: similarity of a text to windows of
+    the scene, averaged over each pixel, stretched to 0..255 and smoothed. The scene is encoded once for all texts.
+
+    Args:
+        model: `LRSCLIPModel` or `CLIPModel`.
+        processor: the model's processor.
+        image: PIL image of H x W pixels, at least as large as the largest window.
+        texts (sequence of Q `str`).
+        protocol: `v1` (Yuan et al. 2022, the paper's): windows of 256, 512 and 768 pixels, each size also half a window
+            further on; `v2` (Yu et al. 2023): windows of 512, then smaller ones around the best 15 % of them for the
+            text and four shuffles of its words; or a [`Protocol`] with other sizes.
+        reference_io: windows and maps go through JPEG files, as in the published code.
+        options: `batch_size`, `dtype`, `progress` of [`~evaluation.embedding.Encoder`].
+
+    Returns:
+        (Q, H, W) uint8, 255 the highest probability: ready for [`localization_metrics`].
+
+    Raises:
+        `ValueError`: for a single string in place of texts, an unknown protocol, or a scene smaller than a window.
+    """
+    encoder, chosen = Encoder(model, processor, **options), choose_protocol(protocol)
+    chosen.check_size(image.height, image.width)
+    queries = query_embeddings(encoder, texts, chosen)
+    locator = Locator(encoder, chosen, reference_io)
+    maps = list(locator.maps(_pixels(image), queries))
+    return np.stack(maps) if maps else np.empty((0, image.height, image.width), np.uint8)
+
+
+def query_embeddings(encoder: Encoder, texts: Sequence[str], protocol: Protocol) -> Tensor:
+    """
+    (Q, D) unit embeddings. For v2 the mean over the text and four shuffles of its words.
+
+    DIFFERS: the published code shuffles by chance; here a text always gets the same shuffles.
+    """
+    rows = encode_texts(encoder.processor, texts)
+    if protocol.name == "v1":
+        return encoder.texts(rows)
+    shuffled = []
+    for text in texts:
+        generator = np.random.default_rng(int.from_bytes(sha256(text.encode()).digest()[:8], "big"))
+        shuffled += [" ".join(generator.permutation(text.split())) for _ in range(SHUFFLES)]
+    shuffled_embeds = encoder.texts(encode_texts(encoder.processor, shuffled))  # (Q * 4, D)
+    embeds = encoder.texts(rows)  # (Q, D)
+    total = embeds + shuffled_embeds.view(len(embeds), SHUFFLES, embeds.shape[1]).sum(dim=1)
+    return F.normalize(total, dim=1)
+
+
+@dataclass
+class Locator:
+    """Makes the maps of one scene after the other; counts windows and seconds."""
+
+    encoder: Encoder
+    protocol: Protocol
+    reference_io: bool = False
+    windows: int = 0  # encoded so far
+    seconds: float = 0.0  # that encoding them took, when it was done
+    waited: float = 0.0  # seconds for them here: less where embeddings were kept
+
+    def maps(self, scene: np.ndarray, queries: Tensor) -> Iterator[np.ndarray]:
+        """
+        The map of each query over a scene, one at a time: a map of 100 megapixels takes as many bytes.
+
+        Args:
+            scene: (H, W, 3) uint8, RGB.
+            queries: (Q, D) unit embeddings.
+
+        Yields:
+            (H, W) uint8, Q times.
+        """
+        height, width = scene.shape[:2]
+        windows = grid_windows(height, width, self.protocol)
+        scores = self._scores(SceneWindows(scene, windows, self.reference_io), queries)  # (Q, N)
+        if self.protocol.name == "v1":
+            for own in scores:
+                yield probability_map(height, width, windows, own, self.protocol, self.reference_io)
+            return
+        kept = [best_windows(own) for own in scores]
+        near = [
+            list(dict.fromkeys(close for index in indices for close in near_windows(windows[index], height, width)))
+            for indices in kept
+        ]
+        union = list(dict.fromkeys(window for own in near for window in own))  # several queries share windows
+        place = {window: index for index, window in enumerate(union)}
+        near_scores = self._scores(SceneWindows(scene, union, self.reference_io), queries)
+        for query, (indices, own) in enumerate(zip(kept, near, strict=True)):
+            seen = [windows[index] for index in indices] + own
+            values = np.concatenate([scores[query, indices], near_scores[query, [place[window] for window in own]]])
+            yield probability_map(height, width, seen, values, self.protocol, self.reference_io)
+
+    def _scores(self, windows: SceneWindows, queries: Tensor) -> np.ndarray:
+        """(Q, N) cosine similarities, float64."""
+        started = time.perf_counter()
+        embeds = self.encoder.images(windows)  # (N, D)
+        self.windows += len(windows)
+        self.seconds += self.encoder.image_seconds[windows.content_hash]
+        self.waited += time.perf_counter() - started
+        return (queries.double() @ embeds.double().T).numpy()
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(to_rgb(image))  # (H, W, 3)
+
+
+# ----------------------------------------------------------------------------------------------------------------- task
+
+
+@dataclass(frozen=True)
+class LocalizationTask:
+    """A row of `evaluation.run`'s registry: how to load the data and measure a model on it."""
+
+    name: str
+    title: str
+    protocol: str | Protocol = "v1"
+    reference_io: bool = False  # as published: through JPEG; measured beside the figures without
+
+    def load(self, source: str, allow_missing: int = 0) -> LocalizationData:
+        """As [`~benchmarks.localization_data.load_localization`]; `NotHere` for a scene smaller than a window too."""
+        protocol, data = choose_protocol(self.protocol), load_localization(source, allow_missing)
+        for name, size in zip(data.images.names, data.sizes, strict=True):
+            try:
+                protocol.check_size(*size)
+            except ValueError as error:
+                raise NotHere(f"image {name} of {source}: {error}") from error
+        return data
+
+    def evaluate(self, encoder: Encoder, data: LocalizationData) -> dict[str, Any]:
+        """
+        Measures one model.
+
+        Returns:
+            `dict`: ready for JSON: `metrics` (means over the queries, 0 to 1), `per_query`, `queries`, counts, `seconds`,
+            `examples` (with small maps), …. With `reference_io`, `metrics` are those through JPEG, and
+            `without_reference_io` and `reference_io_difference` stand beside them.
+        """
+        protocol = choose_protocol(self.protocol)
+        started = time.perf_counter()
+        queries = query_embeddings(encoder, data.texts, protocol)  # (Q, D)
+        text_seconds = time.perf_counter() - started
+        lengths = token_lengths(encoder.processor, data.texts)
+        measured = self._measure(encoder, data, queries, self.reference_io)
+        result = {
+            **measured,
+            "data": data.describe(),
+            **data.counts,
+            "protocol": protocol.name,
+            "window_sizes": list(protocol.windows),
+            "reference_io": self.reference_io,
+            "tokens": {"mean": sum(lengths) / len(lengths), "longest": max(lengths)},
+            "share_truncated": share_truncated(lengths, encoder.positions),
+            "images_sha256": data.images.content_hash,
+            "queries_sha256": data.queries_hash,
+            "opencv": cv2.__version__,
+        }
+        result["seconds"]["texts"] = text_seconds
+        if self.reference_io:
+            plain = self._measure(encoder, data, queries, reference_io=False)
+            result["without_reference_io"] = {name: plain[name] for name in ("metrics", "per_query")}
+            result["reference_io_difference"] = {
+                name: value - plain["metrics"][name] for name, value in measured["metrics"].items()
+            }
+        return result
+
+    def _measure(
+        self, encoder: Encoder, data: LocalizationData, queries: Tensor, reference_io: bool
+    ) -> dict[str, Any]:
+        started = time.perf_counter()
+        locator = Locator(encoder, choose_protocol(self.protocol), reference_io)
+        own_queries = defaultdict(list)
+        for query, image in enumerate(data.text_to_image):
+            own_queries[image].append(query)
+        shown = _spread(len(data.texts))
+        measured: dict[int, dict[str, float]] = {}
+        small: dict[int, list[list[int]]] = {}
+        for image, own in own_queries.items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # scenes are large
+                scene = _pixels(data.images[image])
+            for query, heat in zip(own, locator.maps(scene, queries[own]), strict=True):
+                measured[query] = localization_metrics(heat, data.regions[query])
+                if query in shown:
+                    small[query] = _small(heat).tolist()
+        per_query = {name: [measured[query][name] for query in range(len(data.texts))] for name in MEASURES}
+        return {
+            "metrics": {name: float(np.mean(values)) for name, values in per_query.items()},
+            "per_query": per_query,
+            "queries": [
+                {"text": text, "image": data.images.names[image]}
+                for text, image in zip(data.texts, data.text_to_image, strict=True)
+            ],
+            "windows": locator.windows,
+            "seconds": {
+                "windows": locator.seconds,
+                "maps_and_metrics": time.perf_counter() - started - locator.waited,
+            },
+            "examples": [{"query": query, "map": small[query]} for query in shown],
+        }
+
+
+def _spread(count: int) -> list[int]:
+    """Queries spread evenly over all, not picked."""
+    shown = min(EXAMPLES, count)
+    return [int((position + 0.5) * count / shown) for position in range(shown)]
+
+
+def _small(heat: np.ndarray) -> np.ndarray:
+    scale = min(1.0, EXAMPLE_SIDE / max(heat.shape))
+    height, width = (max(1, round(side * scale)) for side in heat.shape)
+    return cv2.resize(heat, (width, height), interpolation=cv2.INTER_AREA)
+
+
+# ---------------------------------------------------------------------------------------------------------------- table
+
+
+def localization_table(title: str, results: Sequence[dict[str, Any]]) -> Table:
+    """
+    One row per model, as the paper's Table V; below it the paper's row and the gap, where there is one. On AIR-SLT the
+    paper's rows of AMFMN, which is no CLIP, come last.
+    """
+    first = results[0]
+    columns = [Column("model"), *(Column(name, "", 4, name != "Ras") for name in MEASURES)]
+    counts = f"{first['images']:,} scenes, {first['texts']:,} queries"
+    table = Table(f"{title} · {first['dataset']}: {counts}", columns)
+    for result in results:
+        table.rows.append([result["model"], *(result["metrics"][name] for name in MEASURES)])
+        for name, kind in (("paper", Aside), ("gap", Gap)):
+            if name in result:
+                table.rows.append([f"  {name}", *(kind(result[name][measure]) for measure in MEASURES)])
+        if "without_reference_io" in result:
+            plain = result["without_reference_io"]["metrics"]
+            table.rows.append(["  without JPEG", *(Aside(plain[name]) for name in MEASURES)])
+    dataset = dataset_key("selo", first["dataset"])
+    for model in PAPER_ONLY if first["data"]["whole"] else ():
+        if figures := paper_figures(model, "selo", dataset):
+            name = f"{paper_tables()['names'][model]} (paper)"
+            table.rows.append([name, *(Aside(figures[measure]) for measure in MEASURES)])
+    remarks = dict.fromkeys(text for result in results for text in result.get("remarks", []))
+    table.note = "\n".join([*_notes(first, any("paper" in result for result in results)), *remarks])
+    return table
+
+
+def _notes(result: dict[str, Any], beside_paper: bool) -> list[str]:
+    sizes = "/".join(map(str, result["window_sizes"]))
+    jpeg = ", windows and maps through JPEG as published" if result["reference_io"] else ""
+    notes = [f"0 to 1; Ras: lower is better. Protocol {result['protocol']}, windows of {sizes} pixels{jpeg}."]
+    if beside_paper:
+        other = [] if result["protocol"] == "v1" else ["protocol v1"]
+        other += [] if result["reference_io"] else ["JPEG in between (--reference-io)"]
+        mind = f" The published loop is with {' and '.join(other)}." if other else ""
+        notes.append(f"paper: as printed in {ARXIV}; gap: measured minus paper.{mind}")
+    if result["data"]["skipped"] or (result["data"]["expected"] and not result["data"]["whole"]):
+        notes.append(f"{result['data']['summary']}.")
+    return notes

@@ -1,0 +1,208 @@
+"""
+The windows of a large scene and the map that their similarities to a text make: what SeLo does apart from the model.
+
+Shapes: H, W pixels of the scene, N windows. Source: `xiaoyuan1996/SemanticLocalizationMetrics`, `predict/
+generate_selo.py` (v1) and `generate_selo_v2.py` (v2).
+"""
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image
+
+
+WINDOW_PIXELS = 256  # every window is resized to this side before the model's own preprocessing
+MEDIAN_SIDE = 251  # of the filter over a map of v1, pixels
+GAUSSIAN_SIDE = 255  # of the filter over a map of v2, pixels; OpenCV derives its deviation, 38.6
+KEPT_SHARE = 0.15  # of the windows that v2 looks at more closely
+NEAR_SIZES = (64, 128)  # half sides of the windows that v2 puts around each point of those, pixels
+FLAT = 1e-6  # a spread of similarities that is only float32 rounding
+
+
+class Window(NamedTuple):
+    """A rectangle of the scene in pixels; bottom and right are the first outside."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a map is made: `v1` averages windows of several sizes, `v2` looks again around the best of one size."""
+
+    name: str
+    windows: tuple[int, ...]  # sides in pixels
+
+    def __post_init__(self):
+        if self.name not in ("v1", "v2"):
+            raise ValueError(f"protocol {self.name!r} is not known; use v1 or v2.")
+        if not self.windows or any(not isinstance(side, int) or side < 2 for side in self.windows):
+            raise ValueError(f"windows={self.windows!r} must be whole numbers of pixels, at least 2.")
+        if self.name == "v2" and len(self.windows) > 1:
+            raise ValueError(f"protocol v2 starts from windows of one size, got {self.windows!r}.")
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises a `ValueError` for a scene that is smaller than a window."""
+        side = max(self.windows)
+        if min(height, width) < side:
+            raise ValueError(
+                f"the scene of {width} x {height} pixels is smaller than a window of {side}; protocol {self.name} "
+                f"takes scenes of at least {side} x {side}."
+            )
+
+
+PROTOCOLS = {"v1": Protocol("v1", (256, 512, 768)), "v2": Protocol("v2", (512,))}
+
+
+def choose_protocol(protocol: str | Protocol) -> Protocol:
+    if isinstance(protocol, Protocol):
+        return protocol
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol {protocol!r} is not known; use {' or '.join(PROTOCOLS)}.")
+    return PROTOCOLS[protocol]
+
+
+# -------------------------------------------------------------------------------------------------------------- windows
+
+
+def grid_windows(height: int, width: int, protocol: Protocol) -> list[Window]:
+    """
+    All windows of a scene, column by column: a grid of each size, and for v1 another one half a window on. A window that would reach beyond the right or
+    lower edge is moved back inside; one that stands there already is left out, as the published code's file names did.
+    """
+    protocol.check_size(height, width)
+    found = []
+    for side in protocol.windows:
+        for start in (0, side - side // 2) if protocol.name == "v1" else (0,):
+            for left in range(start, width, side):
+                for top in range(start, height, side):
+                    top_inside, left_inside = min(top, height - side), min(left, width - side)
+                    found.append(Window(top_inside, top_inside + side, left_inside, left_inside + side))
+    return list(dict.fromkeys(found))
+
+
+def best_windows(scores: np.ndarray) -> np.ndarray:
+    """Indices of the windows that v2 looks at more closely: the best 15 % and one more, of equal ones the last."""
+    return np.argsort(scores, kind="stable")[-(int(len(scores) * KEPT_SHARE) + 1) :]
+
+
+def near_windows(window: Window, height: int, width: int) -> list[Window]:
+    """
+    The windows of 128 and 256 pixels that v2 puts around nine points of a window: its corners, its middle and the
+    points half way between. At the upper and left edge they are moved inside, at the others cut off.
+    """
+    side = window.bottom - window.top
+    places = [(row * side // 4, column * side // 4) for row, column in ((0, 0), (0, 4), (4, 0), (4, 4))]
+    places += [(row * side // 4, column * side // 4) for row in (1, 3) for column in (1, 3)]
+    places.append((side // 2, side // 2))
+    found = []
+    for down, right in places:
+        for half in NEAR_SIZES:
+            top, left = max(window.top + down - half, 0), max(window.left + right - half, 0)
+            found.append(Window(top, min(top + 2 * half, height), left, min(left + 2 * half, width)))
+    return list(dict.fromkeys(found))
+
+
+class SceneWindows(Sequence[Image.Image]):
+    """
+    Windows of a scene as the images that a model gets, cut out when they are asked for.
+
+    Args:
+        scene: (H, W, 3) uint8, RGB.
+        windows: where they are.
+        reference_io: each window goes through a JPEG file, as in the published code.
+    """
+
+    def __init__(self, scene: np.ndarray, windows: Sequence[Window], reference_io: bool = False):
+        self.scene, self.windows, self.reference_io = scene, list(windows), reference_io
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            part = SceneWindows(self.scene, self.windows[index], self.reference_io)
+            part.__dict__["scene_hash"] = self.scene_hash  # of the same pixels: not to be read again
+            return part
+        top, bottom, left, right = self.windows[index]
+        size = (WINDOW_PIXELS, WINDOW_PIXELS)
+        pixels = cv2.resize(self.scene[top:bottom, left:right], size, interpolation=cv2.INTER_CUBIC)
+        if not self.reference_io:
+            return Image.fromarray(pixels)
+        _, content = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+        return Image.open(io.BytesIO(content)).convert("RGB")
+
+    @cached_property
+    def scene_hash(self) -> str:
+        return hashlib.sha256(np.ascontiguousarray(self.scene)).hexdigest()
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 over the scene's pixels, the windows and what is done to them."""
+        made_by = (self.scene.shape, self.windows, WINDOW_PIXELS, self.reference_io, cv2.__version__)
+        return hashlib.sha256(repr((self.scene_hash, made_by)).encode()).hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------------- maps
+
+
+def probability_map(
+    height: int, width: int, windows: Sequence[Window], scores: np.ndarray, protocol: Protocol, reference_io: bool
+) -> np.ndarray:
+    """
+    The map of one query: mean score of the windows over each pixel (0 where there is none), stretched to 0..255,
+    smoothed by a median filter (v1) or a Gaussian (v2).
+
+    DIFFERS: where all scores are equal, the published code divides by zero; here the map is 0 everywhere.
+
+    Args:
+        windows, scores: N windows and their (N,) similarities to the query.
+        reference_io: the map goes through a JPEG file, as in the published code.
+
+    Returns:
+        (H, W) uint8.
+    """
+    means, heights, widths = mean_scores(height, width, windows, scores)
+    means = means - means.min()
+    spread = means.max()
+    levels = (255 * (means / spread) if spread > FLAT else np.zeros_like(means)).astype(np.uint8)
+    heat = np.repeat(np.repeat(levels, heights, axis=0), widths, axis=1)  # (H, W)
+    if protocol.name == "v1":
+        heat = cv2.medianBlur(heat, MEDIAN_SIDE)
+    else:
+        heat = cv2.GaussianBlur(heat, (GAUSSIAN_SIDE, GAUSSIAN_SIDE), 0)
+    if reference_io:
+        heat = cv2.imdecode(cv2.imencode(".jpg", heat)[1], cv2.IMREAD_GRAYSCALE)
+    return heat
+
+
+def mean_scores(
+    height: int, width: int, windows: Sequence[Window], scores: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Mean score of the windows over each pixel, without visiting pixels: the edges of the windows cut the scene into
+    cells (a hundred along each side), within which all pixels have the same mean.
+
+    Returns:
+        (rows, columns) float64 means of the cells, 0 where there is no window; the heights (rows,) and widths
+        (columns,) of the cells in pixels.
+    """
+    boxes = np.array(windows)  # (N, 4)
+    rows = np.unique(np.concatenate([boxes[:, :2].ravel(), [0, height]]))
+    columns = np.unique(np.concatenate([boxes[:, 2:].ravel(), [0, width]]))
+    tops, bottoms = np.searchsorted(rows, boxes[:, 0]), np.searchsorted(rows, boxes[:, 1])
+    lefts, rights = np.searchsorted(columns, boxes[:, 2]), np.searchsorted(columns, boxes[:, 3])
+    total = np.zeros((len(rows) - 1, len(columns) - 1))
+    count = np.zeros(total.shape, np.int64)
+    for top, bottom, left, right, score in zip(tops, bottoms, lefts, rights, scores, strict=True):
+        total[top:bottom, left:right] += score
+        count[top:bottom, left:right] += 1
+    return total / np.maximum(count, 1), np.diff(rows), np.diff(columns)
