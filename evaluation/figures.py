@@ -15,7 +15,8 @@ from modeling_lrsclip.image_processing_lrsclip import to_rgb
 from .benchmarks.retrieval_data import ImageFiles
 
 
-CLIP_POSITIONS = 77
+CLIP_POSITIONS, LONG_POSITIONS = 77, 248
+TOKEN_BIN = 10  # tokens a bar of the histogram
 INK, GREY, PALE, FAINT = "#22303c", "#7b8794", "#aeb8c1", "#d9dfe5"
 RIGHT, BEYOND = "#1f9d55", "#1769aa"
 LINES = ("#1769aa", "#d1603d", "#6b7785", "#1f9d55", "#8a5aa8", "#b8860b", "#00838f", "#ad1457")
@@ -130,10 +131,40 @@ def _label_ends(axes: Any, labels: list[tuple[float, str, str]], x: float, limit
         )
 
 
+def draw_token_lengths(counts: Sequence[int], path: Path, dataset: str = "") -> Path:
+    """
+    How long the texts are (paper, Fig. 6), with the share that a model of 77 and of 248 positions reads whole.
+
+    Args:
+        counts: texts by their number of tokens, in bins of `TOKEN_BIN` from 0 on.
+    """
+    figure = _figure(8.2, 3.9)
+    axes = figure.add_axes((0.085, 0.15, 0.88, 0.62))
+    starts = [TOKEN_BIN * index for index in range(len(counts))]
+    axes.bar(starts, counts, width=TOKEN_BIN, align="edge", color=BEYOND, edgecolor="white", linewidth=0.8)
+    end = max(starts[-1] + TOKEN_BIN, CLIP_POSITIONS + 3 * TOKEN_BIN)
+    axes.set(xlim=(0, end), ylim=(0, 1.05 * max(counts)))
+    for positions in (CLIP_POSITIONS, LONG_POSITIONS):
+        if positions < end:
+            axes.axvline(positions, color=INK, linewidth=1, linestyle=(0, (1, 2)))
+            axes.text(positions, 1.07 * max(counts), f"{positions}", color=INK, fontsize=8.5, ha="center", va="bottom")
+    axes.set_xlabel("tokens of a text, start and end included", color=INK, labelpad=6)
+    axes.tick_params(colors=GREY, length=0, labelsize=9)
+    axes.grid(axis="y", color=FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(GREY)
+    figure.text(0.085, 0.92, "How long the texts are", fontsize=13, weight="bold", color=INK)
+    subtitle = f"{sum(counts):,} texts" + (f" of {dataset}" if dataset else "")
+    figure.text(0.085, 0.855, f"{subtitle} · dotted: what CLIP (77) and LRSCLIP (248) read", fontsize=9.5, color=GREY)
+    figure.savefig(path)
+    return path
+
+
 # ------------------------------------------------------------------------------------------------------------ gallery
 
 
-class _Sheet:
+class Sheet:
     """A page on which places are inches from the top left corner."""
 
     def __init__(self, width: float, height: float):
@@ -179,7 +210,7 @@ def draw_retrieval_gallery(
     shown = max(len(example["found"]) for example in examples)
     missed = any(example["image"] not in example["found"] for example in examples)
     right = left + shown * (side + gap) + (0.25 + side if missed else -gap)
-    sheet = _Sheet(max(right + margin, 10.5), head + sum(heights) + 0.1)
+    sheet = Sheet(max(right + margin, 10.5), head + sum(heights) + 0.1)
     sheet.text(margin, 0.38, f"What {label or 'the model'} finds for a text", 14, INK, "bold")
     sheet.text(margin, 0.66, _legend(layouts, missed), 9.5)
     top = head

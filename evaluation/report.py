@@ -1,6 +1,8 @@
 """What was measured -> `results.json`, tables on the terminal, and `results.md`."""
 
+import csv
 import importlib.metadata
+import io
 import itertools
 import json
 import os
@@ -58,6 +60,23 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
     write_file(
         path, re.sub(r"\[\n[\s\d.,eE+-]+\]", lambda found: "[" + " ".join(found[0][1:-1].split()) + "]", text) + "\n"
     )
+
+
+CSV_COLUMNS = ("model", "task", "dataset", "metric", "value", "low", "high", "paper", "gap", "seen")
+
+
+def csv_lines(results: Sequence[dict[str, Any]]) -> str:
+    """A line per model, task, data set and metric: the value, its 95% interval, the paper's figure and the gap."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, CSV_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for result in results:
+        for metric, value in result["metrics"].items():
+            low, high = result["intervals"].get(metric, ("", ""))
+            beside = {name: result.get(name, {}).get(metric, "") for name in ("paper", "gap")}
+            own = {name: result[name] for name in ("model", "task", "dataset")} | {"seen": result.get("seen", "")}
+            writer.writerow(own | {"metric": metric, "value": value, "low": low, "high": high} | beside)
+    return file.getvalue()
 
 
 # -------------------------------------------------------------------------------------------------------------- table

@@ -6,7 +6,6 @@ Shapes: M images, N texts, D width of the shared space.
 
 import itertools
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,11 +14,21 @@ import torch
 from torch import Tensor
 
 from .benchmarks.retrieval_data import RetrievalData, load_retrieval
-from .embedding import Encoder, cut_tokens, embed_images, embed_texts, encode_texts, share_truncated, token_lengths
+from .embedding import (
+    Encoder,
+    cut_tokens,
+    embed_images,
+    embed_texts,
+    encode_texts,
+    hash_rows,
+    share_truncated,
+    token_lengths,
+)
 
 
 KS = (1, 5, 10)
-BLOCK_BYTES = 256 * 2**20  # of scores held at once
+BLOCK_BYTES = 16 * 2**20  # of scores held at once; larger blocks leave the cache of a CPU
+TOKEN_BIN = 10  # tokens a bar of the histogram of text lengths
 EXAMPLES, SHOWN_IMAGES = 4, 5  # queries of the gallery, and images shown for each
 
 
@@ -178,8 +187,8 @@ class RetrievalTask:
     text_column: str
     studies_tokens: bool = False  # worth the curve of R@1 against tokens kept
 
-    def load(self, source: str) -> RetrievalData:
-        return load_retrieval(source, self.text_column)
+    def load(self, source: str, allow_missing: int = 0) -> RetrievalData:
+        return load_retrieval(source, self.text_column, allow_missing)
 
     def evaluate(self, encoder: Encoder, data: RetrievalData, tokens_kept: Sequence[int] = ()) -> dict[str, Any]:
         """
@@ -192,10 +201,8 @@ class RetrievalTask:
             `dict`: ready for JSON: `metrics`, `share_truncated` (0 to 1), `tokens`, `ranks`, `curve`, `examples`, ….
         """
         image_embeds = encoder.images(data.images)  # (M, D)
-        started = time.perf_counter()
         rows = encode_texts(encoder.processor, data.texts)
         text_embeds = encoder.texts(rows)  # (N, D)
-        text_seconds = time.perf_counter() - started
         ranks = retrieval_ranks(image_embeds, text_embeds, data.text_to_image)
         metrics = recall_from_ranks(ranks)
         lengths = token_lengths(encoder.processor, data.texts)
@@ -203,11 +210,20 @@ class RetrievalTask:
             "metrics": metrics,
             "images": len(data.images),
             "texts": len(data.texts),
-            "tokens": {"mean": sum(lengths) / len(lengths), "longest": max(lengths)},
+            "data": data.describe(),
+            "tokens": {
+                "mean": sum(lengths) / len(lengths),
+                "longest": max(lengths),
+                "histogram": torch.bincount(torch.tensor(lengths) // TOKEN_BIN).tolist(),
+            },
             "share_truncated": share_truncated(lengths, encoder.positions),
-            "seconds": {"images": encoder.image_seconds[data.images.content_hash], "texts": text_seconds},
+            "seconds": {
+                "images": encoder.image_seconds[data.images.content_hash],
+                "texts": encoder.text_seconds[hash_rows(rows)],
+            },
             "images_sha256": data.images.content_hash,
             "texts_sha256": data.texts_hash,
+            "image_of_text": list(data.text_to_image),
             "ranks": {"text_to_image": ranks.text_to_image.tolist(), "image_to_text": ranks.image_to_text.tolist()},
             "examples": _examples(encoder, image_embeds, text_embeds, data, ranks),
         }

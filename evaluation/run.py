@@ -1,12 +1,12 @@
 """
-Measures models on tasks: `python -m evaluation.run --model DIR [DIR ...] --tasks zcrl,zcrs --data DATA --output DIR`.
+Measures models on tasks: `python -m evaluation.run --model M [M ...] --tasks all --data DATA [DATA ...] --output DIR`.
 
-Prints a table per task and writes results.json, results.md and figures.
+Prints a table per task and writes results.json, results.md, results.csv and figures.
 """
 
 import argparse
 import datetime
-import difflib
+import functools
 import os
 import shlex
 import sys
@@ -18,49 +18,61 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
+from .benchmarks.class_names import WORDINGS
+from .bootstrap import intervals
 from .embedding import load_encoder
-from .figures import draw_recall_vs_tokens, draw_retrieval_gallery
+from .models import ModelSource, resolve
 from .paper import beside_paper
 from .report import (
     SCHEMA_VERSION,
     Table,
+    csv_lines,
     environment,
     make_console,
     markdown,
     print_table,
-    retrieval_table,
-    tokens_table,
     write_file,
     write_json,
 )
-from .retrieval import RetrievalTask
+from .tasks import TASKS, Task, choose_tasks, load_data
 
 
-TASKS = {
-    task.name: task
-    for task in (
-        RetrievalTask("zcrl", "Long-text retrieval (ZCRL)", "long_text", studies_tokens=True),
-        RetrievalTask("zcrs", "Short-text retrieval (ZCRS)", "short_text"),
-    )
-}
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
-MODELS_ARE = "--model takes folders that save_pretrained wrote, or Hub ids"
 TOKENS_KEPT = "20,40,77,120,160,200,248"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m evaluation.run", description="Measures CLIP models on tasks.")
-    parser.add_argument("--model", nargs="+", required=True, help="model folders or Hub ids, a row of the table each")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        required=True,
+        help="a row of the table each: a model folder, a Hub id, a published checkpoint file, or a name such as "
+        "remoteclip-vit-l-14; NAME=FILE says which published model a file is",
+    )
     parser.add_argument("--tasks", default="all", help=f"comma-separated, of: {', '.join(TASKS)}; or all (default)")
     parser.add_argument(
-        "--data", required=True, help="folder with test.parquet, a .parquet/.jsonl/.json/.csv, or a Hub id"
+        "--data", nargs="+", required=True, help="folders, files or Hub ids; each task takes those that hold its data"
     )
     parser.add_argument("--output", required=True, help="folder for results.json, results.md and the figures")
-    parser.add_argument("--batch-size", type=int, default=64, help="texts or images encoded at once (64)")
+    parser.add_argument("--allow-missing", type=int, default=0, help="images a data set may lack (0)")
+    parser.add_argument("--batch-size", type=int, default=64, help="texts or images encoded at once, at most (64)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the towers; similarities are always fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read images (0: none beside this one)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the towers: minutes first, faster then")
+    parser.add_argument("--cache", help="folder where embeddings are kept for later runs, such as runs/embeddings")
+    parser.add_argument("--tokenizer", help="for checkpoint files: Hub id, folder or bpe_simple_vocab_16e6.txt.gz")
     parser.add_argument(
-        "--tokens-kept", default=TOKENS_KEPT, help=f"for R@1 against tokens kept ({TOKENS_KEPT}); none: no curve"
+        "--tokens-kept", default=TOKENS_KEPT, help=f"zcrl: for R@1 against tokens kept ({TOKENS_KEPT}); none: no curve"
+    )
+    parser.add_argument(
+        "--templates", default="paper", help="zic: a set of prompts, or a file with one a line (paper)"
+    )
+    parser.add_argument("--class-names", choices=WORDINGS, default="human", help="zic: their wording (human)")
+    parser.add_argument("--protocol", choices=("v1", "v2"), default="v1", help="selo: v1 is the paper's (v1)")
+    parser.add_argument(
+        "--reference-io", action="store_true", help="selo: windows and maps through JPEG, as the published loop does"
     )
     options = parser.parse_args(arguments)
     words = sys.argv[1:] if arguments is None else arguments
@@ -83,14 +95,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Everything that can be wrong with the input is checked before the first model is loaded."""
     tasks = choose_tasks(options.tasks)
-    tokens_kept = parse_tokens(options.tokens_kept)
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size {options.batch_size} must be at least 1.")
-    labels = label_models(options.model)
+    for name, least in (("batch_size", 1), ("workers", 0), ("allow_missing", 0)):
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least {least}.")
+    sources = [resolve(given) for given in options.model]
+    labels = label_models(sources)
+    task_options = {task.name: task.options(options) for task in tasks}
     device = check_device(options.device)
     output = prepare_output(options.output)
     console = make_console()
-    data = {task.name: task.load(options.data) for task in tasks}
+    work = load_data(tasks, options, lambda text: console.print(text, soft_wrap=True, markup=False))
     document: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -101,73 +115,61 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         "models": [],
         "results": [],
     }
-    for path, label in zip(options.model, labels, strict=True):
+    for source, label in zip(sources, labels, strict=True):
         encoder = load_encoder(
-            path, device, label, batch_size=options.batch_size, dtype=DTYPES[options.dtype], progress=True
+            source,
+            device,
+            label,
+            tokenizer=options.tokenizer,
+            batch_size=options.batch_size,
+            dtype=DTYPES[options.dtype],
+            progress=True,
+            workers=options.workers,
+            compile=options.compile,
+            cache_dir=options.cache,
         )
-        document["models"].append(encoder.describe())
-        for task in tasks:
-            started = time.perf_counter()
-            result = task.evaluate(encoder, data[task.name], tokens_kept)
-            seconds = time.perf_counter() - started
-            result = {"model": label, "task": task.name, "dataset": data[task.name].name} | result
-            document["results"].append(result | beside_paper(result))
-            console.print(f"{label}: {task.name} done in {seconds:.1f} s, mR {result['metrics']['mR']:.1f}")
-        write_json(output / "results.json", document)  # after each model: what is done stays done
-    tables = make_tables(tasks, document)
+        document["models"].append(encoder.describe() | {"revision": source.revision})
+        for task, measure, datasets in work:
+            for data in datasets:
+                started = time.perf_counter()
+                result = measure.evaluate(encoder, data, **task_options[task.name])
+                seconds = time.perf_counter() - started
+                result = {"model": label, "task": task.name, "dataset": data.name} | result
+                result["intervals"] = intervals(result)
+                document["results"].append(result | beside_paper(result))
+                reached = f"{task.headline} {result['metrics'][task.headline]:.{task.digits}f}"
+                console.print(f"{label}: {task.name} on {data.name} done in {seconds:.1f} s, {reached}", markup=False)
+                write_json(output / "results.json", document)  # after each: what is done stays done
+    tables = make_tables([task for task, _, _ in work], document)
     for table in tables:
         print_table(console, table)
     write_file(output / "results.md", "\n".join(markdown(table) for table in tables))
-    written = [output / "results.json", output / "results.md", *draw_figures(tasks, document, data, output)]
+    write_file(output / "results.csv", csv_lines(document["results"]))
+    written = [output / name for name in ("results.json", "results.md", "results.csv")]
     console.print()
-    for path in written:
-        console.print(str(path), soft_wrap=True)
+    for path in [*written, *draw_figures(work, document, output)]:
+        console.print(str(path), soft_wrap=True, markup=False)
     return document
 
 
 # -------------------------------------------------------------------------------------------------------------- input
 
 
-def choose_tasks(names: str) -> list[RetrievalTask]:
-    """`zcrl,zcrs` or `all` -> tasks, in the order given."""
-    wanted = list(TASKS) if names == "all" else [name.strip().lower() for name in names.split(",") if name.strip()]
-    for name in wanted:
-        if name not in TASKS:
-            near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ValueError(f"unknown task {name!r}; --tasks takes {', '.join(TASKS)} or all.{hint}")
-    if not wanted:
-        raise ValueError(f"no task given; --tasks takes {', '.join(TASKS)} or all.")
-    return [TASKS[name] for name in dict.fromkeys(wanted)]
-
-
-def parse_tokens(values: str) -> list[int]:
-    if values.strip().lower() in ("", "none"):
-        return []
-    try:
-        kept = [int(value) for value in values.split(",") if value.strip()]
-    except ValueError:
-        raise ValueError(f"--tokens-kept {values!r} must be whole numbers, such as {TOKENS_KEPT}, or none.") from None
-    if min(kept, default=0) < 2:
-        raise ValueError(f"--tokens-kept {values} must be at least 2: the start and the end token count.")
-    return kept
-
-
-def label_models(paths: Sequence[str]) -> list[str]:
-    """Folder names, with as many parent folders as it takes to tell them apart."""
-    for path in paths:
-        looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-        if not Path(path).is_dir() and (looks_local or Path(path).parent.is_dir()):
-            raise ValueError(f"model folder {path} does not exist; {MODELS_ARE}.")
-        if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-            raise ValueError(f"model folder {path} has no config.json; {MODELS_ARE}.")
-    parts = [_telling_parts(Path(path).absolute().parts) for path in paths]
+def label_models(sources: Sequence[ModelSource]) -> list[str]:
+    """The registry's names; for others the folders' names, with as many parent folders as it takes to tell them apart."""
+    parts = [_telling_parts(Path(source.path).absolute().parts) for source in sources]
     if len(set(parts)) < len(parts):
         raise ValueError("the same model is given twice with --model.")
+    named = [source.label for source in sources]
     depth = 1
-    while len({own[-depth:] for own in parts}) < len(parts):
-        depth += 1
-    return ["/".join(own[-depth:]) for own in parts]
+    while True:
+        labels = [name or "/".join(own[-depth:]) for name, own in zip(named, parts, strict=True)]
+        if len(set(labels)) == len(labels):
+            return labels
+        # Two files of one published model have the same name: then paths tell them apart.
+        twice = {name for name in named if named.count(name) > 1}
+        named = [None if name in twice else name for name in named]
+        depth += not twice - {None}
 
 
 def _telling_parts(parts: tuple[str, ...]) -> tuple[str, ...]:
@@ -201,31 +203,37 @@ def prepare_output(path: str) -> Path:
 # ------------------------------------------------------------------------------------------------------------- output
 
 
-def make_tables(tasks: Sequence[RetrievalTask], document: dict[str, Any]) -> list[Table]:
+def make_tables(tasks: Sequence[Task], document: dict[str, Any]) -> list[Table]:
     tables = []
     for task in tasks:
         results = [result for result in document["results"] if result["task"] == task.name]
-        tables += [retrieval_table(task.title, results, document["models"]), tokens_table(task.title, results)]
+        groups = [results] if task.one_table else _by_dataset(results)
+        tables += [table for own in groups for table in task.tables(task.title, own, document["models"])]
     return [table for table in tables if table]
 
 
-def draw_figures(
-    tasks: Sequence[RetrievalTask], document: dict[str, Any], data: dict[str, Any], output: Path
-) -> list[Path]:
-    """The curve, where one was measured, and the gallery of the best model at the first task."""
-    paths = []
-    positions = {model["label"]: model["positions"] for model in document["models"]}
-    curves = [result for result in document["results"] if result.get("curve")]
-    if curves:
-        lines = {result["model"]: result["curve"] for result in curves}
-        path = output / "recall_vs_tokens.png"
-        title = f"{curves[0]['dataset']}, {curves[0]['texts']:,} texts"
-        paths.append(draw_recall_vs_tokens(lines, path, title, curves[0]["tokens"]["longest"]))
-    results = [result for result in document["results"] if result["task"] == tasks[0].name]
-    best = max(reversed(results), key=lambda result: result["metrics"]["mR"])
-    path, label = output / "retrieval_gallery.png", best["model"]
-    images = data[tasks[0].name].images
-    return [*paths, draw_retrieval_gallery(best["examples"], images, path, label, positions[label])]
+def draw_figures(work: Sequence[tuple[Task, Any, list[Any]]], document: dict[str, Any], output: Path) -> list[Path]:
+    """Each task's pictures; their names tell the task and the data set where there are several."""
+    paths: list[Path] = []
+    for index, (task, _, datasets) in enumerate(work):
+        for data in datasets:
+            of = {"task": task.name, "dataset": data.name}
+            results = [result for result in document["results"] if of.items() <= result.items()]
+            ending = f"-{data.name}" if len(datasets) > 1 else ""
+            if any(task.figures is earlier.figures for earlier, _, _ in work[:index]):
+                ending += f"-{task.name}"
+            place = functools.partial(_place, output, ending)
+            paths += task.figures(results, data, document["models"], place)
+    return paths
+
+
+def _place(folder: Path, ending: str, name: str) -> Path:
+    return folder / f"{name}{ending}.png"
+
+
+def _by_dataset(results: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    names = dict.fromkeys(result["dataset"] for result in results)
+    return [[result for result in results if result["dataset"] == name] for name in names]
 
 
 if __name__ == "__main__":

@@ -12,9 +12,15 @@ from pathlib import Path
 import pytest
 from transformers import CLIPConfig, CLIPModel
 
+from evaluation import attention, compare
 from evaluation import run as evaluation_run
-from modeling_lrsclip import LRSCLIPModel
+from evaluation.models import MODELS
+from model_cards import build_card, push_to_hub
+from modeling_lrsclip import LRSCLIPModel, convert
+from modeling_lrsclip.published_checkpoints import PRESETS
 from tests.conftest import tower_configs
+from tests.modeling_lrsclip.references import published_state
+from tests.modeling_lrsclip.source_files import write_bpe_file, write_source
 from training import train
 
 
@@ -74,12 +80,24 @@ def test_from_scratch_then_use_then_evaluate(workplace, capsys):
     assert shown.returncode == 0, shown.stderr
     assert re.fullmatch(r"tensor\(\[\[0\.\d+, 0\.\d+\]\]\)", shown.stdout.strip()), shown.stdout
 
-    arguments = command("evaluation.run")
+    arguments = command("evaluation.run", "zcrl,zcrs")
     assert evaluation_run.main(arguments[arguments.index("evaluation.run") + 1 :]) == 0
     printed = capsys.readouterr().out
     assert "ZCRL" in printed and "ZCRS" in printed and "mine" in printed
-    for name in ("results.json", "results.md", "recall_vs_tokens.png", "retrieval_gallery.png"):
+    names = ["results.json", "results.md", "results.csv"]
+    for name in (*names, "recall_vs_tokens.png", "retrieval_gallery.png", "token_lengths.png"):
         assert (workplace / "results" / name).stat().st_size > 0, name
+
+    shutil.copytree("results", "other")
+    assert compare.main(command("evaluation.compare")[3:]) == 0
+    assert attention.main(command("evaluation.attention")[3:]) == 0 and (workplace / "attention.png").exists()
+    assert build_card.main(command("build_card.py")[2:]) == 0
+    assert "you/mine" in (workplace / "runs/mine/final/README.md").read_text()
+    capsys.readouterr()
+    assert push_to_hub.main(command("push_to_hub.py")[2:]) == 0
+    printed = capsys.readouterr().out
+    for name in ("model.safetensors", "modeling_lrsclip.py", "results.json", "evaluate_checkpoint.py"):
+        assert name in printed, name
 
 
 def test_fine_tuning_a_clip(workplace, tiny_clip, tiny_processor, capsys):
@@ -90,6 +108,24 @@ def test_fine_tuning_a_clip(workplace, tiny_clip, tiny_processor, capsys):
     offline = ["--model.init", "clip", "--loop.batch_size", "4", "--loop.steps", "2", "--data.workers", "1"]
     train.main([*arguments[arguments.index("training.train") + 1 :], *offline])
     assert LRSCLIPModel.from_pretrained("runs/mine/final").config.text_config.max_position_embeddings == 248
+
+
+def test_converting_the_published_file(workplace, tiny_tokenizer):
+    state = published_state(49408, 248, two_tables=True)
+    write_source("zip", state, workplace).rename("LRSCLIP_ViT-B-16.pt")
+    write_bpe_file(workplace / "bpe_simple_vocab_16e6.txt.gz")
+    convert.main(command("modeling_lrsclip.convert")[3:])
+    assert len(CLIPModel.from_pretrained("lrsclip-b16").text_model.embeddings.position_embedding.weight) == 248
+
+
+def test_every_option_of_the_commands_exists(capsys):
+    """Commands that need the Hub or public data are not run, but what they say is understood."""
+    arguments = command("evaluation.run", "RSITMD")
+    assert evaluation_run.parse_arguments(arguments[3:]).data == ["RSITMD", "RSICD", "EuroSAT", "AIR-SLT"]
+    for name in re.findall(r"--preset ([\w-]+)", README):
+        assert name in PRESETS, name
+    for name in re.findall(r"`([a-z]+-?clip-vit-[\w-]+)`", README):
+        assert name in MODELS, name
 
 
 def test_stretching_any_clip(workplace, tiny_tokenizer):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from .class_names import Dataset, find_dataset, known_datasets, own_dataset
 from .image_files import ImageFiles, complain, plain, usable_images
-from .tables import FORMATS, SPLITS, is_hub_id, read_hub, read_parquet, read_table, table_images
+from .tables import FORMATS, SPLITS, NotHere, is_hub_id, read_hub, read_parquet, read_table, table_images
 
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -93,7 +93,7 @@ def find_sources(source: str | Path) -> list[str]:
         return [str(source)]
     found = [str(folder) for folder in _folders(path) if _is_dataset(folder)]
     if not found and not _class_folders(path):
-        raise ValueError(
+        raise NotHere(
             f"{path} holds neither class folders with images ({', '.join(IMAGE_SUFFIXES)}), nor folders of that kind, "
             "nor parquet files with labels."
         )
@@ -147,7 +147,7 @@ def load_classification(source: str | Path, allow_missing: int = 0) -> Classific
     dataset = dataset or own_dataset(_own_name(path), sorted(set(found.labels)))
     labels = _classes_of(found.labels, dataset, source)
     if len(dataset.classes) < 2:
-        raise ValueError(f"{source} has one class only ({dataset.folders[0]}); two or more are needed to tell apart.")
+        raise NotHere(f"{source} has one class only ({dataset.folders[0]}); two or more are needed to tell apart.")
     kept, skipped = usable_images(found.images, allow_missing, source, found.beside)
     images, labels = found.images.take(kept), [labels[index] for index in kept]
     return ClassificationData(dataset, images, labels, found.how, tuple(skipped), found.left_out)
@@ -216,7 +216,7 @@ def _class_folders(path: Path) -> list[Path]:
 def _read_folders(path: Path) -> _Found:
     folders = _class_folders(path)
     if not folders:
-        raise ValueError(f"{path} holds no class folders with images ({', '.join(IMAGE_SUFFIXES)}).")
+        raise NotHere(f"{path} holds no class folders with images ({', '.join(IMAGE_SUFFIXES)}).")
     files = [(file, folder.name) for folder in folders for file in _image_paths(folder)]
     others = Counter(
         file.suffix or file.name

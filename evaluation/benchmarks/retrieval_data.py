@@ -15,6 +15,7 @@ from .image_files import ImageFiles, complain, plain, usable_images
 from .tables import (
     FORMATS,
     MissingColumn,
+    NotHere,
     Table,
     is_hub_id,
     parse_json,
@@ -123,7 +124,7 @@ def find_sources(source: str | Path, text_column: str) -> list[str]:
         found.append(str(folder))
     if folders and not found:
         names = ", ".join(folder.name for folder in folders[:5])
-        raise ValueError(f"none of the caption files in {path} ({names}) has a {text_column}.")
+        raise NotHere(f"none of the caption files in {path} ({names}) has a {text_column}.")
     return found or [str(source)]
 
 
@@ -199,7 +200,7 @@ def _read(source: str | Path, text_column: str) -> Table:
             parquet = found[0].suffix == ".parquet"
             return read_parquet(found, columns) if parquet else _read_file(_only(found), text_column)
         near = ", ".join(sorted(file.name for file in path.iterdir() if file.suffix in FORMATS)[:5])
-        raise ValueError(
+        raise NotHere(
             f"{path} holds no test.parquet, dataset_*.json, *_test.csv or captions.jsonl; name a "
             f"{', '.join(FORMATS)} file"
             + (f", for example one of: {near}." if near else " with the columns image, long_text, short_text.")

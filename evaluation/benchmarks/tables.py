@@ -19,7 +19,11 @@ ENCODINGS = ("utf-8-sig", "gb18030")  # RS5M's rsicd_test.csv is in the second
 SPLITS = ("train", "training", "validation", "valid", "val", "test", "testing")
 
 
-class MissingColumn(ValueError):
+class NotHere(ValueError):
+    """A source holds no data of the kind that was asked for; it may well hold that of another task."""
+
+
+class MissingColumn(NotHere):
     """The data is there, but not the kind of text or label that was asked for."""
 
 

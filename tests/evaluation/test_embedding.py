@@ -1,8 +1,12 @@
 """Embeddings equal one-at-a-time encoding, whatever the batches, the padding and the order."""
 
+import io
+
 import pytest
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from evaluation.embedding import (
     Encoder,
@@ -95,6 +99,70 @@ def test_images_equal_those_encoded_alone(tiny_model, tiny_processor, images):
         with torch.no_grad():
             alone = tiny_model.get_image_features(**tiny_processor(images=image, return_tensors="pt")).pooler_output
         torch.testing.assert_close(embed, F.normalize(alone[0], dim=-1), atol=1e-5, rtol=0)
+
+
+class Readable:
+    """Like `ImageFiles`: opened when asked for; some cannot be read."""
+
+    def __init__(self, images, bad=()):
+        self.images, self.bad = images, bad
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Readable(self.images[index], [place - (index.start or 0) for place in self.bad])
+        if index in self.bad:
+            raise ValueError(f"image {index} cannot be read")
+        return self.images[index]
+
+
+def test_workers_decode_the_same_images(tiny_model, tiny_processor, images):
+    expected = embed_images(tiny_model, tiny_processor, images, batch_size=3)
+    found = embed_images(tiny_model, tiny_processor, Readable(images), batch_size=3, workers=1)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_one_sentence(tiny_model, tiny_processor, images, workers):
+    with pytest.raises(ValueError, match=r"^image 1 cannot be read$"):
+        embed_images(tiny_model, tiny_processor, Readable(images, [1]), batch_size=4, workers=workers)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_threads_change_nothing(tiny_model, tiny_processor, mixed_texts, images, dtype, two_threads):
+    def both():
+        texts = embed_texts(tiny_model, tiny_processor, mixed_texts, 1, dtype=dtype)
+        return texts, embed_images(tiny_model, tiny_processor, images, 1, dtype=dtype)
+
+    threaded = both()
+    torch.set_num_threads(1)
+    for found, expected in zip(threaded, both(), strict=True):
+        assert torch.equal(found, expected)
+    assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+def test_a_bar_of_a_larger_piece_of_work_is_moved_on(tiny_model, tiny_processor, images, short_texts):
+    with tqdm(total=8, disable=False, file=io.StringIO()) as bar:
+        embed_images(tiny_model, tiny_processor, images, progress=bar)
+        embed_texts(tiny_model, tiny_processor, short_texts, progress=bar)
+        assert bar.n == 8
+
+
+def test_a_compiled_encoder_compiles_every_layer(tiny_checkpoint, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append((type(self), options)))
+    load_encoder(str(tiny_checkpoint), compile=True)
+    assert compiled == [(CLIPEncoderLayer, {"dynamic": True})] * 4
 
 
 def test_nothing_gives_no_rows(tiny_model, tiny_processor):

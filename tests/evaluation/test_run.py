@@ -8,9 +8,13 @@ from PIL import Image
 from rich.console import Console
 
 from evaluation import run
+from evaluation.benchmarks import aerial_scenes
 from evaluation.embedding import embed_images, embed_texts
+from evaluation.models import MODELS, ModelSource
 from evaluation.report import Column, Table, make_console, markdown, print_table, write_json
 from evaluation.retrieval import retrieval_recall
+from tests.modeling_lrsclip.references import published_state
+from tests.modeling_lrsclip.source_files import write_source
 
 
 @pytest.fixture
@@ -91,17 +95,23 @@ def test_bfloat16_is_recorded(tiny_checkpoint, data, tmp_path):
 @pytest.mark.parametrize(
     "more, problem",
     [
-        (["--tasks", "zrcl"], "unknown task 'zrcl'; --tasks takes zcrl, zcrs or all. Did you mean zcrl?"),
+        (["--tasks", "zrcl"], "unknown task 'zrcl'; --tasks takes zcrl, zcrs, zic, selo or all. Did you mean zcrl?"),
         (["--tasks", ","], "no task given"),
         (["--tokens-kept", "20,x"], "--tokens-kept '20,x' must be whole numbers"),
         (["--tokens-kept", "1"], "--tokens-kept 1 must be at least 2"),
         (["--device", "cuda:77"], "--device cuda:77 cannot be used here"),
         (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["--workers", "-1"], "--workers -1 must be at least 0"),
+        (["--allow-missing", "-1"], "--allow-missing -1 must be at least 0"),
+        (["--templates", "papier"], "template"),
+        (["--tasks", "selo"], "captions.jsonl"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
     ],
 )
 def test_bad_arguments_are_one_sentence(tiny_checkpoint, data, tmp_path, capsys, more, problem):
     assert run.main(arguments([tiny_checkpoint], data, tmp_path / "out", *more)) == 2
-    assert f"error: {problem}" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and problem in printed and printed.count("\n") == 1
 
 
 def test_missing_models_and_output_are_named_before_anything_is_loaded(tiny_checkpoint, data, tmp_path, capsys):
@@ -125,12 +135,77 @@ def test_what_was_measured_stays_when_a_later_model_fails(tiny_checkpoint, clip_
 
 
 def test_labels_take_parents_until_they_differ(tmp_path):
-    folders = [tmp_path / "a" / "last", tmp_path / "b" / "last"]
-    for folder in folders:
-        folder.mkdir(parents=True)
-        (folder / "config.json").touch()
-    assert run.label_models([str(folder) for folder in folders]) == ["a/last", "b/last"]
-    assert run.label_models([f"{folders[0]}/"]) == ["last"]
+    named = MODELS["long-clip-vit-b-16"]
+    assert run.label_models([ModelSource("a/last"), ModelSource("b/last")]) == ["a/last", "b/last"]
+    assert run.label_models([ModelSource("runs/a/final"), ModelSource("x.pt", named)]) == ["a", named.name]
+    assert run.label_models([ModelSource("a/x.pt", named), ModelSource("b/x.pt", named)]) == ["a/x.pt", "b/x.pt"]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Drawn scenes, and one canvas with regions."""
+    folder = tmp_path_factory.mktemp("drawn") / "scenes"
+    aerial_scenes.main([str(folder), "--scenes", "8", "--test-scenes", "24", "--image-size", "256", "--canvases", "1"])
+    return folder
+
+
+def test_all_tasks_on_drawn_scenes(tiny_checkpoint, scenes, tmp_path, capsys):
+    assert run.main(arguments([tiny_checkpoint], scenes, tmp_path, "--cache", str(tmp_path / "kept"))) == 0
+    printed = capsys.readouterr().out
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert [result["task"] for result in document["results"]] == ["zcrl", "zcrs", "zic", "selo"]
+    for result in document["results"]:
+        for metric, value in result["metrics"].items():
+            low, high = result["intervals"][metric]
+            assert low <= value <= high, (result["task"], metric)
+    lines = (tmp_path / "results.csv").read_text().splitlines()
+    assert len(lines) == 1 + sum(len(result["metrics"]) for result in document["results"])
+    for title in ("(ZCRL)", "(ZCRS)", "(ZIC)", "(SeLo)"):
+        assert title in printed and title in (tmp_path / "results.md").read_text()
+    names = {path.name for path in tmp_path.glob("*.png")}
+    assert names == {
+        "recall_vs_tokens.png", "token_lengths.png", "retrieval_gallery.png", "token_lengths-zcrs.png",
+        "retrieval_gallery-zcrs.png", "confusion_matrix.png", "localization.png",
+    }  # fmt: skip
+
+    again = tmp_path / "again"
+    more = ["--tasks", "zcrl,zcrs,zic", "--cache", str(tmp_path / "kept")]
+    assert run.main(arguments([tiny_checkpoint], scenes, again, *more)) == 0
+    for first, second in zip(document["results"], json.loads((again / "results.json").read_text())["results"]):
+        assert {**first, "seconds": None} == {**second, "seconds": None}
+        assert first["seconds"]["images"] == second["seconds"]["images"]  # those that were paid
+
+
+def test_a_task_without_data_is_left_out_of_all(tiny_checkpoint, data, tmp_path, capsys):
+    assert run.main(arguments([tiny_checkpoint], data, tmp_path)) == 0
+    printed = capsys.readouterr().out
+    assert "zic is left out: " in printed and "selo is left out: " in printed
+    assert len(json.loads((tmp_path / "results.json").read_text())["results"]) == 2
+
+
+def test_a_source_that_no_task_can_use(tiny_checkpoint, data, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    given = ["--model", str(tiny_checkpoint), "--output", str(tmp_path / "out")]
+    assert run.main([*given, "--data", str(data), str(tmp_path / "empty")]) == 2
+    assert f"--data {tmp_path / 'empty'} holds nothing for zcrl, zcrs, zic, selo" in capsys.readouterr().err
+    assert run.main([*given, "--data", str(data), str(data)]) == 2
+    assert "twice" in capsys.readouterr().err
+
+
+def test_a_published_file_under_its_models_name(tiny_tokenizer, data, tmp_path, capsys):
+    state = published_state(len(tiny_tokenizer), 248)
+    path = write_source("zip", state, tmp_path).rename(tmp_path / "LRSCLIP_ViT-B-16.pt")
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    more = ["--tasks", "zcrs", "--tokenizer", str(tmp_path / "tokenizer")]
+    assert run.main(arguments([path], data, tmp_path / "out", *more)) == 0
+    document = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert document["models"][0]["label"] == "lrsclip-vit-b-16"
+    assert document["models"][0]["model_class"] == "LRSCLIPModel"
+    assert "Not compared with the paper" not in capsys.readouterr().out  # this is no data of the paper's
+
+    (tmp_path / "other.pt").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert run.main(arguments([tmp_path / "other.pt"], data, tmp_path / "out", *more)) == 2
+    assert "other.pt" in capsys.readouterr().err
 
 
 def test_the_table_is_readable_in_80_columns():

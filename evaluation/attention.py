@@ -1,0 +1,145 @@
+"""
+Where an image tower looks for a phrase (paper, Fig. 2): `python -m evaluation.attention --model M --image TILE.png
+--text "..." ["..."] --output attention.png`.
+
+Method: gradient-weighted attention with roll-out over the layers, Chefer et al. 2021 ("Generic Attention-model
+Explainability"), eq. (5) and (6), for the cosine similarity of image and text.
+
+Shapes: T texts, A heads, L tokens of the image (class token first), G patches along one side.
+"""
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib import colormaps
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from modeling_lrsclip.image_processing_lrsclip import to_rgb
+
+from .embedding import embed_texts, load_encoder
+from .figures import GREY, INK, Sheet
+from .models import resolve
+
+
+SIDE = 384  # pixels of a picture's panel before it is drawn
+HEAT = colormaps["inferno"]
+
+
+def attention_maps(model: Any, processor: Any, image: Image.Image, texts: Sequence[str]) -> Tensor:
+    """
+    How much each patch of an image contributes to its similarity with each text.
+
+    In each layer the attention weights are multiplied by the gradient of the similarity with respect to them, negative
+    products dropped, heads averaged, `M = mean(relu(dA * A))`; relevance starts as the identity and grows by
+    `R += M R`. A map is the class token's row of R.
+
+    Args:
+        model: `LRSCLIPModel` or `CLIPModel`; its weights, gradients and training state are left as found. While this
+            runs its image tower uses eager attention, which alone tells its weights.
+        image: one image, of which the model sees the middle square.
+        texts: T texts.
+
+    Returns:
+        `Tensor` (T, G, G), float32, each from 0 to 1.
+    """
+    text_embeds = embed_texts(model, processor, texts).to(model.device)  # (T, P)
+    pixel_values = processor(images=image, return_tensors="pt")["pixel_values"].to(model.device)
+    vision = model.vision_model
+    training, attention = vision.training, vision.config._attn_implementation
+    vision.eval()
+    vision.config._attn_implementation = "eager"
+    try:
+        with torch.enable_grad():
+            output = vision(pixel_values=pixel_values.to(model.dtype).requires_grad_(), output_attentions=True)
+            image_embeds = F.normalize(model.visual_projection(output.pooler_output).float(), dim=-1)  # (1, P)
+            maps = [
+                _rollout(output.attentions, torch.autograd.grad(similarity, output.attentions, retain_graph=True))
+                for similarity in (image_embeds @ text_embeds.T)[0]
+            ]
+    finally:
+        vision.config._attn_implementation = attention
+        vision.train(training)
+    return torch.stack(maps).cpu()
+
+
+def _rollout(attentions: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """(G, G), scaled to 0..1."""
+    relevance = torch.eye(attentions[0].shape[-1], device=attentions[0].device)  # (L, L)
+    for weights, gradient in zip(attentions, gradients, strict=True):
+        matter = (weights * gradient).detach().float().clamp(min=0).mean(dim=1)[0]  # (1, A, L, L) -> (L, L)
+        relevance = relevance + matter @ relevance
+    patches = relevance[0, 1:]  # (L - 1,)
+    patches = patches - patches.min()
+    side = round(len(patches) ** 0.5)
+    return (patches / patches.max().clamp(min=1e-12)).view(side, side)
+
+
+def draw_attention(image: Image.Image, texts: Sequence[str], maps: Tensor, path: Path, label: str = "") -> Path:
+    """
+    The image, and beside it the image under each text's map.
+
+    Args:
+        maps: (T, G, G) of [`attention_maps`].
+    """
+    panel, gap, margin, head, foot = 2.6, 0.2, 0.35, 1.0, 0.75  # inches
+    sheet = Sheet(2 * margin + (len(texts) + 1) * panel + len(texts) * gap, head + panel + foot)
+    sheet.text(margin, 0.42, f"Where {label or 'the model'} looks for a phrase", 14, INK, "bold")
+    sheet.text(margin, 0.7, "gradient-weighted attention of the image tower (Chefer et al. 2021)", 9.5)
+    square = ImageOps.fit(to_rgb(image), (SIDE, SIDE), Image.Resampling.BICUBIC)
+    pixels = np.asarray(square, np.float32) / 255
+    sheet.tile(margin, head, panel, square, GREY, 0.8)
+    sheet.text(margin, head + panel + 0.22, "what the model sees", 8.5)
+    for index, (text, own) in enumerate(zip(texts, maps, strict=True), start=1):
+        heat = F.interpolate(own[None, None], size=(SIDE, SIDE), mode="bicubic").clamp(0, 1)[0, 0].numpy()
+        mixed = 0.45 * pixels + 0.55 * HEAT(heat)[..., :3]
+        x = margin + index * (panel + gap)
+        sheet.tile(x, head, panel, Image.fromarray((255 * mixed).astype(np.uint8)), GREY, 0.8)
+        for line, words in enumerate(_lines(text)):
+            sheet.text(x, head + panel + 0.22 + 0.17 * line, words, 8.5, INK)
+    sheet.figure.savefig(path)
+    return path
+
+
+def _lines(text: str, width: int = 42, most: int = 3) -> list[str]:
+    lines = textwrap.wrap(text, width)
+    return lines if len(lines) <= most else [*lines[: most - 1], f"{lines[most - 1][: width - 2]} …"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m evaluation.attention", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", required=True, help="as for evaluation.run")
+    parser.add_argument("--image", required=True, type=Path)
+    parser.add_argument("--text", required=True, nargs="+", help="phrases, a panel each")
+    parser.add_argument("--output", required=True, type=Path, help="PNG to write")
+    parser.add_argument("--tokenizer", help="for a checkpoint file, as for evaluation.run")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    transformers_logging.disable_progress_bar()
+    try:
+        source = resolve(options.model)
+        try:
+            with Image.open(options.image) as opened:
+                image = to_rgb(ImageOps.exif_transpose(opened))
+        except (OSError, UnidentifiedImageError) as error:
+            raise ValueError(f"image {options.image} cannot be read: {error}") from error
+        encoder = load_encoder(source, options.device, source.label, tokenizer=options.tokenizer)
+        maps = attention_maps(encoder.model, encoder.processor, image, options.text)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        print(draw_attention(image, options.text, maps, options.output, source.label or Path(source.path).name))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

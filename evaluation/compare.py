@@ -1,0 +1,148 @@
+"""
+Which differences between two models are significant:
+`python -m evaluation.compare A/results.json [B/results.json] [--a LABEL] [--b LABEL]`.
+
+Paired bootstrap over images or queries, on data that must be the same ([`~evaluation.bootstrap.differences`]).
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .bootstrap import LEVEL, RESAMPLES, differences
+from .report import Column, Table, make_console, print_table
+
+
+# What says that two results measured the same data, with what it is about.
+HASHES = {
+    "images_sha256": "images",
+    "texts_sha256": "texts",
+    "labels_sha256": "labels",
+    "queries_sha256": "queries",
+}
+DIGITS = {"Rsu": 4, "Ras": 4, "Rda": 4, "Rmi": 4}  # others are percent
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m evaluation.compare", description=__doc__)
+    parser.add_argument("first", metavar="A.json", help="results.json of evaluation.run")
+    parser.add_argument("second", metavar="B.json", nargs="?", help="another one; default: two models of A.json")
+    parser.add_argument("--a", metavar="LABEL", help="model of A.json; default: each that B.json has too, or the only")
+    parser.add_argument("--b", metavar="LABEL", help="model of B.json")
+    parser.add_argument("--resamples", type=int, default=RESAMPLES, help=f"of the bootstrap ({RESAMPLES})")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; bad input is one sentence on standard error and exit status 2."""
+    options = parse_arguments(arguments)
+    try:
+        if options.resamples < 100:
+            raise ValueError(f"--resamples {options.resamples} must be at least 100 for a 95 % interval.")
+        first = read_results(options.first)
+        second = read_results(options.second) if options.second else first
+        tables = [
+            comparison_table(*pair, options.resamples)
+            for labels in pair_labels(first, second, options.a, options.b)
+            for pair in pair_results(first, second, *labels)
+        ]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    tables[-1].note = (
+        f"Paired bootstrap, {options.resamples:,} resamples of images (retrieval, classification) or queries "
+        "(localization); better: the interval is on one side of 0. Each row stands alone: of 20 rows without any "
+        "difference, one is expected to look significant."
+    )
+    console = make_console()
+    for table in tables:
+        print_table(console, table)
+    return 0
+
+
+def read_results(path: str) -> dict[str, Any]:
+    """A `results.json`, or the folder that holds it; its `results` are checked to be there."""
+    file = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # JSON and UTF-8 errors are ValueErrors
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{file} cannot be read ({reason}); name a results.json of evaluation.run.") from error
+    if not isinstance(document, dict) or not document.get("results"):
+        raise ValueError(f"{file} holds no results; name a results.json of evaluation.run.")
+    return document | {"read_from": str(file)}
+
+
+def pair_labels(
+    first: dict[str, Any], second: dict[str, Any], label_a: str | None = None, label_b: str | None = None
+) -> list[tuple[str, str]]:
+    """Labels of the models to compare: those given, else the labels of both files, else the only model of each."""
+    labels = [list(dict.fromkeys(result["model"] for result in document["results"])) for document in (first, second)]
+    for option, label, known, document in (("--a", label_a, labels[0], first), ("--b", label_b, labels[1], second)):
+        if label is not None and label not in known:
+            raise ValueError(f"{option} {label}: {document['read_from']} has {', '.join(known)}.")
+    chosen = [[label] if label else known for label, known in zip((label_a, label_b), labels, strict=True)]
+    if len(chosen[0]) == len(chosen[1]) == 1 and not (first is second and chosen[0] == chosen[1]):
+        return [(chosen[0][0], chosen[1][0])]
+    both = [label for label in chosen[0] if label in chosen[1]]
+    if first is second or not both:
+        raise ValueError(
+            f"choose the models with --a and --b; {first['read_from']} has {', '.join(labels[0])}, "
+            f"{second['read_from']} has {', '.join(labels[1])}."
+        )
+    return [(label, label) for label in both]
+
+
+def pair_results(
+    first: dict[str, Any], second: dict[str, Any], label_a: str, label_b: str
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """
+    Results of two models on the same task and data set.
+
+    Raises:
+        `ValueError`: where none is in both, or the data of one were not the same.
+    """
+    keyed = [
+        {(result["task"], result["dataset"]): result for result in document["results"] if result["model"] == label}
+        for document, label in ((first, label_a), (second, label_b))
+    ]
+    pairs = [(keyed[0][key], keyed[1][key]) for key in keyed[0] if key in keyed[1]]
+    if not pairs:
+        has = [", ".join(" on ".join(key) for key in own) for own in keyed]
+        raise ValueError(f"no task and data set in common: {label_a} has {has[0]}; {label_b} has {has[1]}.")
+    for a, b in pairs:
+        other = [what for name, what in HASHES.items() if a.get(name) != b.get(name)]
+        if other:
+            raise ValueError(
+                f"{a['task']} on {a['dataset']}: {label_a} and {label_b} were not measured on the same "
+                f"{' and '.join(other)}; measure both on the same data."
+            )
+    return pairs
+
+
+def comparison_table(first: dict[str, Any], second: dict[str, Any], resamples: int = RESAMPLES) -> Table:
+    """A row per metric of two results on the same data: both figures, B - A, its 95 % interval and p-value."""
+    names = ("metric", "A", "B", "B - A", f"{100 * LEVEL:.0f} % interval", "p", "")
+    title = f"{first['task']} on {first['dataset']} · A: {first['model']} · B: {second['model']}"
+    table = Table(title, [Column(name) for name in names])
+    for metric, found in differences(first, second, resamples).items():
+        digits = DIGITS.get(metric, 1)
+        better = (found.difference > 0) != (metric == "Ras")  # the only one where lower is better
+        table.rows.append(
+            [
+                metric,
+                *(f"{value:.{digits}f}" for value in (found.first, found.second)),
+                f"{found.difference:+.{digits}f}",
+                f"{found.low:+.{digits}f} … {found.high:+.{digits}f}",
+                f"{found.p_value:.3f}" if found.p_value >= 0.001 else "< 0.001",
+                ("B better" if better else "A better") if found.significant else "not significant",
+            ]
+        )
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

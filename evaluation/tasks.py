@@ -1,0 +1,194 @@
+"""The tasks of `evaluation.run`: where each finds its data, how it measures, and the tables and pictures that come of it."""
+
+import argparse
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .benchmarks.class_names import load_templates
+from .benchmarks.localization_data import find_sources as find_localization
+from .benchmarks.retrieval_data import find_sources as find_retrieval
+from .benchmarks.tables import NotHere
+from .classification import ClassificationTask, classification_table
+from .classification_figures import draw_confusion_matrix
+from .figures import draw_recall_vs_tokens, draw_retrieval_gallery, draw_token_lengths
+from .localization import LocalizationTask, localization_table
+from .localization_figures import draw_localization
+from .report import Table, retrieval_table, tokens_table
+from .retrieval import RetrievalTask
+
+
+Results = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    A row of the registry.
+
+    Args:
+        make: from the command's options, the object with `load(source, allow_missing)` and `evaluate(encoder, data)`.
+        sources: a path or Hub id -> those below it that hold this task's data; raises `NotHere` where there are none.
+        options: further keyword arguments of its `evaluate`, from the command's options; checks them.
+        tables: results of one data set (of all, with `one_table`) and the models' descriptions -> tables.
+        figures: results of one data set, its data, the models' descriptions, and a function from a figure's name to its
+            path -> paths written.
+        headline: the metric that is told when a model is done.
+    """
+
+    name: str
+    title: str
+    make: Callable[[argparse.Namespace], Any]
+    sources: Callable[[str], list[str]]
+    options: Callable[[argparse.Namespace], dict[str, Any]]
+    tables: Callable[[str, Results, Results], list[Table | None]]
+    figures: Callable[[Results, Any, Results, Callable[[str], Path]], list[Path]]
+    headline: str
+    digits: int = 1  # of the headline
+    one_table: bool = False  # for all data sets together
+
+
+def _retrieval(name: str, title: str, column: str, studies_tokens: bool) -> Task:
+    return Task(
+        name,
+        title,
+        make=lambda options: RetrievalTask(name, title, column, studies_tokens),
+        sources=lambda source: find_retrieval(source, column),
+        options=lambda options: {"tokens_kept": parse_tokens(options.tokens_kept)},
+        tables=lambda title, results, models: [retrieval_table(title, results, models), tokens_table(title, results)],
+        figures=_draw_retrieval,
+        headline="mR",
+    )
+
+
+def _draw_retrieval(results: Results, data: Any, models: Results, path: Callable[[str], Path]) -> list[Path]:
+    """R@1 against tokens kept where it was measured, the lengths of the texts, and the gallery of the best model."""
+    positions = {model["label"]: model["positions"] for model in models}
+    paths = []
+    if curves := {result["model"]: result["curve"] for result in results if result.get("curve")}:
+        title = f"{data.name}, {len(data.texts):,} texts"
+        longest = results[0]["tokens"]["longest"]
+        paths.append(draw_recall_vs_tokens(curves, path("recall_vs_tokens"), title, longest))
+    paths.append(draw_token_lengths(results[0]["tokens"]["histogram"], path("token_lengths"), data.name))
+    best = max(reversed(results), key=lambda result: result["metrics"]["mR"])
+    label = best["model"]
+    gallery = path("retrieval_gallery")
+    return [*paths, draw_retrieval_gallery(best["examples"], data.images, gallery, label, positions[label])]
+
+
+def _draw_classification(results: Results, data: Any, models: Results, path: Callable[[str], Path]) -> list[Path]:
+    """The confusion matrix of the best model."""
+    best = max(reversed(results), key=lambda result: result["metrics"]["accuracy"])
+    return [draw_confusion_matrix(best, path("confusion_matrix"), best["model"], data.name)]
+
+
+def _draw_localization(results: Results, data: Any, models: Results, path: Callable[[str], Path]) -> list[Path]:
+    """Scenes, maps and regions of the best model."""
+    best = max(reversed(results), key=lambda result: result["metrics"]["Rmi"])
+    return [draw_localization(best, data, path("localization"), best["model"])]
+
+
+def _classification_options(options: argparse.Namespace) -> dict[str, Any]:
+    load_templates(options.templates)  # says what is wrong with the name before a model is loaded
+    return {"templates": options.templates, "wording": options.class_names}
+
+
+_ZIC, _SELO = "Zero-shot classification (ZIC)", "Semantic localization (SeLo)"
+
+TASKS = {
+    task.name: task
+    for task in (
+        _retrieval("zcrl", "Long-text retrieval (ZCRL)", "long_text", studies_tokens=True),
+        _retrieval("zcrs", "Short-text retrieval (ZCRS)", "short_text", studies_tokens=False),
+        Task(
+            "zic",
+            _ZIC,
+            make=lambda options: ClassificationTask("zic", _ZIC),
+            sources=lambda source: ClassificationTask("zic", _ZIC).sources(source),
+            options=_classification_options,
+            tables=lambda title, results, models: [classification_table(title, results)],
+            figures=_draw_classification,
+            headline="accuracy",
+            one_table=True,
+        ),
+        Task(
+            "selo",
+            _SELO,
+            make=lambda options: LocalizationTask("selo", _SELO, options.protocol, options.reference_io),
+            sources=find_localization,
+            options=lambda options: {},
+            tables=lambda title, results, models: [localization_table(title, results)],
+            figures=_draw_localization,
+            headline="Rmi",
+            digits=4,
+        ),
+    )
+}
+
+
+def choose_tasks(names: str) -> list[Task]:
+    """`zcrl,zcrs` or `all` -> tasks, in the order given."""
+    wanted = list(TASKS) if names == "all" else [name.strip().lower() for name in names.split(",") if name.strip()]
+    for name in wanted:
+        if name not in TASKS:
+            near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ValueError(f"unknown task {name!r}; --tasks takes {', '.join(TASKS)} or all.{hint}")
+    if not wanted:
+        raise ValueError(f"no task given; --tasks takes {', '.join(TASKS)} or all.")
+    return [TASKS[name] for name in dict.fromkeys(wanted)]
+
+
+def parse_tokens(values: str) -> list[int]:
+    """`20,40,77` or `none` -> numbers of tokens to keep."""
+    if values.strip().lower() in ("", "none"):
+        return []
+    try:
+        kept = [int(value) for value in values.split(",") if value.strip()]
+    except ValueError:
+        raise ValueError(f"--tokens-kept {values!r} must be whole numbers, such as 20,77,248, or none.") from None
+    if min(kept, default=0) < 2:
+        raise ValueError(f"--tokens-kept {values} must be at least 2: the start and the end token count.")
+    return kept
+
+
+def load_data(
+    tasks: Sequence[Task], options: argparse.Namespace, say: Callable[[str], None]
+) -> list[tuple[Task, Any, list[Any]]]:
+    """
+    Each task with its maker's object and the data sets that `--data` holds of it. With `--tasks all`, a task without
+    data is left out, which is said.
+
+    Raises:
+        `ValueError`: one sentence for a task that was asked for by name and has no data, a source that no task can
+            use, and whatever is wrong with the data.
+    """
+    used, found = set(), []
+    absent: dict[str, NotHere] = {}
+    for task in tasks:
+        measure, own = task.make(options), []
+        for given in options.data:
+            try:
+                own += [measure.load(source, options.allow_missing) for source in task.sources(given)]
+                used.add(given)
+            except NotHere as error:
+                absent[task.name] = error
+        if own:
+            names = [data.name for data in own]
+            if twice := {name for name in names if names.count(name) > 1}:
+                raise ValueError(f"--data has {twice.pop()} for {task.name} twice; name one of them otherwise.")
+            found.append((task, measure, own))
+            for data in own:
+                say(f"{task.name}: {data.summary}")
+        elif options.tasks != "all":
+            raise absent[task.name]
+    unused = [given for given in options.data if given not in used]
+    if unused:
+        reason = "; ".join(f"{name}: {str(error).rstrip('.')}" for name, error in absent.items())
+        raise ValueError(f"--data {unused[0]} holds nothing for {', '.join(task.name for task in tasks)} ({reason}).")
+    for task in tasks:
+        if task not in [each for each, _, _ in found]:
+            say(f"{task.name} is left out: {absent[task.name]}")
+    return found

@@ -1,0 +1,107 @@
+"""The command: what is compared with what, and what it refuses."""
+
+import copy
+import json
+
+import pytest
+
+from evaluation.compare import main, pair_labels, read_results
+from tests.evaluation.test_bootstrap import classification_result, localization_result, retrieval_result
+
+
+HASHES = ("images_sha256", "texts_sha256", "labels_sha256", "queries_sha256")
+
+
+def document(path, **models):
+    """`label=result` or `label=[results]`."""
+    results = []
+    for label, own in models.items():
+        for result in own if isinstance(own, list) else [own]:
+            known = {"task": "zcrl", "dataset": "tiles"} | dict.fromkeys(HASHES, "0") | result
+            results.append(known | {"model": label})
+    path.write_text(json.dumps({"results": results}), encoding="utf-8")
+    return path
+
+
+def run(capsys, *arguments):
+    status = main([str(argument) for argument in (*arguments, "--resamples", "200")])
+    printed = capsys.readouterr()
+    return status, printed.out + printed.err
+
+
+def rows(printed):
+    return {words[0]: line for line in printed.splitlines() if len(words := line.split()) > 6}
+
+
+def test_a_better_model_is_found_out(tmp_path, capsys):
+    first = document(tmp_path / "a.json", weak=retrieval_result(0, images=100))
+    second = document(tmp_path / "b.json", strong=retrieval_result(0, images=100, lift=3))
+    status, printed = run(capsys, first, second)
+    assert status == 0 and "A: weak" in printed and "B: strong" in printed
+    assert "B better" in rows(printed)["mR"]
+    status, printed = run(capsys, second, first)
+    assert "A better" in rows(printed)["mR"]
+
+
+def test_the_same_model_twice_differs_nowhere(tmp_path, capsys):
+    results = [
+        retrieval_result(0),
+        classification_result(0) | {"task": "zic"},
+        localization_result(0) | {"task": "selo"},
+    ]
+    file = document(tmp_path / "a.json", one=results)
+    status, printed = run(capsys, file, document(tmp_path / "b.json", one=results))
+    assert status == 0 and "better" not in printed.replace("better:", "")
+    assert printed.count("not significant") == 7 + 2 + 4 and "1.000" in rows(printed)["Rmi"]
+    assert "+0.0 … +0.0" in rows(printed)["accuracy"]
+
+
+def test_lower_is_better_for_the_attention_shift(tmp_path, capsys):
+    low, high = ({"per_query": {name: [v] * 9 for name in ("Rsu", "Ras", "Rda", "Rmi")}} for v in (0.2, 0.7))
+    _, printed = run(capsys, document(tmp_path / "a.json", a=low), document(tmp_path / "b.json", b=high))
+    assert "A better" in rows(printed)["Ras"] and "B better" in rows(printed)["Rsu"]
+    assert "+0.5000 … +0.5000" in rows(printed)["Rmi"]
+
+
+def test_models_are_paired_by_label_or_by_choice(tmp_path, capsys):
+    first = document(tmp_path / "a.json", x=retrieval_result(0), y=retrieval_result(0, lift=1))
+    second = document(tmp_path / "b.json", y=retrieval_result(0, lift=2), x=retrieval_result(0))
+    a, b = read_results(str(first)), read_results(str(second))
+    assert pair_labels(a, b) == [("x", "x"), ("y", "y")]
+    assert pair_labels(a, b, "x", "y") == [("x", "y")]
+    status, printed = run(capsys, first, "--a", "x", "--b", "y")
+    assert status == 0 and "zcrl on tiles · A: x · B: y" in printed
+    status, printed = run(capsys, first)
+    assert status == 2 and "choose the models with --a and --b" in printed and "has x, y" in printed
+    status, printed = run(capsys, first, second, "--a", "z")
+    assert (status, printed) == (2, f"error: --a z: {first} has x, y.\n")
+    third = document(tmp_path / "c.json", u=retrieval_result(0), v=retrieval_result(0))
+    status, printed = run(capsys, first, third)
+    assert status == 2 and "choose the models" in printed
+
+
+def test_a_folder_stands_for_its_results(tmp_path, capsys):
+    document(tmp_path / "results.json", x=retrieval_result(0), y=retrieval_result(0))
+    assert run(capsys, tmp_path, "--a", "x", "--b", "y")[0] == 0
+
+
+@pytest.mark.parametrize("name, what", [("images_sha256", "images"), ("texts_sha256", "texts")])
+def test_other_data_are_not_compared(tmp_path, capsys, name, what):
+    result = retrieval_result(0)
+    other = copy.deepcopy(result) | {name: "1"}
+    files = document(tmp_path / "a.json", x=result), document(tmp_path / "b.json", x=other)
+    expected = f"error: zcrl on tiles: x and x were not measured on the same {what}; measure both on the same data.\n"
+    assert run(capsys, *files) == (2, expected)
+
+
+def test_what_cannot_be_compared_is_one_clear_sentence(tmp_path, capsys):
+    good = document(tmp_path / "a.json", x=retrieval_result(0))
+    assert "cannot be read (No such file" in run(capsys, good, tmp_path / "no.json")[1]
+    (tmp_path / "broken.json").write_text("{")
+    assert "broken.json cannot be read" in run(capsys, good, tmp_path / "broken.json")[1]
+    (tmp_path / "empty.json").write_text("{}")
+    assert "holds no results" in run(capsys, good, tmp_path / "empty.json")[1]
+    elsewhere = document(tmp_path / "b.json", x=retrieval_result(0) | {"dataset": "scenes"})
+    status, printed = run(capsys, good, elsewhere)
+    assert status == 2 and "no task and data set in common: x has zcrl on tiles; x has zcrl on scenes" in printed
+    assert main([str(good), str(good), "--resamples", "5"]) == 2
