@@ -20,6 +20,7 @@ class LRSCLIPTextConfig(CLIPTextConfig):
     """
 
     model_type = "lrsclip_text_model"
+    _auto_class = "AutoConfig"  # for a tower saved alone; within a full checkpoint LRSCLIPConfig's entry stands
 
     max_position_embeddings: int = 248
     kept_positions: int = 20
@@ -53,6 +54,7 @@ class LRSCLIPVisionConfig(CLIPVisionConfig):
     r"""Vision tower of LRSCLIP, exactly [`~transformers.CLIPVisionConfig`]; the default is ViT-B/16."""
 
     model_type = "lrsclip_vision_model"
+    _auto_class = "AutoConfig"
 
     patch_size: int | list[int] | tuple[int, int] | None = 16
 
@@ -75,6 +77,8 @@ class LRSCLIPConfig(CLIPConfig):
     model_type = "lrsclip"
     sub_configs = {"text_config": LRSCLIPTextConfig, "vision_config": LRSCLIPVisionConfig}  # transformers < 5.23
     sub_configs_defaults = {"text_config": LRSCLIPTextConfig, "vision_config": LRSCLIPVisionConfig}
+    # Else Trainer keeps every hidden state for `compute_metrics`: about a megabyte a pair with ViT-B/16.
+    keys_to_ignore_at_inference = ["text_model_output", "vision_model_output", "short_text_model_output"]
 
     long_weight: float = 0.8
 

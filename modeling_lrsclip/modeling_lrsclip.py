@@ -287,7 +287,7 @@ def _check_pairs(pixel_values, input_ids, short_input_ids) -> None:
             f"return_loss=True got only {', '.join(sizes)}; a contrastive loss takes pixel_values and at least one of "
             "input_ids (long texts) and short_input_ids (short texts)."
         )
-    if len(set(sizes.values())) > 1:
+    if any(size != sizes["pixel_values"] for size in sizes.values()):  # a set would have every size compiled anew
         counts = ", ".join(f"{count} {name}" for name, count in sizes.items())
         raise ValueError(
             f"return_loss=True got {counts}; every image needs its own text, so give equally many of each."
@@ -298,6 +298,7 @@ class LRSCLIPTextModelWithProjection(_CLIPInitialization, CLIPTextModelWithProje
     r"""The text tower with its projection; loads from a full checkpoint. `text_embeds` are not normalized, as in CLIP."""
 
     config: LRSCLIPTextConfig
+    _auto_class = "AutoModel"  # a tower saved alone carries the code and an `auto_map` too
     _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^visual_projection\.", r"^logit_scale$"]
 
     @can_return_tuple
@@ -314,6 +315,7 @@ class LRSCLIPVisionModelWithProjection(_CLIPInitialization, CLIPVisionModelWithP
     r"""The vision tower with its projection; loads from a full checkpoint. `image_embeds` are not normalized, as in CLIP."""
 
     config: LRSCLIPVisionConfig
+    _auto_class = "AutoModel"
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", r"^logit_scale$"]
 
 
