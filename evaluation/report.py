@@ -177,10 +177,10 @@ def tokens_table(title: str, results: Sequence[dict[str, Any]]) -> Table | None:
     return table
 
 
-def make_console(file: Any = None) -> Console:
+def make_console(file: Any = None, quiet: bool = False) -> Console:
     """A terminal as it is; a pipe or a file gets 100 columns without colour."""
-    console = Console(file=file, highlight=False)
-    return console if console.is_terminal else Console(file=file, highlight=False, width=100)
+    console = Console(file=file, highlight=False, quiet=quiet)
+    return console if console.is_terminal else Console(file=file, highlight=False, quiet=quiet, width=100)
 
 
 def print_table(console: Console, table: Table) -> None:

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from .benchmarks.class_names import WORDINGS
@@ -93,7 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything that can be wrong with the input is checked before the first model is loaded."""
+    """
+    Everything that can be wrong with the input is checked before the first model is loaded. Under `accelerate launch`
+    the processes share the encoding, and the first one writes and prints.
+    """
     tasks = choose_tasks(options.tasks)
     for name, least in (("batch_size", 1), ("workers", 0), ("allow_missing", 0)):
         if getattr(options, name) < least:
@@ -101,9 +106,11 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     sources = [resolve(given) for given in options.model]
     labels = label_models(sources)
     task_options = {task.name: task.options(options) for task in tasks}
-    device = check_device(options.device)
+    processes = join_processes(options.device)
+    main_process = processes is None or processes.is_main_process
+    device = check_device(str(processes.device) if processes else options.device)
     output = prepare_output(options.output)
-    console = make_console()
+    console = make_console(quiet=not main_process)
     work = load_data(tasks, options, lambda text: console.print(text, soft_wrap=True, markup=False))
     document: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -111,6 +118,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         "command": options.command,
         "data": options.data,
         "batch_size": options.batch_size,
+        "processes": processes.num_processes if processes else 1,
         "environment": environment(),
         "models": [],
         "results": [],
@@ -127,19 +135,31 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             workers=options.workers,
             compile=options.compile,
             cache_dir=options.cache,
+            distributed=processes is not None,
         )
         document["models"].append(encoder.describe() | {"revision": source.revision})
-        for task, measure, datasets in work:
-            for data in datasets:
-                started = time.perf_counter()
-                result = measure.evaluate(encoder, data, **task_options[task.name])
-                seconds = time.perf_counter() - started
-                result = {"model": label, "task": task.name, "dataset": data.name} | result
-                result["intervals"] = intervals(result)
-                document["results"].append(result | beside_paper(result))
-                reached = f"{task.headline} {result['metrics'][task.headline]:.{task.digits}f}"
-                console.print(f"{label}: {task.name} on {data.name} done in {seconds:.1f} s, {reached}", markup=False)
+        for task, measure, data in [(task, measure, data) for task, measure, own in work for data in own]:
+            started = time.perf_counter()
+            result = measure.evaluate(encoder, data, **task_options[task.name])
+            seconds = time.perf_counter() - started
+            result = {"model": label, "task": task.name, "dataset": data.name} | result
+            result["intervals"] = intervals(result)
+            document["results"].append(result | beside_paper(result))
+            reached = f"{task.headline} {result['metrics'][task.headline]:.{task.digits}f}"
+            console.print(f"{label}: {task.name} on {data.name} done in {seconds:.1f} s, {reached}", markup=False)
+            if main_process:
                 write_json(output / "results.json", document)  # after each: what is done stays done
+    if main_process:
+        show(console, work, document, output)
+    if processes:
+        processes.destroy_process_group()
+    return document
+
+
+def show(
+    console: Console, work: Sequence[tuple[Task, Any, list[Any]]], document: dict[str, Any], output: Path
+) -> None:
+    """Prints the tables, writes them and the figures, and names what was written."""
     tables = make_tables([task for task, _, _ in work], document)
     for table in tables:
         print_table(console, table)
@@ -149,7 +169,6 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     console.print()
     for path in [*written, *draw_figures(work, document, output)]:
         console.print(str(path), soft_wrap=True, markup=False)
-    return document
 
 
 # -------------------------------------------------------------------------------------------------------------- input
@@ -177,6 +196,11 @@ def _telling_parts(parts: tuple[str, ...]) -> tuple[str, ...]:
     if parts[-1] == "final":
         return parts[:-1]
     return (*parts[:-2], "/".join(parts[-2:])) if parts[-1] == "best" else parts
+
+
+def join_processes(device: str) -> PartialState | None:
+    """The other processes of an `accelerate launch`; None for a process by itself."""
+    return PartialState(cpu=device == "cpu") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
 
 
 def check_device(name: str) -> str:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -232,3 +234,17 @@ def test_json_keeps_lists_of_numbers_on_a_line(tmp_path):
     with pytest.raises(ValueError):
         write_json(tmp_path / "a.json", {"mR": float("nan")})
     assert json.loads((tmp_path / "a.json").read_text()) == document
+
+
+def test_two_processes_report_what_one_does(tiny_checkpoint, data, tmp_path):
+    assert run.main(arguments([tiny_checkpoint], data, tmp_path / "one")) == 0
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    options = ["--mixed_precision", "no", "--main_process_port", "0", "--dynamo_backend", "no", "-m", "evaluation.run"]
+    command = [sys.executable, *launch, *options, *arguments([tiny_checkpoint], data, tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Long-text retrieval (ZCRL)") == 2  # once as a heading, once over the tokens kept
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for first, second in zip(one["results"], two["results"], strict=True):
+        assert {**first, "seconds": None} == {**second, "seconds": None}

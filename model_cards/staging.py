@@ -1,0 +1,285 @@
+"""
+A folder with what goes to the Hub, and the proof that it works without this project.
+
+Model, processor, tokenizer and code are those of the checkpoint; beside them lie the card, results.json, run.json,
+evaluate_checkpoint.py and SHA256SUMS. Paths of this machine do not travel.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import CLIPModel
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from modeling_lrsclip import LRSCLIPConfig, LRSCLIPModel, LRSCLIPProcessor
+from modeling_lrsclip.convert import convert
+
+from .build_card import RECORD, build_card
+from .checkpoint import INDEX, WEIGHTS, read_checkpoint
+from .measured import select_model
+
+
+RESULTS, CARD, SUMS = "results.json", "README.md", "SHA256SUMS"
+EVALUATE, CLEAN_PROCESS = (Path(__file__).with_name(name) for name in ("evaluate_checkpoint.py", "clean_process.py"))
+SETTINGS = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+CONVERSION = "conversion.json"  # what modeling_lrsclip.convert decided
+TOLERANCE = 1e-5  # of unit embeddings: another process may place its tensors otherwise, which costs the last bits
+PROBE = ["A grey runway; four white aeroplanes wait at its end, \u201cready\u201d &amp; fuelled. " * 4, "a lake"]
+
+# What an earlier push may have left on a repository, and would be read beside the new files, or would be untrue.
+OWN = (
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|pytorch_model.*\.(bin|bin\.index\.json)|tf_model\.h5|flax_model\.msgpack"
+    r"|\w+_lrsclip\.py|position_stretching\.py|evaluate_checkpoint\.py"
+)
+OWN_NAMES = (*SETTINGS, *TOKENIZER, CONVERSION, RESULTS, RECORD, SUMS)
+
+
+class NotVerified(Exception):
+    """The staged folder does not do what the checkpoint does."""
+
+
+@dataclass(frozen=True)
+class Staged:
+    folder: Path
+    card: ModelCard
+    sizes: dict[str, int]  # bytes by file name
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.sizes.values())
+
+
+def stage(
+    checkpoint: Path,
+    folder: Path,
+    repo_id: str,
+    results: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+    **card_options: Any,
+) -> Staged:
+    """
+    Fills `folder`, which must be empty.
+
+    Args:
+        checkpoint: model folder; one of LRSCLIP without its code, or of CLIP, is saved anew with it.
+        results: content of results.json of `evaluation.run`; None: the card says "not yet measured here".
+        training: content of run.json; default that in `checkpoint`, if it is there.
+        card_options: `published`, `license_id` of [`build_card`].
+
+    Raises:
+        `ValueError`: as [`build_card`], and for a folder without processor or tokenizer.
+    """
+    source = checkpoint if _complete(checkpoint) else _with_code(checkpoint, folder.with_name(f"{folder.name}-saved"))
+    record = checkpoint / RECORD
+    if training is None and record.is_file():
+        training = json.loads(record.read_text(encoding="utf-8"))
+    card = build_card(source, results, training, repo_id, **card_options)  # also finds what is wrong with the weights
+    for name in [*_weight_files(source), *_code_files(source), *SETTINGS, *TOKENIZER, CONVERSION]:
+        if (source / name).is_file():
+            _place(source / name, folder / name)
+    for needed in ("config.json", "processor_config.json", "tokenizer_config.json"):
+        if not (folder / needed).is_file():
+            raise ValueError(f"{checkpoint} holds no {needed}; save its processor there: processor.save_pretrained.")
+    for name in (*SETTINGS, CONVERSION):
+        if (folder / name).is_file():
+            settings = json.loads((folder / name).read_text(encoding="utf-8"))
+            if without_paths(settings) != settings:
+                _write_json(folder / name, without_paths(settings))
+    if training:
+        _write_json(folder / RECORD, without_paths(training))
+    if results is not None:
+        public = public_results(results, read_checkpoint(source).weights_sha256, source, repo_id)
+        _write_json(folder / RESULTS, public)
+        shutil.copyfile(EVALUATE, folder / EVALUATE.name)
+        if any(result["task"] in ("zcrl", "zcrs") for result in public["results"]):
+            card.text += (
+                "\n\n`python evaluate_checkpoint.py --data DATA`, in a download of this repository and with nothing of "
+                "the project,\ncompares the files with `SHA256SUMS`, measures retrieval again on the same data and "
+                "compares with `results.json`.\n"
+            )
+    sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+    (folder / SUMS).write_text("".join(sums), encoding="utf-8")
+    card.save(folder / CARD)  # not among the sums: its words may be changed on the Hub
+    return Staged(folder, card, {path.name: path.stat().st_size for path in sorted(folder.iterdir())})
+
+
+def _auto_modules(checkpoint: Path) -> set[str] | None:
+    """Modules that the folder's auto_map names; None where there is no auto_map, or one that points elsewhere."""
+    named = set()
+    for name in SETTINGS:
+        path = checkpoint / name
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for blocks in (settings, settings.get("image_processor") or {}):
+            for value in (blocks.get("auto_map") or {}).values():
+                classes = [entry for entry in (value if isinstance(value, list) else [value]) if entry]
+                if any("--" in entry for entry in classes):
+                    return None
+                named |= {entry.split(".")[0] for entry in classes}
+        if name == "config.json" and not named:
+            return None
+    return named
+
+
+def _complete(checkpoint: Path) -> bool:
+    """Whether the folder brings its code."""
+    modules = _auto_modules(checkpoint) if (checkpoint / "config.json").is_file() else set()
+    return modules is not None and all((checkpoint / f"{module}.py").is_file() for module in modules)
+
+
+def _code_files(checkpoint: Path) -> list[str]:
+    files = [checkpoint / f"{module}.py" for module in sorted(_auto_modules(checkpoint) or ())]
+    files += [Path(path) for file in files for path in get_relative_import_files(file)]
+    return sorted({path.name for path in files})
+
+
+def _with_code(checkpoint: Path, folder: Path) -> Path:
+    """The same weights saved anew, with the code; of a CLIP folder as the LRSCLIP that it is without stretching."""
+    if _model_type(checkpoint) != LRSCLIPConfig.model_type:
+        convert(checkpoint, folder, tokenizer=checkpoint)
+        return folder
+    read_checkpoint(checkpoint)  # one sentence for weights that are missing or damaged
+    LRSCLIPModel.from_pretrained(checkpoint).save_pretrained(folder)
+    LRSCLIPProcessor.from_pretrained(checkpoint).save_pretrained(folder)
+    return folder
+
+
+def _model_type(checkpoint: Path) -> str | None:
+    return json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("model_type")
+
+
+def _weight_files(checkpoint: Path) -> list[str]:
+    if not (checkpoint / INDEX).is_file():
+        return [WEIGHTS]
+    index = json.loads((checkpoint / INDEX).read_text(encoding="utf-8"))
+    return [INDEX, *sorted(set(index["weight_map"].values()))]
+
+
+def _place(source: Path, target: Path) -> None:
+    """Weights are linked where that is possible, what is rewritten later is copied."""
+    if source.suffix == ".safetensors":
+        try:
+            os.symlink(source.resolve(), target)
+            return
+        except OSError:
+            pass
+    shutil.copyfile(source, target)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------- what is nobody's matter
+
+
+def without_paths(value: Any) -> Any:
+    """Absolute paths, wherever they stand in JSON-like data, cut to their last part."""
+    if isinstance(value, dict):
+        return {name: without_paths(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [without_paths(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    if Path(value).is_absolute() or value.startswith("~"):
+        return Path(value).name
+    value = re.sub(r"(?<=')[~/][^']*/([^'/]+)/?(?=')", r"\1", value)  # in quotes, blanks belong to the path
+    return re.sub(r"(?<![\w:/.~])(?:~|/)[^\s'\"]*/([^\s'\"/]+)/?", r"\1", value)
+
+
+def public_results(document: dict[str, Any], weights_sha256: str, folder: Path, repo_id: str) -> dict[str, Any]:
+    """
+    The part of results.json that is about these weights, under the repository's name; without the example captions,
+    which are somebody's data set.
+    """
+    measured, own = select_model(document, weights_sha256, folder)
+    kept = [{name: value for name, value in result.items() if name != "examples"} for result in own]
+    if "command" in document:
+        words = [repo_id if word == measured["path"] else word for word in shlex.split(document["command"])]
+        document = document | {"command": shlex.join(words)}
+    return without_paths(document | {"models": [measured | {"path": repo_id}], "results": kept})
+
+
+# ---------------------------------------------------------------------------------------------------------- verification
+
+
+def verify(checkpoint: Path, staged: Staged) -> dict[str, float]:
+    """
+    Loads the staged folder in a process that cannot import this package, and compares with the checkpoint as the
+    package reads it. The card is read again too.
+
+    Returns:
+        `dict`: largest difference by name: token ids, pixel values, text and image embeddings.
+
+    Raises:
+        [`NotVerified`]: one sentence for a folder that does not load there, other weights, or other outputs.
+    """
+    card = ModelCard.load(staged.folder / CARD)
+    if (card.text, card.data.to_dict()) != (staged.card.text, staged.card.data.to_dict()):
+        raise NotVerified("the card that was written is read as another one; this is a fault of its template.")
+    of_clip = _model_type(checkpoint) != LRSCLIPConfig.model_type  # modeling_lrsclip.convert has compared its weights
+    if not of_clip and read_checkpoint(staged.folder).weights_sha256 != read_checkpoint(checkpoint).weights_sha256:
+        raise NotVerified(f"the staged weights are not those of {checkpoint}; was it written to meanwhile? Run again.")
+    work = staged.folder.with_name(f"{staged.folder.name}-verified")
+    work.mkdir()
+    (work / "texts.json").write_text(json.dumps(PROBE))
+    Image.linear_gradient("L").resize((300, 260)).convert("RGB").rotate(30).save(work / "image.png")
+    apart = ("PYTHONPATH", "HF_HOME", "HF_ENDPOINT", "HF_TOKEN")
+    environment = {name: value for name, value in os.environ.items() if name not in apart}
+    environment |= {
+        "HF_MODULES_CACHE": str(work / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    files = [str(work / name) for name in ("texts.json", "image.png", "outputs.pt")]
+    command = [sys.executable, str(CLEAN_PROCESS), str(staged.folder.resolve()), *files]
+    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        raise NotVerified(f"the staged copy of {checkpoint} does not load without this package: {reason}")
+    found = torch.load(work / "outputs.pt")
+    differences = {}
+    reference = (CLIPModel if of_clip else LRSCLIPModel).from_pretrained(checkpoint, dtype=torch.float32).eval()
+    processor = LRSCLIPProcessor.from_pretrained(staged.folder if of_clip else checkpoint)
+    for name, expected in _outputs(reference, processor, work / "image.png").items():
+        same = found[name].shape == expected.shape
+        differences[name] = (found[name] - expected).abs().max().item() if same else float("inf")
+        if not differences[name] <= (0 if name == "token ids" else TOLERANCE):
+            raise NotVerified(
+                f"{name} of the staged copy differ from those of {checkpoint} by {differences[name]:.1e} (allowed: "
+                f"{TOLERANCE:.0e}); the code beside the weights is another than this clone's: save it again from here."
+            )
+    return differences
+
+
+def _outputs(model: CLIPModel, processor: LRSCLIPProcessor, image: Path) -> dict[str, torch.Tensor]:
+    """As `clean_process.py`, by the package."""
+    inputs = processor(text=PROBE, images=Image.open(image), return_tensors="pt")
+    with torch.inference_mode():
+        outputs = model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"])
+    return {
+        "token ids": inputs["input_ids"],
+        "pixel values": inputs["pixel_values"],
+        "text embeddings": outputs.text_embeds,
+        "image embeddings": outputs.image_embeds,
+    }
