@@ -31,7 +31,7 @@ $(READY): setup.py constraints.txt
 	@touch $@
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -36,7 +36,7 @@ from .report import (
     write_file,
     write_json,
 )
-from .tasks import TASKS, Task, choose_tasks, load_data
+from .tasks import TASKS, Task, Work, choose_tasks, load_data
 
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
@@ -111,7 +111,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     device = check_device(str(processes.device) if processes else options.device)
     output = prepare_output(options.output)
     console = make_console(quiet=not main_process)
-    work = load_data(tasks, options, lambda text: console.print(text, soft_wrap=True, markup=False))
+    work = load_data(tasks, options, lambda text: console.print(text, markup=False))
     document: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -138,11 +138,11 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             distributed=processes is not None,
         )
         document["models"].append(encoder.describe() | {"revision": source.revision})
-        for task, measure, data in [(task, measure, data) for task, measure, own in work for data in own]:
+        for task, measure, origin, data in [(task, measure, *each) for task, measure, own in work for each in own]:
             started = time.perf_counter()
             result = measure.evaluate(encoder, data, **task_options[task.name])
             seconds = time.perf_counter() - started
-            result = {"model": label, "task": task.name, "dataset": data.name} | result
+            result = {"model": label, "task": task.name, "dataset": data.name, "source": origin} | result
             result["intervals"] = intervals(result)
             document["results"].append(result | beside_paper(result))
             reached = f"{task.headline} {result['metrics'][task.headline]:.{task.digits}f}"
@@ -156,9 +156,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     return document
 
 
-def show(
-    console: Console, work: Sequence[tuple[Task, Any, list[Any]]], document: dict[str, Any], output: Path
-) -> None:
+def show(console: Console, work: Work, document: dict[str, Any], output: Path) -> None:
     """Prints the tables, writes them and the figures, and names what was written."""
     tables = make_tables([task for task, _, _ in work], document)
     for table in tables:
@@ -236,11 +234,11 @@ def make_tables(tasks: Sequence[Task], document: dict[str, Any]) -> list[Table]:
     return [table for table in tables if table]
 
 
-def draw_figures(work: Sequence[tuple[Task, Any, list[Any]]], document: dict[str, Any], output: Path) -> list[Path]:
+def draw_figures(work: Work, document: dict[str, Any], output: Path) -> list[Path]:
     """Each task's pictures; their names tell the task and the data set where there are several."""
     paths: list[Path] = []
     for index, (task, _, datasets) in enumerate(work):
-        for data in datasets:
+        for _, data in datasets:
             of = {"task": task.name, "dataset": data.name}
             results = [result for result in document["results"] if of.items() <= result.items()]
             ending = f"-{data.name}" if len(datasets) > 1 else ""

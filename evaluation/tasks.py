@@ -95,6 +95,9 @@ def _classification_options(options: argparse.Namespace) -> dict[str, Any]:
     return {"templates": options.templates, "wording": options.class_names}
 
 
+# A task, what `make` made for it, and its data sets with the path or id of each.
+Work = Sequence[tuple[Task, Any, Sequence[tuple[str, Any]]]]
+
 _ZIC, _SELO = "Zero-shot classification (ZIC)", "Semantic localization (SeLo)"
 
 TASKS = {
@@ -154,12 +157,10 @@ def parse_tokens(values: str) -> list[int]:
     return kept
 
 
-def load_data(
-    tasks: Sequence[Task], options: argparse.Namespace, say: Callable[[str], None]
-) -> list[tuple[Task, Any, list[Any]]]:
+def load_data(tasks: Sequence[Task], options: argparse.Namespace, say: Callable[[str], None]) -> Work:
     """
-    Each task with its maker's object and the data sets that `--data` holds of it. With `--tasks all`, a task without
-    data is left out, which is said.
+    Each task with its maker's object and the data sets that `--data` holds of it, with the paths or ids they were read
+    from. With `--tasks all`, a task without data is left out, which is said.
 
     Raises:
         `ValueError`: one sentence for a task that was asked for by name and has no data, a source that no task can
@@ -171,16 +172,16 @@ def load_data(
         measure, own = task.make(options), []
         for given in options.data:
             try:
-                own += [measure.load(source, options.allow_missing) for source in task.sources(given)]
+                own += [(source, measure.load(source, options.allow_missing)) for source in task.sources(given)]
                 used.add(given)
             except NotHere as error:
                 absent[task.name] = error
         if own:
-            names = [data.name for data in own]
+            names = [data.name for _, data in own]
             if twice := {name for name in names if names.count(name) > 1}:
                 raise ValueError(f"--data has {twice.pop()} for {task.name} twice; name one of them otherwise.")
             found.append((task, measure, own))
-            for data in own:
+            for _, data in own:
                 say(f"{task.name}: {data.summary}")
         elif options.tasks != "all":
             raise absent[task.name]

@@ -85,8 +85,11 @@ def build_card(
         if checkpoint is None:
             raise ValueError("results belong to weights; give the checkpoint folder that was measured.")
         measured, own = select_model(results, facts.weights_sha256, checkpoint)
-        if training and _same_file(results.get("data"), training["data"]["name"]):
-            own = [result | {"seen": "it was trained on this very file"} for result in own]
+        seen = {"seen": "it was trained on this very file"}
+        own = [
+            result | (seen if training and _same_file(result.get("source"), training["data"]["name"]) else {})
+            for result in own
+        ]
     address = repo_id or (_folder_name(checkpoint, address=True) if checkpoint else published)
     title = repo_id.split("/")[-1] if repo_id else _folder_name(checkpoint) if checkpoint else published
     data = card_data(title, own, training, description, license_id)
@@ -230,11 +233,22 @@ def _commands(
     if training:
         commands.append("accelerate launch -m training.train --config config.yaml")
     if results and "command" in results:
-        words = [address if word == measured["path"] else _public(word) for word in shlex.split(results["command"])]
-        return [*commands, shlex.join(words)]
+        return [*commands, _measuring(results["command"], address)]
     commands.append(f"python -m evaluation.run --model {address} --tasks all --data DATA --output results")
     card = f"python model_cards/build_card.py --checkpoint {address} --results results/results.json"
     return [*commands, card + (f" --published {description['key']}" if description else "")]
+
+
+def _measuring(command: str, address: str) -> str:
+    """The command of evaluation.run for this model alone, without paths of another machine."""
+    words, of_models = [], False
+    for word in shlex.split(command):
+        if word.startswith("--"):
+            of_models = word == "--model"
+            words += [word, address] if of_models else [word]
+        elif not of_models:
+            words.append(_public(word))
+    return shlex.join(words)
 
 
 def _versions(

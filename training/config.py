@@ -12,13 +12,9 @@ from pydantic.fields import FieldInfo
 
 from .data import DataConfig
 from .loop import LoopConfig
+from .losses import LossConfig
 from .model import ModelConfig
 from .optim import OptimConfig
-
-
-@dataclass(config=ConfigDict(extra="forbid"))
-class LossConfig:
-    long_weight: float = Field(0.8, ge=0, le=1)  # omega of eq. (5): 1 trains on long texts only, 0 on short ones only
 
 
 @dataclass(config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
@@ -119,7 +115,7 @@ def _explain(mistake: dict) -> str:
         return f"{name} is not a field; did you mean {nearest[0]}?"
     if mistake["type"] in ("missing", "missing_argument"):
         return f"{name} is required and not set."
-    if not name:
+    if mistake["type"] == "value_error":  # of our own, which names the fields
         return f"{mistake['msg'].removeprefix('Value error, ')}."
     return f"{name}={mistake['input']!r}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}."
 

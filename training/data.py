@@ -128,11 +128,12 @@ def read_image(stored: str | dict) -> Image.Image:
 class CaptionedImages(torch.utils.data.Dataset):
     """
     Rows by (epoch, index), so that what is random about a visit depends on the two and the seed alone: not on the
-    process, the worker, or where a run was resumed.
+    process, the worker, or where a run was resumed. With `short_from_long`, the short text is the long one's first
+    sentence.
     """
 
-    def __init__(self, rows: Dataset, config: DataConfig, seed: int):
-        self.rows, self.config, self.seed = rows, config, seed
+    def __init__(self, rows: Dataset, config: DataConfig, seed: int, short_from_long: bool = False):
+        self.rows, self.config, self.seed, self.short_from_long = rows, config, seed, short_from_long
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -146,17 +147,29 @@ class CaptionedImages(torch.utils.data.Dataset):
             item = {"image": read_image(table[image][position])}
             if long in table:
                 item["long_text"] = rng.choice(caption_list(table[long][position]))
+                if self.short_from_long:
+                    item["short_text"] = split_sentences(item["long_text"])[0]
                 if self.config.shuffle_sentences:
                     item["long_text"] = shuffle_sentences(item["long_text"], rng)
-            if short in table:
+            if short in table and not self.short_from_long:
                 item["short_text"] = rng.choice(caption_list(table[short][position]))
             items.append(item)
         return items
 
 
+def split_sentences(text: str) -> list[str]:
+    """
+    The sentences of `text`, each with its closing mark.
+
+    DIFFERS: Long-CLIP (beichenzbc/Long-CLIP train/sharegpt4v.py) takes as the short text what stands before the first
+    ". ": without the full stop, and going on past a question or exclamation mark or a line's end.
+    """
+    return re.split(r"(?<=[.!?])\s+", text.strip())
+
+
 def shuffle_sentences(text: str, rng: random.Random) -> str:
     """The sentences of `text` in another order."""
-    sentences = re.split(r"(?<=[.!?])\s+", text.strip())
+    sentences = split_sentences(text)
     rng.shuffle(sentences)
     return " ".join(sentences)
 

@@ -1,24 +1,48 @@
-"""Features of all processes in one matrix, with gradient. The only file that talks to the process group."""
+"""Rows of all processes in one matrix, with gradient. The only file that talks to the process group."""
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
+
+
+def gather(local: torch.Tensor) -> torch.Tensor:
+    """
+    `local` of all processes, concatenated in rank order, without gradient.
+
+    Args:
+        local (`(B / W, ...)`): of one shape on every process.
+
+    Returns:
+        `(B, ...)`; `local` itself with one process.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return local
+    parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, local.contiguous())
+    return torch.cat(parts)
 
 
 def gather_with_gradient(local: torch.Tensor | None) -> torch.Tensor | None:
     """
-    Concatenates `local` of all processes in rank order; gradients flow back to the process they came from.
+    [`gather`], through which gradients flow back to the process that the rows came from; None stays None.
 
-    Every process then computes the full loss on the gathered features. The backward pass sums the gradients of the W
-    equal losses and DistributedDataParallel divides by W, so the result is the gradient of one process on the whole
-    batch. (The published code gathers without gradient and loses part of it.)
-
-    Args:
-        local (`(B / W, P)`): this process' embeddings, equally many on every process; None stays None.
-
-    Returns:
-        `(B, P)`; `local` itself with one process.
+    Every process must then compute the same loss on the gathered rows. So each knows its gradient without asking the
+    others: its own rows', times W, since DistributedDataParallel divides the sum over the processes by W. A parameter
+    that the loss takes directly (the logit scale) has the whole gradient everywhere, which the same division of W
+    equal summands leaves as it is. The result is the gradient of one process on the whole batch. (The published code
+    gathers without gradient and loses part of it.)
     """
     if local is None or not dist.is_initialized() or dist.get_world_size() == 1:
         return local
-    return torch.cat(dist_nn.all_gather(local))
+    return _Gather.apply(local)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, local):
+        return gather(local)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        share = len(gradient) // dist.get_world_size()
+        first = dist.get_rank() * share
+        return gradient[first : first + share] * dist.get_world_size()

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from dataclasses import dataclass as plain_dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch.utils.data import DataLoader
@@ -20,14 +21,18 @@ from modeling_lrsclip import LRSCLIPModel, LRSCLIPProcessor
 
 from .checkpoint import load_newest_state, save_model, save_state
 from .data import CaptionedImages, Collator, VisitSampler
-from .gather import gather_with_gradient
+from .gather import gather, gather_with_gradient
+from .large_batch import Embedder, cached_gradients, cut, plain_gradients
 from .losses import DualTextLoss, dual_text_loss
+from .model import compile_layers
+from .texts import TextGroups, as_they_come, caption_numbers, group_by_length, group_cost, share_of_identical
 
 
 if TYPE_CHECKING:
     from .config import TrainConfig
 
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
+TEXTS = {"input_ids": "long", "short_input_ids": "short"}  # of a batch
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -35,6 +40,9 @@ class LoopConfig:
     batch_size: int = Field(512, ge=2)  # pairs a step, of all processes together; 512 is the best of Fig. 7
     epochs: float = Field(1.0, gt=0)
     steps: int | None = Field(None, ge=1)  # optimizer steps, instead of epochs
+    micro_batch_size: int | None = Field(None, ge=1)  # pairs a process holds at a time (cached gradients); None: all
+    group_texts: bool = True  # by length, each group padded to its own longest; False: long, short, as they come
+    compile: bool = False  # torch.compile of the towers' layers
     log_every: int = Field(10, ge=1)  # steps
     validate_every: int | None = Field(None, ge=1)  # steps; always after the last one
     save_every: int | None = Field(None, ge=1)  # steps; always after the last one
@@ -81,7 +89,15 @@ class Trainer:
     ):
         self.accelerator, self.processor, self.data, self.config = accelerator, processor, data, config
         self.steps, self.scheduler, self.validate = count_steps(config.loop, len(data)), scheduler, validate
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if config.loop.group_texts and accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError(
+                "loop.group_texts lets every process cut its texts as it likes, and FSDP wants equally many forward "
+                "passes of them; set it to false."
+            )
+        if config.loop.compile:
+            compile_layers(model)
+        self.model = model  # bare; `embedder` is its wrapper for several processes and mixed precision
+        self.embedder, self.optimizer = accelerator.prepare(Embedder(model), optimizer)
         self.folder = Path(config.output_dir)
         self.state = TrainState()
         self.report = RunLog(accelerator, self.folder, self.steps)
@@ -98,7 +114,7 @@ class Trainer:
                 else f"starting at step 0: no checkpoint to resume in {self.folder}"
             )
         self.report.rewind(state.step)
-        self.model.train()
+        self.embedder.train()
         with self.report.progress(state.step):
             start = time.perf_counter() - state.seconds
             for batch in self.batches():
@@ -135,24 +151,22 @@ class Trainer:
         )
 
     def step(self, batch: dict[str, torch.Tensor]) -> tuple[DualTextLoss, dict[str, Any]]:
-        """One optimizer step on this process' share of the global batch."""
-        accelerator = self.accelerator
-        bare = accelerator.unwrap_model(self.model)
-        batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
-        output = self.model(**batch)  # image, long and short in one forward: DDP sees each parameter once
-        losses = dual_text_loss(
-            gather_with_gradient(output.image_embeds),  # (B / W, P) -> (B, P)
-            gather_with_gradient(output.text_embeds),
-            gather_with_gradient(output.short_text_embeds),
-            bare.logit_scale.exp(),
-            self.config.loss.long_weight,
-        )
-        if not losses.loss.isfinite():  # the same number on every process, so all stop here together
-            raise self._not_finite("loss", losses.loss)
-        accelerator.backward(losses.loss)
+        """One optimizer step on this process' share of the global batch, (b = B / W) pairs."""
+        accelerator, micro_batch_size = self.accelerator, self.config.loop.micro_batch_size
+        pixel_values = batch["pixel_values"].to(accelerator.device, non_blocking=True)  # (b, 3, H, W)
+        matrices = {TEXTS[name]: batch[name] for name in TEXTS if name in batch}
+        texts = self._group(list(matrices.values()))
+        captions = self._captions(matrices)
+        loss_of = partial(self._loss, order=texts.order, captions=captions)
+        if micro_batch_size is None or micro_batch_size >= len(pixel_values):
+            losses = plain_gradients(accelerator, self.embedder, (pixel_values, texts.groups), loss_of)
+        else:
+            pieces = cut(pixel_values, texts.groups, micro_batch_size)
+            losses = cached_gradients(accelerator, self.embedder, pieces, loss_of, self.model.logit_scale)
         numbers = {"learning_rate": self.scheduler.get_last_lr()[0]}
+        numbers |= {f"identical_{kind}": share_of_identical(number) for kind, number in captions.items()}
         if self.config.optim.max_grad_norm is not None:
-            norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.max_grad_norm)
+            norm = accelerator.clip_grad_norm_(self.embedder.parameters(), self.config.optim.max_grad_norm)
             numbers["gradient_norm"] = norm
             if accelerator.scaler is None and not norm.isfinite():  # fp16's loss scaling skips such steps by itself
                 raise self._not_finite("gradient norm", norm)
@@ -161,8 +175,50 @@ class Trainer:
             self.scheduler.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
-            bare.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-        return losses, numbers | {"logit_scale": bare.logit_scale.detach().exp()}
+            self.model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        return losses, numbers | {"logit_scale": self.model.logit_scale.detach().exp()}
+
+    def _group(self, matrices: list[torch.Tensor]) -> TextGroups:
+        """The texts as the text tower will read them, on its device."""
+        loop, device, text_config = self.config.loop, self.accelerator.device, self.model.config.text_config
+        end_of_text = text_config.eos_token_id
+        if loop.micro_batch_size is not None and loop.micro_batch_size < len(matrices[0]):
+            texts = group_by_length(matrices, end_of_text, rows=loop.micro_batch_size)
+        elif loop.group_texts:
+            cost = group_cost(device, text_config.hidden_size)
+            texts = group_by_length(matrices, end_of_text, cost=cost)
+        else:
+            texts = as_they_come(matrices)
+        groups = [group.to(device, non_blocking=True) for group in texts.groups]
+        return TextGroups(groups, texts.order.to(device, non_blocking=True))
+
+    def _captions(self, matrices: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """For each kind of text, the numbers (B,) of the global batch's captions: equal ones are identical."""
+        end_of_text, device = self.model.config.text_config.eos_token_id, self.accelerator.device
+        return {kind: gather(caption_numbers(ids, end_of_text).to(device)) for kind, ids in matrices.items()}
+
+    def _loss(
+        self,
+        image_embeds: torch.Tensor,
+        text_embeds: torch.Tensor,
+        order: torch.Tensor,
+        captions: dict[str, torch.Tensor],
+    ) -> DualTextLoss:
+        """The loss of the global batch from this process' images (b, P) and grouped texts (n, P)."""
+        texts = text_embeds[order].split(len(image_embeds))  # (b, P) of each kind
+        texts = {kind: gather_with_gradient(embeds) for kind, embeds in zip(captions, texts, strict=True)}  # (B, P)
+        losses = dual_text_loss(
+            gather_with_gradient(image_embeds),
+            texts.get("long"),
+            texts.get("short"),
+            self.model.logit_scale.exp(),
+            self.config.loss,
+            captions.get("long"),
+            captions.get("short"),
+        )
+        if not losses.loss.isfinite():  # the same number on every process, so all stop here together
+            raise self._not_finite("loss", losses.loss)
+        return losses
 
     def _not_finite(self, what: str, value: torch.Tensor) -> FloatingPointError:
         return FloatingPointError(
@@ -174,7 +230,7 @@ class Trainer:
         state, accelerator = self.state, self.accelerator
         recall = torch.zeros(1, dtype=torch.float64, device=accelerator.device)
         if accelerator.is_main_process:
-            numbers = self.validate(accelerator.unwrap_model(self.model))
+            numbers = self.validate(self.model)
             recall += numbers["mR"]
             self.report.validation(state, numbers)
         recall = accelerator.reduce(recall, "sum").item()  # every process must take the same branch

@@ -35,10 +35,10 @@ def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.
             (plain if parameter.ndim < 2 or "position_embedding" in name else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, dampening=config.dampening)
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-    )
+        options = {"momentum": config.momentum, "dampening": config.dampening}
+        return torch.optim.SGD(groups, lr=config.learning_rate, fused=True, **options)
+    options = {"betas": (config.beta1, config.beta2), "eps": config.eps}
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True, **options)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) -> LRScheduler:

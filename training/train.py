@@ -12,20 +12,22 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import parse_flag_from_env, set_seed
 from datasets import Dataset, disable_progress_bars
 from datasets.exceptions import DatasetsError
 from pydantic import RootModel
 from transformers.utils import logging
 
-from evaluation.embedding import embed_images
+from evaluation.embedding import embed_images, weights_hash
 from evaluation.retrieval import evaluate_retrieval
+from modeling_lrsclip import LRSCLIPModel
 
 from .config import TrainConfig, parse_config
 from .data import CaptionedImages, caption_list, find_file, load_pairs, read_image
 from .loop import Trainer, count_steps
 from .model import build_model, build_processor
 from .optim import build_optimizer, build_scheduler
+from .record import SCHEMA_VERSION, describe_source, git_state, read_record, versions, write_record
 
 
 MEASURED_CAPTIONS = 1000  # whose token lengths are told at the start
@@ -46,7 +48,7 @@ def run(config: TrainConfig) -> Path:
     check_run_folder(folder, config)
     if config.data.workers:  # forked processes must not wait for the tokenizer's threads, which a fork leaves behind
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    device = PartialState(timeout=LONGEST_WAIT).device
+    device = PartialState(cpu=on_cpu(), timeout=LONGEST_WAIT).device
     accelerator = Accelerator(
         mixed_precision=choose_precision(config.precision, device.type),
         log_with="tensorboard",
@@ -74,18 +76,20 @@ def run(config: TrainConfig) -> Path:
         processor,
         optimizer,
         scheduler,
-        CaptionedImages(rows, config.data, config.seed),
+        CaptionedImages(rows, config.data, config.seed, config.loss.short_text == "first_sentence"),
         config,
         validate=None if held_out is None else Validation(config, processor, held_out, accelerator.mixed_precision),
     )
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
-        introduce(trainer, rows, columns)
+        lengths = measure_captions(trainer, rows, columns)
+        introduce(trainer, len(rows), lengths)
     accelerator.init_trackers("tensorboard")
     state = trainer.train()
     accelerator.end_training()
     if accelerator.is_main_process:
+        record_run(trainer, len(rows), lengths, None if held_out is None else len(held_out))
         if held_out is not None:
             print(f"best validation mR {state.best_recall:.1f} at step {state.best_step}: {folder / 'best'}")
         print(folder / "final")
@@ -144,6 +148,15 @@ def choose_precision(precision: str, device: str) -> str:
     return "no" if precision == "fp32" else precision
 
 
+def on_cpu() -> bool:
+    """
+    Whether the processes are to meet on the CPU: where `accelerate launch` was told so (its state does not look by
+    itself this early), and where there are several of them and no GPU.
+    """
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.accelerator.is_available())
+
+
 def use_all_cores(accelerator: Accelerator) -> None:
     """`accelerate launch` gives a process one thread; without a GPU the processes share the cores instead."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
@@ -153,17 +166,36 @@ def use_all_cores(accelerator: Accelerator) -> None:
 
 
 def caption_columns(config: TrainConfig) -> list[str]:
-    """The caption columns that the loss weighs: with a weight of 0 or 1 the other text is not even read."""
-    columns = [config.data.long_column] if config.loss.long_weight > 0 else []
-    return columns + ([config.data.short_column] if config.loss.long_weight < 1 else [])
+    """
+    The caption columns that the loss weighs: with a weight of 0 or 1 the other text is not even read, nor is the short
+    one where the long text's first sentence stands for it.
+    """
+    loss, columns = config.loss, []
+    if loss.long_weight > 0:
+        columns.append(config.data.long_column)
+    if loss.long_weight < 1 and loss.short_text == "own":
+        columns.append(config.data.short_column)
+    return columns
 
 
-def introduce(trainer: Trainer, rows: Dataset, columns: list[str]) -> None:
+def measure_captions(trainer: Trainer, rows: Dataset, columns: list[str]) -> dict[str, dict[str, float]]:
+    """Token lengths of the first captions of each column, and the share from 0 to 1 that the table cuts."""
+    positions, measured = trainer.processor.tokenizer.model_max_length, {}
+    for name in columns:
+        lengths = trainer.processor.count_tokens(
+            [caption_list(stored)[0] for stored in rows[name][:MEASURED_CAPTIONS]]
+        )
+        cut = sum(length > positions for length in lengths) / len(lengths)
+        measured[name] = {"measured": len(lengths), "mean_tokens": statistics.fmean(lengths), "share_truncated": cut}
+    return measured
+
+
+def introduce(trainer: Trainer, pairs: int, lengths: dict[str, dict[str, float]]) -> None:
     """Says what is trained on what, and how long the captions are against the table."""
     positions = trainer.processor.tokenizer.model_max_length
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters()) / 1e6
     print(
-        f"{parameters:.1f} M parameters, {positions} text positions; {len(rows)} pairs, {trainer.steps} steps of "
+        f"{parameters:.1f} M parameters, {positions} text positions; {pairs} pairs, {trainer.steps} steps of "
         f"{trainer.config.loop.batch_size} on {trainer.accelerator.num_processes} x {trainer.accelerator.device.type}, "
         f"{trainer.accelerator.mixed_precision.replace('no', 'fp32')}"
     )
@@ -172,11 +204,41 @@ def introduce(trainer: Trainer, rows: Dataset, columns: list[str]) -> None:
         validation, train = find_file(data.validation, data.validation_split), find_file(data.train, data.train_split)
         if validation == train and (train.is_file() or data.validation_split == data.train_split):
             print(f"note: validation is on the training pairs themselves ({train}), so its recall is not held out")
-    for name in columns:
-        texts = rows[name][:MEASURED_CAPTIONS]
-        lengths = trainer.processor.count_tokens([caption_list(stored)[0] for stored in texts])
-        cut = sum(length > positions for length in lengths) / len(lengths)
-        print(f"{name}: {statistics.fmean(lengths):.0f} tokens on average, {cut:.0%} longer than {positions} and cut")
+    for name, told in lengths.items():
+        print(
+            f"{name}: {told['mean_tokens']:.0f} tokens on average, {told['share_truncated']:.0%} longer than "
+            f"{positions} and cut"
+        )
+
+
+def record_run(trainer: Trainer, pairs: int, lengths: dict[str, dict[str, float]], held_out: int | None) -> None:
+    """Writes `run.json` into the run folder and beside the weights of `final` and `best`."""
+    config, state, accelerator = trainer.config, trainer.state, trainer.accelerator
+    measured = held_out and min(held_out, config.data.validation_pairs or held_out)
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "init": describe_source(config.model.init) if config.model.init != "scratch" else None,
+        "init_run": read_record(config.model.init),
+        "data": describe_source(config.data.train) | {"pairs": pairs, "captions": lengths},
+        "validation": held_out and describe_source(config.data.validation) | {"pairs": measured},
+        "best": held_out and {"step": state.best_step, "mR": state.best_recall},
+        "steps": trainer.steps,
+        "seconds": state.seconds,
+        "processes": accelerator.num_processes,
+        "device": device,
+        "precision": accelerator.mixed_precision.replace("no", "fp32"),
+        "versions": versions(),
+        "git": git_state(Path(__file__).parent),
+        "config": as_dict(config),
+    }
+    folder = trainer.folder
+    for name, step in (("best", state.best_step), ("final", state.step)):
+        if name == "final" or held_out:
+            weights = weights_hash(LRSCLIPModel.from_pretrained(folder / name, dtype=torch.float32))
+            write_record(folder / name, record | {"weights": {"step": step, "sha256": weights}})
+    write_record(folder, record | {"weights": {"step": step, "sha256": weights}})  # of the final model
 
 
 class Validation:

@@ -26,12 +26,11 @@ def captioned_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def run_arguments(captioned_folder, tmp_path):
-    """Command line of a tiny run; a test appends what it wants otherwise."""
+@pytest.fixture(scope="session")
+def run_options(captioned_folder) -> list[str]:
+    """Command line of a tiny run, but for its folder."""
     width = "hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2"
     options = {
-        "output_dir": tmp_path / "run",
         "data.train": captioned_folder,
         "model.init": "scratch",
         "model.tokenizer": "train",
@@ -47,6 +46,12 @@ def run_arguments(captioned_folder, tmp_path):
         "precision": "fp32",
     }
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def run_arguments(run_options, tmp_path) -> list[str]:
+    """The same into a folder of its own; a test appends what it wants otherwise."""
+    return ["--output_dir", str(tmp_path / "run"), *run_options]
 
 
 @pytest.fixture(autouse=True)

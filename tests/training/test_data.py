@@ -18,6 +18,7 @@ from training.data import (
     load_pairs,
     read_image,
     shuffle_sentences,
+    split_sentences,
 )
 
 
@@ -152,6 +153,20 @@ class TestVisits:
         rows = Dataset.from_list([{"image": str(captioned_folder / "0.png"), "short_text": ["a", "b", "c"]}])
         data = CaptionedImages(rows, DataConfig(train="x"), seed=0)
         assert {data.__getitems__([(epoch, 0)])[0]["short_text"] for epoch in range(30)} == {"a", "b", "c"}
+
+
+def test_the_first_sentence_as_short_text(captioned_folder):
+    config = DataConfig(train="x", shuffle_sentences=True)
+    rows = load_pairs(str(captioned_folder), "train", config, COLUMNS)
+    items = CaptionedImages(rows, config, seed=5, short_from_long=True).__getitems__([(0, 3), (1, 3), (2, 3)])
+    assert {item["short_text"] for item in items} == {"A field lies in the north."}, "of the text before shuffling"
+    assert len({item["long_text"] for item in items}) > 1
+
+
+def test_sentences():
+    # DIFFERS: Long-CLIP's first part is "A road, 3.5 m wide! Two cars" and its last ones keep no full stop.
+    text = " A road, 3.5 m wide! Two cars. Is it wet? No\n"
+    assert split_sentences(text) == ["A road, 3.5 m wide!", "Two cars.", "Is it wet?", "No"]
 
 
 def test_shuffled_sentences_are_the_same_sentences():

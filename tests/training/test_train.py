@@ -2,18 +2,22 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from accelerate import DistributedType
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel
 
 from tests.conftest import tower_configs
 from training import train
+from training.loop import LoopConfig, Trainer
 from training.model import ModelConfig, build_model
 from training.optim import OptimConfig, build_optimizer, build_scheduler
 
@@ -90,9 +94,11 @@ def test_resumed_equals_uninterrupted_to_the_bit(run_arguments, tmp_path, monkey
 
 
 def launch(arguments: list[str], processes: int) -> str:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    """On the CPU by torchrun: there, `accelerate launch --num_processes 2` starts one process without a word."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += ["-m", "training.train", *arguments]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -103,6 +109,7 @@ def test_two_processes_equal_one(run_arguments, captioned_folder, tmp_path):
     arguments += ["--optim.schedule", "cosine", "--data.validation", str(captioned_folder)]
     train.main([*arguments, "--output_dir", str(tmp_path / "one")])
     printed = launch([*arguments, "--output_dir", str(tmp_path / "two")], processes=2)
+    assert "on 2 x cpu" in printed
     assert printed.strip().splitlines()[-1] == str(tmp_path / "two/final")
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     assert len(one) == len(two) == 4
@@ -150,6 +157,37 @@ def test_a_77_position_model_is_stretched_and_trained_on(run_arguments, tmp_path
         text_config = AutoModel.from_pretrained(tmp_path / name / "final").config.text_config
         assert (text_config.max_position_embeddings, text_config.stretch_ratio) == (248, 4)
         assert AutoProcessor.from_pretrained(tmp_path / name / "final").tokenizer.model_max_length == 248
+
+
+def test_memory_saving_options_change_nothing(run_arguments, tmp_path):
+    arguments = [*run_arguments, "--loop.batch_size", "12", "--optim.name", "sgd", "--optim.learning_rate", "0.05"]
+    options = ["--loop.micro_batch_size", "5", "--loss.chunk_size", "5", "--model.gradient_checkpointing", "true"]
+    train.main([*arguments, "--output_dir", str(tmp_path / "plain"), "--loop.group_texts", "false"])
+    train.main([*arguments, "--output_dir", str(tmp_path / "saving"), *options])
+    for a, b in zip(log_of(tmp_path / "plain"), log_of(tmp_path / "saving"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    saving = weights_of(tmp_path / "saving/final")
+    for name, tensor in weights_of(tmp_path / "plain/final").items():
+        torch.testing.assert_close(tensor, saving[name], atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_first_sentence_as_short_text(run_arguments, captioned_folder, tmp_path):
+    rows = [json.loads(line) for line in (captioned_folder / "captions.jsonl").read_text().splitlines()]
+    for row in rows:
+        del row["short_text"]
+    (captioned_folder / "long_only.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = str(captioned_folder / "long_only.jsonl")
+    train.main([*run_arguments, "--data.train", source, "--loss.short_text", "first_sentence"])
+    record = log_of(tmp_path / "run")[0]
+    assert record["short_loss"] > 0 and record["identical_short"] == 1.0  # "A field lies in the north."
+    assert record["identical_long"] == 0.0
+
+
+def test_compile_reaches_the_layers(run_arguments, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **options: compiled.append((layer, options)))
+    train.main([*run_arguments, "--loop.compile", "true", "--loop.steps", "1"])
+    assert len(compiled) == 4 and all(options == {"dynamic": True} for _, options in compiled)
 
 
 def test_several_captions_an_image(run_arguments, captioned_folder, tmp_path):
@@ -200,6 +238,12 @@ class TestErrors:
         with pytest.raises(SystemExit, match="512 is more than the 12 training pairs"):
             train.main([*run_arguments, "--loop.batch_size", "512"])
 
+    def test_grouped_texts_under_fsdp(self):
+        accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP)
+        config = SimpleNamespace(loop=LoopConfig(batch_size=2))
+        with pytest.raises(ValueError, match="loop.group_texts .* set it to false"):
+            Trainer(accelerator, None, None, None, None, range(4), config)
+
     def test_tokenizer_of_another_vocabulary(self, tiny_tokenizer, tiny_processor, tmp_path):
         configs = tower_configs(tiny_tokenizer)
         configs["text_config"]["vocab_size"] = 600
@@ -225,6 +269,10 @@ class TestOptimizer:
         assert all(name.endswith(".weight") and "norm" not in name for name in names.values() if name not in spared)
         assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
         assert len(decayed["params"]) + len(spared) == len(names)
+
+    def test_both_are_fused(self, tiny_model):
+        for name in ("sgd", "adamw"):
+            assert build_optimizer(tiny_model, OptimConfig(name=name)).defaults["fused"]
 
     def test_table_x_is_the_default(self, tiny_model):
         optimizer = build_optimizer(tiny_model, OptimConfig())

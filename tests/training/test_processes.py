@@ -1,0 +1,210 @@
+"""
+Two and four gloo processes give the losses, and after three steps the weights, of one process on the same global batch,
+whatever way of computing it; the kept positions stay as they are to the bit. All runs are made in one go by processes
+that live through them, since starting one costs seconds.
+"""
+
+import contextlib
+import io
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from modeling_lrsclip import LRSCLIPImageProcessor, LRSCLIPProcessor
+from tests.conftest import tower_configs
+from training.config import parse_config
+from training.data import CaptionedImages, load_pairs
+from training.loop import Trainer
+from training.model import build_model, build_processor
+from training.optim import build_optimizer, build_scheduler
+from training.train import run
+
+
+WORLDS = (4, 2, 1)
+STEPS = 3
+# One process on the whole batch is the reference of each kind of loss; learning rates let every weight move visibly.
+LOSSES = {
+    "paper": [],
+    "all options": [
+        *("--loss.pcm_rank", "4", "--loss.label_smoothing", "0.1", "--loss.mask_identical_captions", "true"),
+        *("--optim.max_grad_norm", "0.5", "--model.gradient_checkpointing", "true"),
+    ],
+}
+WAYS = {
+    "as they come": ["--loop.group_texts", "false"],
+    "grouped": [],
+    "chunked": ["--loss.chunk_size", "5"],
+    "cached": ["--loop.micro_batch_size", "2"],
+    "cached, chunked": ["--loop.micro_batch_size", "1", "--loss.chunk_size", "7"],
+}
+OPTIMIZERS = {"sgd": "5.0e-2", "adamw": "1.0e-3"}
+TABLE = "text_model.embeddings.position_embedding.weight"
+KEPT = 20
+
+
+class Killed(Exception):
+    pass
+
+
+def name_of(*words) -> str:
+    return "-".join(str(word).replace(", ", "+").replace(" ", "_") for word in words)
+
+
+def steps_of(arguments: list[str], processor, rows, path: Path) -> None:
+    """Some optimizer steps of all processes; the first writes down what came of them."""
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(cpu=True)
+    config = parse_config([*arguments, "--output_dir", str(path)])
+    torch.manual_seed(0)
+    model = build_model(config.model, processor)
+    optimizer = build_optimizer(model, config.optim)
+    scheduler = build_scheduler(optimizer, config.optim, STEPS)
+    data = CaptionedImages(rows, config.data, config.seed)
+    trainer = Trainer(accelerator, model, processor, optimizer, scheduler, data, config)
+    assert accelerator.num_processes == int(os.environ["WORLD_SIZE"])
+    log = []
+    for batch in trainer.batches():
+        assert len(batch["pixel_values"]) == config.loop.batch_size // accelerator.num_processes
+        losses, numbers = trainer.step(batch)
+        log.append(
+            {name: float(torch.as_tensor(value).detach()) for name, value in (losses._asdict() | numbers).items()}
+        )
+    if accelerator.is_main_process:
+        torch.save({"log": log, "weights": model.state_dict()}, path)
+
+
+def whole_run(arguments: list[str], folder: Path, port: int) -> None:
+    AcceleratorState._reset_state(True)
+    os.environ["MASTER_PORT"] = str(port)  # each run makes and ends its own process group
+    run(parse_config([*arguments, "--output_dir", str(folder)]))
+
+
+def killed_and_resumed(arguments: list[str], folder: Path, ports: list[int]) -> None:
+    plain_step = Trainer.step
+
+    def step_until_killed(self, batch):
+        if self.state.step == 2:
+            raise Killed
+        return plain_step(self, batch)
+
+    arguments = [*arguments, "--loop.save_every", "1"]
+    Trainer.step = step_until_killed
+    with contextlib.suppress(Killed):
+        whole_run(arguments, folder, ports[0])
+    Trainer.step = plain_step
+    dist.destroy_process_group()
+    whole_run([*arguments, "--resume"], folder, ports[1])
+
+
+def work(rank: int, folder: Path, arguments: list[str], clip: Path, ports: list[int]) -> None:
+    """The runs of one of four processes; the first ones go on with fewer."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    os.environ["OMP_NUM_THREADS"] = "1"
+    config = parse_config([*arguments, "--output_dir", str(folder)])
+    columns = [config.data.long_column, config.data.short_column]
+    rows = load_pairs(config.data.train, "train", config.data, columns)
+    processor = build_processor(config.model, (text for name in columns for text in rows[name]))
+    ports = iter(ports)
+    for world in WORLDS:
+        if rank >= world:
+            return
+        os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_PORT": str(next(ports))}
+        for loss, options in LOSSES.items():
+            for way, how in WAYS.items():
+                steps_of([*arguments, *options, *how], processor, rows, folder / name_of(loss, way, world))
+        dist.destroy_process_group()
+        if world != 2:
+            continue
+        stretched = [*arguments, "--model.init", str(clip), "--model.tokenizer", "null"]
+        stretched += ["--optim.weight_decay", "0.1", *WAYS["cached"]]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            for optimizer, rate in OPTIMIZERS.items():
+                chosen = [*stretched, "--optim.name", optimizer, "--optim.learning_rate", rate]
+                whole_run(chosen, folder / name_of(optimizer, "whole"), next(ports))
+                killed_and_resumed(chosen, folder / name_of(optimizer, "resumed"), [next(ports), next(ports)])
+
+
+@pytest.fixture(scope="module")
+def captions(captioned_folder):
+    """The captioned pictures with texts of many lengths, some of them alike."""
+    rows = [json.loads(line) for line in (captioned_folder / "captions.jsonl").read_text().splitlines()]
+    for index, row in enumerate(rows):
+        row["long_text"] = row["long_text"][: 60 + 15 * index] + "."
+        row["short_text"] = f"A roof. {'Trees. ' * (index // 4)}"
+    path = captioned_folder / "of_many_lengths.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory, _tokenizer_folder):
+    """A stock CLIP of 77 positions, which the run stretches."""
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = CLIPTokenizer.from_pretrained(_tokenizer_folder)
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    LRSCLIPProcessor(LRSCLIPImageProcessor(**size), tokenizer).save_pretrained(folder)
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(**tower_configs(tokenizer))).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, run_options, captions, clip):
+    folder = tmp_path_factory.mktemp("runs")
+    arguments = [*run_options, "--data.train", str(captions), "--loop.batch_size", "12", "--loop.steps", str(STEPS)]
+    arguments += ["--optim.name", "sgd", "--optim.learning_rate", OPTIMIZERS["sgd"]]
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(9)]
+        ports = [server.getsockname()[1] for server in servers]
+    torch.multiprocessing.spawn(work, (folder, arguments, clip, ports), nprocs=max(WORLDS))
+    return folder
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_equal_to_one_process(runs, loss, way, world):
+    expected = torch.load(runs / name_of(loss, "as they come", 1))
+    got = torch.load(runs / name_of(loss, way, world))
+    assert len(expected["log"]) == len(got["log"]) == STEPS
+    for a, b in zip(expected["log"], got["log"]):
+        assert b["identical_short"] == 1.0 and b["identical_long"] == 0.0
+        assert a.keys() == b.keys() >= {"loss", "long_loss", "short_loss", "logit_scale"}
+        for name in a:
+            assert b[name] == pytest.approx(a[name], rel=1e-5), name
+    assert len({record["logit_scale"] for record in got["log"]}) == STEPS
+    for name, tensor in expected["weights"].items():
+        torch.testing.assert_close(got["weights"][name], tensor, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_the_losses_differ(runs):
+    paper, other = (torch.load(runs / name_of(loss, "as they come", 1))["log"][0] for loss in LOSSES)
+    assert all(abs(paper[name] - other[name]) > 1e-4 for name in ("long_loss", "short_loss"))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_kept_positions_stay_as_they_are(runs, clip, optimizer):
+    before = load_file(clip / "model.safetensors")[TABLE]
+    whole, resumed = (
+        load_file(runs / name_of(optimizer, how) / "final/model.safetensors") for how in ("whole", "resumed")
+    )
+    for after in (whole[TABLE], resumed[TABLE]):
+        assert after.shape == (248, 32)
+        assert torch.equal(after[:KEPT], before[:KEPT])
+        assert not torch.equal(after[KEPT : KEPT + 40 : 4], before[KEPT : KEPT + 10])
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -1,0 +1,130 @@
+"""
+Gradients of one loss over many pairs: with the whole batch's activations in memory, or a micro-batch's at a time.
+
+Cached gradients (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"): embed
+everything without graph, take the loss and its gradient with respect to the embeddings, then embed once more, a
+micro-batch at a time, and send that gradient on into the towers. The result is the gradient of the whole batch, unlike
+plain gradient accumulation, whose negatives are the micro-batch's.
+
+Shapes: b images of this process, n texts of it (long and short ones together), L tokens, P projection width.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from modeling_lrsclip import LRSCLIPModel
+
+from .losses import DualTextLoss
+
+
+# (b, P) images and (n, P) texts, in the order of the groups, to the loss.
+Loss = Callable[[torch.Tensor, torch.Tensor], DualTextLoss]
+# What is embedded at a time: images or None, and texts.
+Piece = tuple[torch.Tensor | None, list[torch.Tensor]]
+
+
+class Embedder(torch.nn.Module):
+    """
+    The model as a training step calls it: images and groups of texts in one `forward`, since a model that is wrapped
+    for several processes must see its whole batch in one.
+    """
+
+    def __init__(self, model: LRSCLIPModel):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, pixel_values: torch.Tensor | None, groups: list[torch.Tensor]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """
+        Args:
+            pixel_values (`(b, 3, H, W)`, *optional*): images.
+            groups (list of `(n_g, L_g)`): token ids.
+
+        Returns:
+            unit embeddings of the images `(b, P)` and of the texts of all groups `(n, P)`; None for those not given.
+        """
+        images = None if pixel_values is None else self.model(pixel_values=pixel_values).image_embeds
+        texts = [self.model(input_ids=group).text_embeds for group in groups]
+        return images, torch.cat(texts) if texts else None
+
+
+def plain_gradients(accelerator: Accelerator, embedder: torch.nn.Module, piece: Piece, loss_of: Loss) -> DualTextLoss:
+    """Forward and backward pass of the whole batch at once; the gradients end in `.grad`."""
+    losses = loss_of(*embedder(*piece))
+    accelerator.backward(losses.loss)
+    return losses
+
+
+def cut(pixel_values: torch.Tensor, groups: list[torch.Tensor], micro_batch_size: int) -> list[Piece]:
+    """
+    Pieces of at most `micro_batch_size` images or one group of texts each; only the last holds both, so that a
+    wrapper for several processes, which sends gradients with the last piece, sees all parameters there.
+    """
+    images = pixel_values.split(micro_batch_size)
+    alone = [(part, []) for part in images[:-1]] + [(None, [group]) for group in groups[:-1]]
+    return [*alone, (images[-1], groups[-1:])]
+
+
+def cached_gradients(
+    accelerator: Accelerator,
+    embedder: torch.nn.Module,
+    pieces: list[Piece],
+    loss_of: Loss,
+    logit_scale: torch.nn.Parameter,
+) -> DualTextLoss:
+    """
+    The gradients of [`plain_gradients`], at the memory of one piece's activations and the time of one more forward
+    pass. Random numbers (dropout) are those of the first pass in the second one.
+
+    Args:
+        embedder: as prepared by `accelerator`; gradients are sent to the other processes with the last piece.
+        pieces: see [`cut`].
+        logit_scale: the parameter that `loss_of` takes beside the embeddings.
+    """
+    random_states, embeds = [], []
+    with torch.no_grad(), accelerator.autocast():  # one context for all pieces: weights are cast once
+        for piece in pieces:
+            random_states.append(_random_state(piece))
+            embeds.append(embedder(*piece))
+    leaves = [
+        torch.cat([part for part in parts if part is not None]).requires_grad_() for parts in zip(*embeds)
+    ]  # (b, P), (n, P)
+    losses = loss_of(*leaves)
+    scale = [logit_scale] if logit_scale.requires_grad else []
+    *left, scale_gradient = [*torch.autograd.grad(losses.loss, [*leaves, *scale]), None][:3]  # (b, P), (n, P), scalar
+
+    for number, (piece, random_state) in enumerate(zip(pieces, random_states), start=1):
+        last = number == len(pieces)
+        with nullcontext() if last else _gradients_kept_back(accelerator, embedder):
+            _set_random_state(random_state)
+            # A scalar whose gradient with respect to the embeddings and the logit scale is the one just taken.
+            surrogate = sum(parameter * scale_gradient for parameter in scale) if last else 0
+            for kind, part in enumerate(embedder(*piece)):
+                if part is not None:
+                    gradient, left[kind] = left[kind].tensor_split([len(part)])
+                    surrogate = surrogate + (part * gradient).sum()
+            accelerator.backward(surrogate)
+    return losses
+
+
+def _gradients_kept_back(accelerator: Accelerator, embedder: torch.nn.Module) -> AbstractContextManager:
+    """As `accelerator.no_sync`, which does nothing for a single process, although that may be wrapped too."""
+    return embedder.no_sync() if isinstance(embedder, DistributedDataParallel) else accelerator.no_sync(embedder)
+
+
+def _random_state(piece: Piece) -> tuple:
+    """Of the CPU and of the devices that the piece lies on."""
+    pixel_values, groups = piece
+    return torch.get_rng_state(), *get_device_states(pixel_values, *groups)
+
+
+def _set_random_state(state: tuple) -> None:
+    on_cpu, devices, on_devices = state
+    torch.set_rng_state(on_cpu)
+    set_device_states(devices, on_devices)
