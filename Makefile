@@ -42,6 +42,9 @@ hf-suite: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.encoding
+	$(BIN)/python -m tests.benchmarks.recall
+	$(BIN)/python -m tests.benchmarks.localization
+	$(BIN)/python -m tests.benchmarks.large_batch loss
 
 # ---------------------------------------------------------------------------------------------------------------- demo
 # Table VII of the paper in small: the same scenes, architecture and number of steps for every row. An interrupted
