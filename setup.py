@@ -26,7 +26,15 @@ setup(
     ],
     extras_require={
         "train": ["accelerate>=1.10", "datasets>=4.0", "pydantic>=2.7", "pyyaml", "tensorboard", "tqdm"],
-        "eval": ["accelerate>=1.10", "datasets>=4.0", "evaluate>=0.4.6", "matplotlib", "opencv-python-headless>=4.11", "rich", "tqdm"],
+        "eval": [
+            "accelerate>=1.10",
+            "datasets>=4.0",
+            "evaluate>=0.4.6",
+            "matplotlib",
+            "opencv-python-headless>=4.11",
+            "rich",
+            "tqdm",
+        ],
         "dev": ["parameterized", "peft>=0.21", "pytest", "pytest-xdist", "regex", "ruff", "setuptools>=77"],
     },
     classifiers=[

@@ -27,7 +27,7 @@ from modeling_lrsclip.image_processing_lrsclip import to_rgb
 
 from .embedding import embed_texts, load_encoder
 from .figures import GREY, INK, Sheet
-from .models import resolve
+from .models import label_models, resolve
 
 
 SIDE = 384  # pixels of a picture's panel before it is drawn
@@ -131,10 +131,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 image = to_rgb(ImageOps.exif_transpose(opened))
         except (OSError, UnidentifiedImageError) as error:
             raise ValueError(f"image {options.image} cannot be read: {error}") from error
-        encoder = load_encoder(source, options.device, source.label, tokenizer=options.tokenizer)
+        encoder = load_encoder(source, options.device, label_models([source])[0], tokenizer=options.tokenizer)
         maps = attention_maps(encoder.model, encoder.processor, image, options.text)
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        print(draw_attention(image, options.text, maps, options.output, source.label or Path(source.path).name))
+        print(draw_attention(image, options.text, maps, options.output, encoder.label))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ already, `--model remoteclip-vit-l-14=path/to/weights.pt` says which model a fil
 
 import difflib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -227,3 +228,27 @@ def fetch(model: PublishedModel) -> ModelSource:
         raise ValueError(f"{model.name}: {what} could not be fetched ({reason}); {model.by_hand}.") from error
     commit = path.relative_to(path.parents[model.file.count("/") + 1 if model.file else 1]).parts[0]
     return ModelSource(str(path) if model.file else model.repo, model, commit)
+
+
+def label_models(sources: Sequence[ModelSource]) -> list[str]:
+    """The registry's names; for others the folders' names, with as many parent folders as it takes to tell them apart."""
+    parts = [_telling_parts(Path(source.path).absolute().parts) for source in sources]
+    if len(set(parts)) < len(parts):
+        raise ValueError("the same model is given twice with --model.")
+    named = [source.label for source in sources]
+    depth = 1
+    while True:
+        labels = [name or "/".join(own[-depth:]) for name, own in zip(named, parts, strict=True)]
+        if len(set(labels)) == len(labels):
+            return labels
+        # Two files of one published model have the same name: then paths tell them apart.
+        twice = {name for name in named if named.count(name) > 1}
+        named = [None if name in twice else name for name in named]
+        depth += not twice - {None}
+
+
+def _telling_parts(parts: tuple[str, ...]) -> tuple[str, ...]:
+    """A training run leaves its models in `RUN/final` and `RUN/best`: the run's name says more."""
+    if parts[-1] == "final":
+        return parts[:-1]
+    return (*parts[:-2], "/".join(parts[-2:])) if parts[-1] == "best" else parts

@@ -170,7 +170,7 @@ def tokens_table(title: str, results: Sequence[dict[str, Any]]) -> Table | None:
     if not kept:
         return None
     columns = [Column("model"), *(Column(str(count), "", 1, True) for count in kept)]
-    table = Table(f"{title} · text to image R@1 by tokens kept", columns)
+    table = Table(f"{title} · {results[0]['dataset']}: text to image R@1 by tokens kept", columns)
     for label, curve in curves.items():
         table.rows.append([label, *(curve[n]["text_to_image_R@1"] if n in curve else None for n in kept)])
     table.note = "Token ids are cut, end-of-text put back. – : beyond the model's positions."

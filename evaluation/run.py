@@ -8,6 +8,7 @@ import argparse
 import datetime
 import functools
 import os
+import re
 import shlex
 import sys
 import time
@@ -23,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from .benchmarks.class_names import WORDINGS
 from .bootstrap import intervals
 from .embedding import load_encoder
-from .models import ModelSource, resolve
+from .models import label_models, resolve
 from .paper import beside_paper
 from .report import (
     SCHEMA_VERSION,
@@ -172,30 +173,6 @@ def show(console: Console, work: Work, document: dict[str, Any], output: Path) -
 # -------------------------------------------------------------------------------------------------------------- input
 
 
-def label_models(sources: Sequence[ModelSource]) -> list[str]:
-    """The registry's names; for others the folders' names, with as many parent folders as it takes to tell them apart."""
-    parts = [_telling_parts(Path(source.path).absolute().parts) for source in sources]
-    if len(set(parts)) < len(parts):
-        raise ValueError("the same model is given twice with --model.")
-    named = [source.label for source in sources]
-    depth = 1
-    while True:
-        labels = [name or "/".join(own[-depth:]) for name, own in zip(named, parts, strict=True)]
-        if len(set(labels)) == len(labels):
-            return labels
-        # Two files of one published model have the same name: then paths tell them apart.
-        twice = {name for name in named if named.count(name) > 1}
-        named = [None if name in twice else name for name in named]
-        depth += not twice - {None}
-
-
-def _telling_parts(parts: tuple[str, ...]) -> tuple[str, ...]:
-    """A training run leaves its models in `RUN/final` and `RUN/best`: the run's name says more."""
-    if parts[-1] == "final":
-        return parts[:-1]
-    return (*parts[:-2], "/".join(parts[-2:])) if parts[-1] == "best" else parts
-
-
 def join_processes(device: str) -> PartialState | None:
     """The other processes of an `accelerate launch`; None for a process by itself."""
     return PartialState(cpu=device == "cpu") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
@@ -250,7 +227,7 @@ def draw_figures(work: Work, document: dict[str, Any], output: Path) -> list[Pat
 
 
 def _place(folder: Path, ending: str, name: str) -> Path:
-    return folder / f"{name}{ending}.png"
+    return folder / re.sub(r"[^\w.-]", "_", f"{name}{ending}.png")
 
 
 def _by_dataset(results: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:

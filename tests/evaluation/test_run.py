@@ -12,7 +12,7 @@ from rich.console import Console
 from evaluation import run
 from evaluation.benchmarks import aerial_scenes
 from evaluation.embedding import embed_images, embed_texts
-from evaluation.models import MODELS, ModelSource
+from evaluation.models import MODELS, ModelSource, label_models
 from evaluation.report import Column, Table, make_console, markdown, print_table, write_json
 from evaluation.retrieval import retrieval_recall
 from tests.modeling_lrsclip.references import published_state
@@ -138,9 +138,9 @@ def test_what_was_measured_stays_when_a_later_model_fails(tiny_checkpoint, clip_
 
 def test_labels_take_parents_until_they_differ(tmp_path):
     named = MODELS["long-clip-vit-b-16"]
-    assert run.label_models([ModelSource("a/last"), ModelSource("b/last")]) == ["a/last", "b/last"]
-    assert run.label_models([ModelSource("runs/a/final"), ModelSource("x.pt", named)]) == ["a", named.name]
-    assert run.label_models([ModelSource("a/x.pt", named), ModelSource("b/x.pt", named)]) == ["a/x.pt", "b/x.pt"]
+    assert label_models([ModelSource("a/last"), ModelSource("b/last")]) == ["a/last", "b/last"]
+    assert label_models([ModelSource("runs/a/final"), ModelSource("x.pt", named)]) == ["a", named.name]
+    assert label_models([ModelSource("a/x.pt", named), ModelSource("b/x.pt", named)]) == ["a/x.pt", "b/x.pt"]
 
 
 @pytest.fixture(scope="module")
