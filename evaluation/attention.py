@@ -28,6 +28,7 @@ from modeling_lrsclip.image_processing_lrsclip import to_rgb
 from .embedding import embed_texts, load_encoder
 from .figures import GREY, INK, Sheet
 from .models import label_models, resolve
+from .run import check_device, prepare_output
 
 
 SIDE = 384  # pixels of a picture's panel before it is drawn
@@ -125,6 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     transformers_logging.disable_progress_bar()
     try:
+        check_device(options.device)
+        prepare_output(str(options.output.parent))
         source = resolve(options.model)
         try:
             with Image.open(options.image) as opened:
@@ -133,7 +136,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"image {options.image} cannot be read: {error}") from error
         encoder = load_encoder(source, options.device, label_models([source])[0], tokenizer=options.tokenizer)
         maps = attention_maps(encoder.model, encoder.processor, image, options.text)
-        options.output.parent.mkdir(parents=True, exist_ok=True)
         print(draw_attention(image, options.text, maps, options.output, encoder.label))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -123,10 +123,23 @@ def pair_results(
     return pairs
 
 
+def _measured_otherwise(first: dict[str, Any], second: dict[str, Any]) -> str:
+    """In what the two procedures differ; empty where in nothing."""
+    how = ("protocol", "window_sizes", "reference_io")
+    differ = [
+        f"{name} {first.get(name)} and {second.get(name)}" for name in how if first.get(name) != second.get(name)
+    ]
+    if first.get("prompts", {}).get("sha256") != second.get("prompts", {}).get("sha256"):
+        differ.append("prompts")
+    return ", ".join(differ)
+
+
 def comparison_table(first: dict[str, Any], second: dict[str, Any], resamples: int = RESAMPLES) -> Table:
     """A row per metric of two results on the same data: both figures, B - A, its 95 % interval and p-value."""
     names = ("metric", "A", "B", "B - A", f"{100 * LEVEL:.0f} % interval", "p", "")
     title = f"{first['task']} on {first['dataset']} · A: {first['model']} · B: {second['model']}"
+    if otherwise := _measured_otherwise(first, second):
+        title += f" · not measured alike: {otherwise}"
     table = Table(title, [Column(name) for name in names])
     for metric, found in differences(first, second, resamples).items():
         digits = DIGITS.get(metric, 1)

@@ -11,6 +11,8 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -317,7 +319,8 @@ class Encoder:
         """(M, D) unit embeddings of an `ImageFiles`, or its like with a `content_hash`, and so have its slices."""
         key = images.content_hash
         if key not in self._images:
-            parts = self._parts(images) if self.cache_dir or self.distributed else [images]
+            batch = tower_batch(self.model, self.batch_size)
+            parts = self._parts(images, batch) if self.cache_dir or self.distributed else [images]
             work = SharedWork(self._cache("image"), self.distributed)
             with _bar(len(images), f"{self.label}: images" if self.progress else False, "images") as bar:
 
@@ -338,12 +341,14 @@ class Encoder:
             def embed(part: Sequence[list[int]]) -> Tensor:
                 return embed_token_rows(self.model, self.processor, part, self.batch_size, None, self.dtype, bar)
 
-            embeds, self.text_seconds[hash_rows(rows)] = work.embed(self._parts(unique), hash_rows, embed)
+            embeds, self.text_seconds[hash_rows(rows)] = work.embed(
+                self._parts(unique, self.batch_size), hash_rows, embed
+            )
         return embeds[torch.tensor(source, dtype=torch.long)]
 
-    def _parts(self, items: Any) -> list[Any]:
+    def _parts(self, items: Any, batch: int) -> list[Any]:
         """Pieces of whole batches: embeddings do not depend on who computes a piece, nor on which were there before."""
-        size = max(1, PART // self.batch_size) * self.batch_size
+        size = max(1, PART // batch) * batch
         return [items[start : start + size] for start in range(0, max(1, len(items)), size)]
 
     def _cache(self, kind: str) -> EmbeddingCache | None:
@@ -361,6 +366,9 @@ class Encoder:
         }
         if kind == "image":
             known["image_processor"] = self.processor.image_processor.to_dict()
+            # Its own name of itself is the same with torchvision, whose pixels differ.
+            known["image_processor_class"] = type(self.processor.image_processor).__qualname__
+            known["torchvision"] = find_spec("torchvision") and version("torchvision")
             known["pillow"] = PIL.__version__
         return EmbeddingCache(Path(self.cache_dir).expanduser(), json.dumps(known, sort_keys=True, default=str))
 

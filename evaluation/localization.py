@@ -21,7 +21,7 @@ from torch import Tensor
 from modeling_lrsclip.image_processing_lrsclip import to_rgb
 
 from .benchmarks.localization_data import LocalizationData, load_localization
-from .benchmarks.tables import NotHere
+from .benchmarks.tables import Unusable
 from .embedding import Encoder, encode_texts, share_truncated, token_lengths
 from .localization_windows import (
     Protocol,
@@ -174,13 +174,13 @@ class LocalizationTask:
     reference_io: bool = False  # as published: through JPEG; measured beside the figures without
 
     def load(self, source: str, allow_missing: int = 0) -> LocalizationData:
-        """As [`~benchmarks.localization_data.load_localization`]; `NotHere` for a scene smaller than a window too."""
+        """As [`~benchmarks.localization_data.load_localization`]; `Unusable` for a scene smaller than a window too."""
         protocol, data = choose_protocol(self.protocol), load_localization(source, allow_missing)
         for name, size in zip(data.images.names, data.sizes, strict=True):
             try:
                 protocol.check_size(*size)
             except ValueError as error:
-                raise NotHere(f"image {name} of {source}: {error}") from error
+                raise Unusable(f"image {name} of {source}: {error}") from error
         return data
 
     def evaluate(self, encoder: Encoder, data: LocalizationData) -> dict[str, Any]:

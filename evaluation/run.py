@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from .benchmarks.class_names import WORDINGS
 from .bootstrap import intervals
+from .cache import default_cache
 from .embedding import load_encoder
 from .models import label_models, resolve
 from .paper import beside_paper
@@ -64,7 +65,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images (0: none beside this one)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the towers: minutes first, faster then")
-    parser.add_argument("--cache", help="folder where embeddings are kept for later runs, such as runs/embeddings")
+    parser.add_argument(
+        "--cache", default=str(default_cache()), help="folder where embeddings are kept for later runs; none: nowhere"
+    )
     parser.add_argument("--tokenizer", help="for checkpoint files: Hub id, folder or bpe_simple_vocab_16e6.txt.gz")
     parser.add_argument(
         "--tokens-kept", default=TOKENS_KEPT, help=f"zcrl: for R@1 against tokens kept ({TOKENS_KEPT}); none: no curve"
@@ -135,7 +138,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             progress=True,
             workers=options.workers,
             compile=options.compile,
-            cache_dir=options.cache,
+            cache_dir=None if options.cache == "none" else options.cache,
             distributed=processes is not None,
         )
         document["models"].append(encoder.describe() | {"revision": source.revision})

@@ -10,7 +10,7 @@ from typing import Any
 from .benchmarks.class_names import load_templates
 from .benchmarks.localization_data import find_sources as find_localization
 from .benchmarks.retrieval_data import find_sources as find_retrieval
-from .benchmarks.tables import NotHere
+from .benchmarks.tables import NotHere, Unusable
 from .classification import ClassificationTask, classification_table
 from .classification_figures import draw_confusion_matrix
 from .figures import draw_recall_vs_tokens, draw_retrieval_gallery, draw_token_lengths
@@ -172,10 +172,21 @@ def load_data(tasks: Sequence[Task], options: argparse.Namespace, say: Callable[
         measure, own = task.make(options), []
         for given in options.data:
             try:
-                own += [(source, measure.load(source, options.allow_missing)) for source in task.sources(given)]
-                used.add(given)
+                sources = task.sources(given)
             except NotHere as error:
                 absent[task.name] = error
+                continue
+            for source in sources:
+                try:
+                    own.append((source, measure.load(source, options.allow_missing)))
+                    used.add(given)
+                except NotHere as error:
+                    absent[task.name] = error
+                    if isinstance(error, Unusable) and options.tasks == "all":
+                        used.add(given)
+                        say(f"{task.name} leaves out {source}: {error}")
+                    elif isinstance(error, Unusable):
+                        raise
         if own:
             names = [data.name for _, data in own]
             if twice := {name for name in names if names.count(name) > 1}:

@@ -8,13 +8,14 @@ A card shows no figure that is not in results.json, in the training record or in
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import yaml
@@ -30,6 +31,7 @@ from model_cards.measured import eval_results, paper_tables, results_section, se
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
+CONVERSION = "conversion.json"  # what modeling_lrsclip.convert leaves there
 RECORD = "run.json"  # what training.train leaves beside the weights
 TAGS = ["remote-sensing", "clip", "lrsclip", "long-text", "image-text-retrieval"]
 CODE_REPO = "MitsuiChen14/LRSCLIP"  # the authors', on GitHub
@@ -70,13 +72,20 @@ def build_card(
     if repo_id is not None:
         validate_repo_id(repo_id)
     description, facts = published_model(published) if published else (None, None)
+    conversion = None
     if checkpoint is not None:
         checkpoint = Path(checkpoint)
         facts = read_checkpoint(checkpoint)
+        conversion = _read_conversion(checkpoint)
         training = training or _read_record(checkpoint)
     if description and training:
         raise ValueError(
             f"{published} was trained by its authors, but a training record is given; leave one of them out."
+        )
+    if checkpoint is not None and description and (conversion or {}).get("source") != description["weights_file"]:
+        raise ValueError(
+            f"{checkpoint} is no conversion of {description['weights_file']} by its {CONVERSION}; --published is "
+            "for the authors' own weights, converted by modeling_lrsclip.convert."
         )
     if training:
         _check_training(training, facts, checkpoint)
@@ -99,6 +108,7 @@ def build_card(
         template_path=str(TEMPLATE),
         title=description["name"] if description else title,
         facts=facts,
+        conversion=conversion,
         text=facts.config.text_config,
         vision=facts.config.vision_config,
         address=address,
@@ -149,6 +159,12 @@ def card_data(
 
 def _read_record(checkpoint: Path) -> dict[str, Any] | None:
     path = checkpoint / RECORD
+    return _read_json(path) if path.is_file() else None
+
+
+def _read_conversion(checkpoint: Path) -> dict[str, Any] | None:
+    """What modeling_lrsclip.convert left beside the weights, if they are from there."""
+    path = checkpoint / CONVERSION
     return _read_json(path) if path.is_file() else None
 
 
@@ -205,7 +221,11 @@ def _public(value: Any) -> Any:
     """Absolute paths, wherever they stand, cut to their last part: a card is no place for somebody's folders."""
     if isinstance(value, dict):
         return {name: _public(entry) for name, entry in value.items()}
-    if isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~")):
+    if isinstance(value, list):
+        return [_public(entry) for entry in value]
+    if isinstance(value, str) and PureWindowsPath(value).is_absolute():
+        return PureWindowsPath(value).name
+    if isinstance(value, str) and (Path(value).is_absolute() or value.startswith(("~", "..", "file:"))):
         return Path(value).name
     return value
 
@@ -242,12 +262,14 @@ def _commands(
 def _measuring(command: str, address: str) -> str:
     """The command of evaluation.run for this model alone, without paths of another machine."""
     words, of_models = [], False
-    for word in shlex.split(command):
+    options = [word.split("=", 1) if word.startswith("--") else [word] for word in shlex.split(command)]
+    for word in itertools.chain(*options):
         if word.startswith("--"):
             of_models = word == "--model"
             words += [word, address] if of_models else [word]
         elif not of_models:
-            words.append(_public(word))
+            name, equals, path = word.partition("=")
+            words.append(f"{name}={_public(path)}" if equals else _public(word))
     return shlex.join(words)
 
 
@@ -312,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         unfinished = output.with_name(f".{output.name}.{os.getpid()}")
         card.save(unfinished)
         os.replace(unfinished, output)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(output)

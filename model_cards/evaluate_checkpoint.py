@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyError as error:
         print(f"error: {options.data} or the stored results lack a field {error}", file=sys.stderr)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, TypeError, AttributeError, Image.DecompressionBombError) as error:
         print(f"error: {error}", file=sys.stderr)
     return 2
 

@@ -62,7 +62,8 @@ def select_model(document: dict[str, Any], weights_sha256: str, folder: Path) ->
     for model in document["models"]:
         if model.get("weights_sha256") == weights_sha256:
             return model, [result for result in document["results"] if result["model"] == model["label"]]
-    measured = ", ".join(f"{model['label']} ({model['weights_sha256'][:12]})" for model in document["models"])
+    hashes = [(model.get("label"), model.get("weights_sha256")) for model in document["models"]]
+    measured = ", ".join(f"{label} ({sha256[:12] if sha256 else 'no hash'})" for label, sha256 in hashes)
     raise ValueError(
         f"the results are those of {measured or 'no model'}, not of the weights in {folder} ({weights_sha256[:12]}); "
         f"measure these: python -m evaluation.run --model {folder} …"

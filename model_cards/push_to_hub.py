@@ -339,7 +339,7 @@ def main(arguments: Sequence[str] | None = None, api: HfApi | None = None) -> in
     options = parse_arguments(arguments)
     try:
         run(options, api or HfApi())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except NotVerified as error:

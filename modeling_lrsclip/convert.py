@@ -36,6 +36,7 @@ from .published_tokenizer import tokenizer_from_bpe
 
 DEFAULT_TOKENIZER = "openai/clip-vit-base-patch16"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # either
 RECORD = "conversion.json"  # in every folder written here: what it came from and what was decided
 _TABLE = "text_model.embeddings.position_embedding.weight"
 _PROBE = "It\u2019s 2 white tanks &amp; a road."
@@ -61,7 +62,7 @@ def convert(source: str | Path, output_dir: str | Path, **options: Any) -> dict[
         `OSError`: as [`prepare`], and for a disk that fails.
     """
     output_dir = Path(output_dir).resolve()
-    _check_output(output_dir, source)
+    _check_output(output_dir, source, options.get("tokenizer"))
     prepared = prepare(source, **options)
     size = sum(tensor.nbytes for tensor in prepared.tensors.values())
     _say("writing", f"{output_dir}: {size / 1e6:,.0f} MB, {_types(prepared.tensors)}")
@@ -74,10 +75,10 @@ def convert(source: str | Path, output_dir: str | Path, **options: Any) -> dict[
         # vocab.json and merges.txt, for readers that do not know tokenizer.json.
         prepared.processor.tokenizer.backend_tokenizer.model.save(str(growing))
         record = _record(source, prepared)
+        record["files"] = sorted([path.name for path in growing.iterdir()] + [RECORD])
         (growing / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         _check_written(growing, prepared)
-        shutil.rmtree(output_dir, ignore_errors=True)
-        growing.rename(output_dir)
+        _replace(output_dir, growing)
     except SafetensorError as error:
         raise OSError(f"{output_dir} cannot be written ({error}); nothing was left there.") from None
     finally:
@@ -195,6 +196,11 @@ def _folder_or_hub_id(source: str | Path) -> str:
 
 
 def _load_tokenizer(name: str | Path, model: LRSCLIPModel) -> PreTrainedTokenizerBase:
+    if os.path.isdir(name) and not any(os.path.isfile(os.path.join(name, file)) for file in TOKENIZER_FILES):
+        raise OSError(
+            f"no tokenizer at {name}, which has neither {' nor '.join(TOKENIZER_FILES)}; give --tokenizer a folder, or the "
+            "BPE file."
+        )
     text_config = model.config.text_config
     positions = text_config.max_position_embeddings
     if os.path.isfile(name):
@@ -233,11 +239,38 @@ def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return cast
 
 
-def _check_output(output_dir: Path, source: str | Path) -> None:
+def _replace(output_dir: Path, growing: Path) -> None:
+    """The new folder in place of an earlier one, which goes when the new one stands."""
+    replaced = output_dir.with_name(f".{output_dir.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if output_dir.exists():
+        output_dir.rename(replaced)
+    try:
+        growing.rename(output_dir)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(output_dir)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _check_output(output_dir: Path, source: str | Path, tokenizer: str | Path | None) -> None:
     if output_dir.is_dir() and os.path.exists(source) and output_dir.samefile(source):
         raise ValueError(f"{output_dir} is the source itself; give another folder to write.")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / RECORD).is_file():
-        raise ValueError(f"{output_dir} holds something else than an earlier conversion; give a new folder.")
+    for given in (source, tokenizer):
+        if given is not None and os.path.exists(given) and Path(given).resolve().is_relative_to(output_dir):
+            raise ValueError(f"{given} lies in {output_dir}, which would be replaced; give another folder to write.")
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        try:
+            written = set(json.loads((output_dir / RECORD).read_text(encoding="utf-8"))["files"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{output_dir} holds something else than an earlier conversion; give a new folder."
+            ) from None
+        if others := sorted(path.name for path in output_dir.iterdir() if path.name not in written):
+            raise ValueError(
+                f"{output_dir} holds {others[0]} beside an earlier conversion; move it away, or give a new folder."
+            )
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"{output_dir} is a file; give a folder to write.")
 

@@ -138,8 +138,8 @@ def read_pretrained(source: str) -> PublishedCheckpoint:
     missing = [*loaded["missing_keys"], *(entry[0] for entry in loaded["mismatched_keys"])]
     if unknown or missing:
         raise ValueError(
-            f"{source} does not fit its config.json: {len(unknown)} of its keys have no place ({list_some(unknown)}), "
-            f"{len(missing)} weights are missing or of another shape ({list_some(missing)})."
+            f"{source} does not fit its config.json: {len(unknown)} of its keys have no place ({list_some(unknown, len(unknown))}), "
+            f"{len(missing)} weights are missing or of another shape ({list_some(missing, len(missing))})."
         )
     return PublishedCheckpoint(model.config, model.state_dict(), [f"HuggingFace format, model type {model_type}"])
 

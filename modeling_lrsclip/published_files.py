@@ -4,6 +4,7 @@
 import json
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 
@@ -125,10 +127,14 @@ def _recognise_safetensors(path: Path, length: int, size: int) -> str:
     return SAFETENSORS
 
 
+# What unpickling damaged bytes ends in, beside its own error.
+_DAMAGED = (struct.error, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OSError)
+
+
 def _load(path: Path, load):
     try:
         return load()
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except (SafetensorError, pickle.UnpicklingError, *_DAMAGED) as error:
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         if foreign:
             raise ValueError(

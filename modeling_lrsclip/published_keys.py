@@ -125,7 +125,8 @@ def rename_published(tensors: dict[str, Any], path) -> tuple[dict[str, torch.Ten
     if unknown or missing:
         raise ValueError(
             f"{path} is not a CLIP that can be converted: {len(unknown)} of its keys have no place "
-            f"({list_some(unknown)}), {len(missing)} weights of CLIPModel are missing ({list_some(missing)})."
+            f"({list_some(unknown, len(unknown))}), {len(missing)} weights of CLIPModel are missing "
+            f"({list_some(missing, len(missing))})."
         )
     if second_table is not None:
         targets[_TEXT_TABLE] = _one_table(targets[_TEXT_TABLE], second_table, path)

@@ -1,5 +1,8 @@
 """Tiny models with the real 248 positions and an offline tokenizer, shared by all tests."""
 
+import os
+import tempfile
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from modeling_lrsclip import LRSCLIPConfig, LRSCLIPImageProcessor, LRSCLIPModel,
 from modeling_lrsclip.train_tokenizer import train_tokenizer
 
 
+os.environ["LRSCLIP_CACHE"] = tempfile.mkdtemp(prefix="lrsclip-embeddings-")  # of commands that modules' fixtures run
 torch.set_num_threads(1)  # two test processes share two cores; more threads only wait for each other
 
 LONG = [
@@ -28,6 +32,11 @@ SHORT = [
     "Houses with orange roofs.",
     "A beach with a pier and boats.",
 ]
+
+
+@pytest.fixture(autouse=True)
+def _embeddings_of_this_test(tmp_path, monkeypatch):
+    monkeypatch.setenv("LRSCLIP_CACHE", str(tmp_path / "kept-embeddings"))
 
 
 @pytest.fixture(scope="session")

@@ -94,6 +94,14 @@ class Trainer:
                 "loop.group_texts lets every process cut its texts as it likes, and FSDP wants equally many forward "
                 "passes of them; set it to false."
             )
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise ValueError(
+                "DeepSpeed steps at every backward pass, which training.train does not allow for; launch with DDP."
+            )
+        if validate and accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError(
+                "Validation runs on one process, which FSDP cannot do; leave data.validation out and measure afterwards."
+            )
         if config.loop.compile:
             compile_layers(model)
         self.model = model  # bare; `embedder` is its wrapper for several processes and mixed precision
@@ -102,6 +110,7 @@ class Trainer:
         self.state = TrainState()
         self.report = RunLog(accelerator, self.folder, self.steps)
         accelerator.register_for_checkpointing(self.state, scheduler)
+        self.batches()  # says what is wrong with the batch size before the run folder is made
 
     def train(self) -> TrainState:
         """Trains from wherever the state stands to the last step; returns the state."""

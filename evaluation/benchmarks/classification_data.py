@@ -253,7 +253,7 @@ def _read_rows(source: str, dataset: Dataset | None, parquet: list[Path]) -> _Fo
     elif path.is_file():
         table = read_table(path, LABEL_COLUMNS)
     elif path.suffix in FORMATS or not is_hub_id(source):
-        raise ValueError(
+        raise NotHere(
             f"{source} does not exist; give a folder of class folders, a {', '.join(FORMATS)} file, a Hub id, or one "
             f"of {', '.join(key for key, known in known_datasets().items() if known.hub)}."
         )

@@ -59,8 +59,12 @@ class ImageFiles(Sequence[Image.Image]):
     def content_hash(self) -> str:
         """SHA-256 over the content of all files, in order; file names do not enter."""
         digest = hashlib.sha256()
-        for source in self.sources:
-            digest.update(hashlib.sha256(source if isinstance(source, bytes) else source.read_bytes()).digest())
+        for name, source in zip(self.names, self.sources, strict=True):
+            try:
+                content = source if isinstance(source, bytes) else source.read_bytes()
+            except OSError as error:
+                raise ValueError(f"image {name} cannot be read: {error}") from error
+            digest.update(hashlib.sha256(content).digest())
         return digest.hexdigest()
 
 

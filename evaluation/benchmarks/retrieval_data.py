@@ -208,7 +208,7 @@ def _read(source: str | Path, text_column: str) -> Table:
     if path.is_file():
         return _read_file(path, text_column)
     if path.suffix in FORMATS or not is_hub_id(str(source)):
-        raise ValueError(f"{path} does not exist; give a folder, a {', '.join(FORMATS)} file or a Hub id.")
+        raise NotHere(f"{path} does not exist; give a folder, a {', '.join(FORMATS)} file or a Hub id.")
     return read_hub(str(source), columns)
 
 
@@ -246,7 +246,10 @@ def _read_karpathy(path: Path, entries: list[Any], text_column: str) -> Table:
             f"{split}: {count}" for split, count in Counter(entry["split"] for entry in entries).items()
         )
         raise ValueError(f"{path} has no image of split test; it has {splits or 'no images'}.")
-    if any(column not in entry for entry in chosen):
+    lacking = [entry["filename"] for entry in chosen if column not in entry]
+    if lacking and len(lacking) < len(chosen):
+        complain(lacking, len(chosen), f"test images of {path} have no {column}")
+    if lacking:
         raise MissingColumn(
             f"{path} has short captions only (sentences); long-text retrieval needs a file with long_text for each "
             "image, such as RSITMD-L or RSICD-L."

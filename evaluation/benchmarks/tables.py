@@ -23,6 +23,10 @@ class NotHere(ValueError):
     """A source holds no data of the kind that was asked for; it may well hold that of another task."""
 
 
+class Unusable(NotHere):
+    """The data is of this task and whole, but cannot be measured; where it is left out, that is always said."""
+
+
 class MissingColumn(NotHere):
     """The data is there, but not the kind of text or label that was asked for."""
 
@@ -57,14 +61,14 @@ def read_table(path: Path, columns: Sequence[str]) -> Table:
     if path.suffix == ".parquet":
         return read_parquet([path], columns)
     if path.suffix not in FORMATS:
-        raise ValueError(f"{path}: {path.suffix or 'no suffix'} is not a supported format; use {', '.join(FORMATS)}.")
+        raise NotHere(f"{path}: {path.suffix or 'no suffix'} is not a supported format; use {', '.join(FORMATS)}.")
     text, encoding = read_text(path)
     if path.suffix == ".jsonl":
         rows, row_name = _json_lines(path, text), "line"
     elif path.suffix == ".json":
         rows, row_name = parse_json(path, text), "entry"
         if not isinstance(rows, list):
-            raise ValueError(f"{path} must hold a list of objects, one an image; it holds a {type(rows).__name__}.")
+            raise NotHere(f"{path} must hold a list of objects, one an image; it holds a {type(rows).__name__}.")
     else:
         delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
         rows, row_name = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)), "row"
@@ -127,7 +131,7 @@ def read_hub(name: str, columns: Sequence[str], split: str | None = "test") -> T
         data = datasets.load_dataset(name, split=split)
     except (OSError, ValueError) as error:  # datasets' and the Hub's errors are of these kinds
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{name} is neither a path nor a Hub data set that could be read ({reason})") from error
+        raise NotHere(f"{name} is neither a path nor a Hub data set that could be read ({reason})") from error
     splits = data if split is None else {split: data}
     data = datasets.concatenate_datasets(list(splits.values()))
     image = find_column(name, data.column_names, IMAGE_COLUMNS)
@@ -177,7 +181,12 @@ def _from_records(path: Path, rows: list[Any], columns: Sequence[str], row_name:
         origin = f"{path}, {row_name} {number}"
         if not isinstance(row, dict):
             raise ValueError(f"{origin} is not an object with the fields {image} and {column}.")
-        image, column = find_column(origin, list(row), IMAGE_COLUMNS), find_column(origin, list(row), columns)
+        try:
+            image, column = find_column(origin, list(row), IMAGE_COLUMNS), find_column(origin, list(row), columns)
+        except MissingColumn as error:
+            if number == 1:
+                raise
+            raise ValueError(f"{error} The {row_name}s before it have them.") from error
         images.append(row[image])
         values.append(row[column])
     how = _took(image, column) + ("" if encoding == ENCODINGS[0] else f", {encoding}")

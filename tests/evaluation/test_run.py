@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -248,3 +249,26 @@ def test_two_processes_report_what_one_does(tiny_checkpoint, data, tmp_path):
     assert (one["processes"], two["processes"]) == (1, 2)
     for first, second in zip(one["results"], two["results"], strict=True):
         assert {**first, "seconds": None} == {**second, "seconds": None}
+
+
+def test_each_task_takes_the_sources_that_hold_its_data(tiny_checkpoint, data, tmp_path, capsys):
+    tiles = tmp_path / "classes"
+    for name in ("lake", "road"):
+        (tiles / name).mkdir(parents=True)
+        shutil.copy(data.parent / "0.png", tiles / name / "0.png")
+    small = tmp_path / "small"
+    small.mkdir()
+    shutil.copy(data.parent / "0.png", small / "0.png")
+    region = {"image": "0.png", "text": "a road", "polygons": [[[0, 0], [9, 0], [9, 9]]]}
+    (small / "localization.jsonl").write_text(json.dumps(region))
+    assert run.main(["--model", str(tiny_checkpoint), "--output", str(tmp_path / "out"), "--data", str(data), str(tiles), str(small)]) == 0  # fmt: skip
+    tasks = [result["task"] for result in json.loads((tmp_path / "out" / "results.json").read_text())["results"]]
+    assert tasks == ["zcrl", "zcrs", "zic"]
+    assert f"selo leaves out {small}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_line_without_its_caption_is_named(tiny_checkpoint, data, tmp_path, capsys):
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([lines[0], lines[1].replace("long_text", "other"), *lines[2:]]))
+    assert run.main(arguments([tiny_checkpoint], data, tmp_path / "out")) == 2
+    assert f"{data}, line 2" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from evaluation import run as evaluation_run
 from evaluation.embedding import weights_hash
 from evaluation.models import MODELS
 from evaluation.paper import beside_paper, paper_figures, paper_tables
-from model_cards.build_card import build_card, main
+from model_cards.build_card import _measuring, build_card, main
 from model_cards.checkpoint import PUBLISHED, read_checkpoint
 from model_cards.measured import NOT_YET, TASKS, paper_rows
 from modeling_lrsclip import LRSCLIPModel
@@ -304,6 +304,11 @@ def test_measured_paper_and_gap(tiny_checkpoint):
 
 
 def test_a_published_model_measured_under_another_name(tiny_checkpoint):
+    with pytest.raises(ValueError, match="no conversion of LRSCLIP_ViT-L-14.pt"):
+        build_card(tiny_checkpoint, published="lrsclip-vit-l-14")
+    record = {"source": "LRSCLIP_ViT-L-14.pt", "sha256": "0" * 64, "decisions": ["activation quick_gelu"]}
+    (tiny_checkpoint / "conversion.json").write_text(json.dumps(record))
+    assert "Converted from `LRSCLIP_ViT-L-14.pt`" in build_card(tiny_checkpoint).text
     results = document(tiny_checkpoint, [retrieval("zcrs", "RSITMD", 2260)], label="converted")
     assert "paper" not in results["results"][0]
     tables = section(build_card(tiny_checkpoint, results, published="lrsclip-vit-l-14"), "Results")
@@ -402,3 +407,9 @@ def test_the_data_set_card_template():
     assert "not yet" not in full.content.lower() and "# Mine\n" in full.content
     assert "| Tiles | 3 | 1,234 | a model | 101.50 | people | 12.25 |" in full.content
     assert "| Tiles | CC-BY-4.0 | yes |" in full.content and "```bash\na\nb\n```" in full.content
+
+
+def test_the_command_of_a_card_is_for_its_model_alone_and_without_paths():
+    command = "python -m evaluation.run --model=/home/u/x rsitmd=/home/u/y --tasks all --data /home/u/RSITMD C:\\\\d\\\\e --output=/o/r"
+    shown = _measuring(command, "you/mine")
+    assert shown == "python -m evaluation.run --model you/mine --tasks all --data RSITMD e --output r"

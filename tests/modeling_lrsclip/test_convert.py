@@ -54,6 +54,28 @@ def test_nothing_there(tmp_path):
         main([str(tmp_path / "nowhere"), str(tmp_path / "out")])
 
 
+def test_nothing_of_the_users_is_replaced(clip_folder, tmp_path):
+    out = tmp_path / "out"
+    main([str(clip_folder), str(out)])
+    main([str(clip_folder), str(out)])  # an earlier conversion is
+    inside = out / "original"
+    clip_folder.rename(inside)
+    with pytest.raises(SystemExit, match="original lies in .*out, which would be replaced"):
+        main([str(inside), str(out)])
+    clip_folder = inside.rename(clip_folder)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="out holds notes.txt beside an earlier conversion"):
+        main([str(clip_folder), str(out)])
+    assert (out / "notes.txt").read_text() == "mine" and (out / "model.safetensors").exists()
+
+
+def test_a_folder_without_tokenizer(tiny_clip, tiny_processor, tmp_path):
+    tiny_clip.save_pretrained(tmp_path / "clip")
+    tiny_processor.image_processor.save_pretrained(tmp_path / "clip")
+    with pytest.raises(SystemExit, match="no tokenizer at .*clip, .* give --tokenizer"):
+        main([str(tmp_path / "clip"), str(tmp_path / "out")])
+
+
 def test_not_twice(clip_folder, tmp_path):
     main([str(clip_folder), str(tmp_path / "once"), "--stretch"])
     with pytest.raises(SystemExit, match="stretched by 4 before"):
