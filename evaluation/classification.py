@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .benchmarks.class_names import Templates, known_datasets, load_templates
-from .benchmarks.classification_data import ClassificationData, find_sources, load_classification
+from .benchmarks.classification_data import ClassificationData, load_classification
 from .embedding import Encoder, encode_texts, hash_rows, share_truncated, token_lengths
 from .paper import ARXIV
 from .report import Aside, Column, Gap, Table
@@ -123,10 +123,6 @@ class ClassificationTask:
 
     name: str
     title: str
-
-    def sources(self, source: str) -> list[str]:
-        """The data sets below a folder of data sets; else the source itself."""
-        return find_sources(source)
 
     def load(self, source: str, allow_missing: int = 0) -> ClassificationData:
         return load_classification(source, allow_missing)

@@ -13,10 +13,10 @@ from PIL import Image, ImageOps
 from modeling_lrsclip.image_processing_lrsclip import to_rgb
 
 from .benchmarks.retrieval_data import ImageFiles
+from .retrieval import TOKEN_BIN
 
 
 CLIP_POSITIONS, LONG_POSITIONS = 77, 248
-TOKEN_BIN = 10  # tokens a bar of the histogram
 INK, GREY, PALE, FAINT = "#22303c", "#7b8794", "#aeb8c1", "#d9dfe5"
 RIGHT, BEYOND = "#1f9d55", "#1769aa"
 LINES = ("#1769aa", "#d1603d", "#6b7785", "#1f9d55", "#8a5aa8", "#b8860b", "#00838f", "#ad1457")

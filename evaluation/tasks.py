@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .benchmarks.class_names import load_templates
+from .benchmarks.classification_data import find_sources as find_classification
 from .benchmarks.localization_data import find_sources as find_localization
 from .benchmarks.retrieval_data import find_sources as find_retrieval
 from .benchmarks.tables import NotHere, Unusable
@@ -109,7 +110,7 @@ TASKS = {
             "zic",
             _ZIC,
             make=lambda options: ClassificationTask("zic", _ZIC),
-            sources=lambda source: ClassificationTask("zic", _ZIC).sources(source),
+            sources=find_classification,
             options=_classification_options,
             tables=lambda title, results, models: [classification_table(title, results)],
             figures=_draw_classification,

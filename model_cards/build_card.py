@@ -8,14 +8,12 @@ A card shows no figure that is not in results.json, in the training record or in
 """
 
 import argparse
-import itertools
 import json
 import os
 import re
-import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -28,6 +26,7 @@ if not __package__:  # run as a file: siblings and modeling_lrsclip are found fr
 
 from model_cards.checkpoint import ModelFacts, published_model, read_checkpoint
 from model_cards.measured import eval_results, paper_tables, results_section, select_model, tokens_section
+from model_cards.public import command_for, without_paths
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -115,7 +114,7 @@ def build_card(
         results_section=results_section(own, paper_model),
         tokens_section=tokens_section(own),
         paper_name=paper_tables()["names"].get(paper_model),
-        commands=_commands(address, description, training, results, measured),
+        commands=_commands(address, description, training, results),
         versions_section=_versions(results, measured, own, training),
         arxiv=paper_tables()["source"]["arxiv"],
         **_origin(description, training),
@@ -202,32 +201,19 @@ def _origin(description: dict[str, Any] | None, training: dict[str, Any] | None)
         config, init = training["config"], training["init"]
         started_from = "random weights"
         if init:
-            started_from = f"`{_public(init['name'])}`"
+            started_from = f"`{without_paths(init['name'])}`"
             if init["kind"] == "hub":
                 started_from = f"[{init['name']}](https://huggingface.co/{init['name']})"
         variables |= {
             "captions": " and ".join(f"`{name}`" for name in training["data"]["captions"]),
             "config": config,
-            "config_yaml": yaml.safe_dump(_public(config), sort_keys=False, width=110).strip(),
-            "data_name": _public(training["data"]["name"]),
-            "init_data_name": training["init_run"] and _public(training["init_run"]["data"]["name"]),
+            "config_yaml": yaml.safe_dump(without_paths(config), sort_keys=False, width=110).strip(),
+            "data_name": without_paths(training["data"]["name"]),
+            "init_data_name": training["init_run"] and without_paths(training["init_run"]["data"]["name"]),
             "short_weight": round(1 - config["loss"]["long_weight"], 6),
             "started_from": started_from,
         }
     return variables
-
-
-def _public(value: Any) -> Any:
-    """Absolute paths, wherever they stand, cut to their last part: a card is no place for somebody's folders."""
-    if isinstance(value, dict):
-        return {name: _public(entry) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [_public(entry) for entry in value]
-    if isinstance(value, str) and PureWindowsPath(value).is_absolute():
-        return PureWindowsPath(value).name
-    if isinstance(value, str) and (Path(value).is_absolute() or value.startswith(("~", "..", "file:"))):
-        return Path(value).name
-    return value
 
 
 def _folder_name(checkpoint: Path, address: bool = False) -> str:
@@ -244,7 +230,6 @@ def _commands(
     description: dict[str, Any] | None,
     training: dict[str, Any] | None,
     results: dict[str, Any] | None,
-    measured: dict[str, Any],
 ) -> list[str]:
     """The shell lines that make the weights and measure them."""
     commands = []
@@ -253,24 +238,10 @@ def _commands(
     if training:
         commands.append("accelerate launch -m training.train --config config.yaml")
     if results and "command" in results:
-        return [*commands, _measuring(results["command"], address)]
+        return [*commands, command_for(results["command"], address)]
     commands.append(f"python -m evaluation.run --model {address} --tasks all --data DATA --output results")
     card = f"python model_cards/build_card.py --checkpoint {address} --results results/results.json"
     return [*commands, card + (f" --published {description['key']}" if description else "")]
-
-
-def _measuring(command: str, address: str) -> str:
-    """The command of evaluation.run for this model alone, without paths of another machine."""
-    words, of_models = [], False
-    options = [word.split("=", 1) if word.startswith("--") else [word] for word in shlex.split(command)]
-    for word in itertools.chain(*options):
-        if word.startswith("--"):
-            of_models = word == "--model"
-            words += [word, address] if of_models else [word]
-        elif not of_models:
-            name, equals, path = word.partition("=")
-            words.append(f"{name}={_public(path)}" if equals else _public(word))
-    return shlex.join(words)
 
 
 def _versions(

@@ -8,8 +8,6 @@ evaluate_checkpoint.py and SHA256SUMS. Paths of this machine do not travel.
 import hashlib
 import json
 import os
-import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -29,6 +27,7 @@ from modeling_lrsclip.convert import convert
 from .build_card import RECORD, build_card
 from .checkpoint import INDEX, WEIGHTS, read_checkpoint
 from .measured import select_model
+from .public import command_for, without_paths
 
 
 RESULTS, CARD, SUMS = "results.json", "README.md", "SHA256SUMS"
@@ -190,23 +189,6 @@ def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------------------- what is nobody's matter
-
-
-def without_paths(value: Any) -> Any:
-    """Absolute paths, wherever they stand in JSON-like data, cut to their last part."""
-    if isinstance(value, dict):
-        return {name: without_paths(entry) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [without_paths(entry) for entry in value]
-    if not isinstance(value, str):
-        return value
-    if Path(value).is_absolute() or value.startswith("~"):
-        return Path(value).name
-    value = re.sub(r"(?<=')[~/][^']*/([^'/]+)/?(?=')", r"\1", value)  # in quotes, blanks belong to the path
-    return re.sub(r"(?<![\w:/.~])(?:~|/)[^\s'\"]*/([^\s'\"/]+)/?", r"\1", value)
-
-
 def public_results(document: dict[str, Any], weights_sha256: str, folder: Path, repo_id: str) -> dict[str, Any]:
     """
     The part of results.json that is about these weights, under the repository's name; without the example captions,
@@ -215,8 +197,7 @@ def public_results(document: dict[str, Any], weights_sha256: str, folder: Path, 
     measured, own = select_model(document, weights_sha256, folder)
     kept = [{name: value for name, value in result.items() if name != "examples"} for result in own]
     if "command" in document:
-        words = [repo_id if word == measured["path"] else word for word in shlex.split(document["command"])]
-        document = document | {"command": shlex.join(words)}
+        document = document | {"command": command_for(document["command"], repo_id)}
     return without_paths(document | {"models": [measured | {"path": repo_id}], "results": kept})
 
 

@@ -16,10 +16,6 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = 49152 - 256 - 2
 
 
-def is_bpe_file(path: str | Path) -> bool:
-    return Path(path).is_file()
-
-
 def tokenizer_from_bpe(path: str | Path, model_max_length: int) -> CLIPTokenizer:
     """
     The published tokenizer's 49,408 entries: 256 bytes, each also as a word's end, 48,894 merges, start and end of text.

@@ -19,9 +19,10 @@ from evaluation import run as evaluation_run
 from evaluation.embedding import weights_hash
 from evaluation.models import MODELS
 from evaluation.paper import beside_paper, paper_figures, paper_tables
-from model_cards.build_card import _measuring, build_card, main
+from model_cards.build_card import build_card, main
 from model_cards.checkpoint import PUBLISHED, read_checkpoint
 from model_cards.measured import NOT_YET, TASKS, paper_rows
+from model_cards.public import command_for
 from modeling_lrsclip import LRSCLIPModel
 from training import train
 
@@ -411,5 +412,5 @@ def test_the_data_set_card_template():
 
 def test_the_command_of_a_card_is_for_its_model_alone_and_without_paths():
     command = "python -m evaluation.run --model=/home/u/x rsitmd=/home/u/y --tasks all --data /home/u/RSITMD C:\\\\d\\\\e --output=/o/r"
-    shown = _measuring(command, "you/mine")
+    shown = command_for(command, "you/mine")
     assert shown == "python -m evaluation.run --model you/mine --tasks all --data RSITMD e --output r"
