@@ -2,7 +2,7 @@
 Encoding images faster with the same result: nothing is computed that the embedding does not depend on, and a CPU's
 cores each take their own images.
 
-Shapes: B images, L tokens of an image, D width of the tower, A attention heads.
+Shapes: B images, L tokens of an image, D width of the tower.
 """
 
 import contextlib
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
+from .pooled_layer import is_clips_own, pooled_layer
+
 
 CACHE_BYTES = 10 * 2**20  # of the widest activations of a batch; beyond, a CPU waits for its memory
 
@@ -22,29 +24,16 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class _PooledTokenLayer(nn.Module):
-    """
-    The last layer of a CLIP image tower for the first token alone, which is all that the embedding is taken from. With
-    one query a head, the keys and values of the other tokens need not be computed: (W t) . q = t . (W^T q).
-    """
+    """The last layer of a CLIP image tower for the first token alone."""
 
     def __init__(self, layer: CLIPEncoderLayer):
         super().__init__()
         self.layer = layer
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        layer, attention = self.layer, self.layer.self_attn
-        heads = attention.num_heads
-        tokens = layer.layer_norm1(hidden_states)  # (B, L, D)
-        query = attention.q_proj(tokens[:, 0]).unflatten(1, (heads, -1)) * attention.scale  # (B, A, D/A)
-        # The bias of the keys adds the same to all scores of a head, and softmax takes it out again.
-        asked = torch.einsum("bap,apd->bad", query, attention.k_proj.weight.unflatten(0, (heads, -1)))  # (B, A, D)
-        shares = (asked @ tokens.transpose(1, 2)).softmax(dim=-1)  # (B, A, L)
-        mixed = shares @ tokens  # (B, A, D)
-        values = torch.einsum("bad,apd->bap", mixed, attention.v_proj.weight.unflatten(0, (heads, -1)))
-        values = values.flatten(1) + attention.v_proj.bias  # (B, D)
-        pooled = hidden_states[:, 0] + attention.out_proj(values)  # (B, D)
-        pooled = pooled + layer.mlp(layer.layer_norm2(pooled))  # (B, D)
-        return pooled[:, None]  # (B, 1, D)
+        """(B, L, D) -> (B, 1, D)"""
+        first = hidden_states.new_zeros(len(hidden_states), dtype=torch.long)
+        return pooled_layer(self.layer, hidden_states, first)[:, None]
 
 
 @contextlib.contextmanager
@@ -56,7 +45,7 @@ def pooled_token_only(model: Any) -> Iterator[None]:
     """
     layers = getattr(getattr(getattr(model, "vision_model", None), "encoder", None), "layers", None)
     last = layers[-1] if layers else None
-    if not isinstance(last, CLIPEncoderLayer) or {type(part) for part in _projections(last)} != {nn.Linear}:
+    if not is_clips_own(last):
         yield
         return
     layers[-1] = _PooledTokenLayer(last).train(last.training)
@@ -64,11 +53,6 @@ def pooled_token_only(model: Any) -> Iterator[None]:
         yield
     finally:
         layers[-1] = last
-
-
-def _projections(layer: CLIPEncoderLayer) -> tuple[nn.Module, ...]:
-    attention = layer.self_attn
-    return attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj
 
 
 def tower_batch(model: Any, batch_size: int) -> int:

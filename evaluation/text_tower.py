@@ -2,7 +2,7 @@
 Encoding texts faster with the same result: batches that a CPU's cache holds, and of the last layer only what the
 embedding is taken from.
 
-Shapes: B texts, L tokens of the longest, D width of the tower, A attention heads.
+Shapes: B texts, L tokens of the longest, D width of the tower.
 """
 
 import contextlib
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers.activations import QuickGELUActivation
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPTextModel
 
+from .pooled_layer import is_clips_own, pooled_layer
+
 
 # Of the widest activations of a batch, 256 tokens of ViT-B. A CPU gains nothing from more, and padding costs more.
 CACHE_BYTES = 2 * 2**20
@@ -21,10 +23,7 @@ LEGACY_EOS = 2  # of configurations before transformers#24773: the tower pools a
 
 
 class _EndOfTextLayer(nn.Module):
-    """
-    The last layer of a CLIP text tower for the end-of-text token alone. With one query a head, the keys and values of
-    the other tokens need not be computed: (W t) . q = t . (W^T q).
-    """
+    """The last layer of a CLIP text tower for the end-of-text token alone."""
 
     def __init__(self, layer: CLIPEncoderLayer):
         super().__init__()
@@ -34,20 +33,9 @@ class _EndOfTextLayer(nn.Module):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, pooled: Tensor, **kwargs: Any
     ) -> Tensor:
         """(B, L, D), (B,) positions of the end-of-text tokens -> (B, L, D), the end-of-text token in all places."""
-        layer, attention = self.layer, self.layer.self_attn
-        heads, (texts, length, _) = attention.num_heads, hidden_states.shape
-        tokens, row = layer.layer_norm1(hidden_states), torch.arange(texts, device=pooled.device)
-        query = attention.q_proj(tokens[row, pooled]).unflatten(1, (heads, -1)) * attention.scale  # (B, A, D/A)
-        # The bias of the keys adds the same to all scores of a head, and softmax takes it out again.
-        asked = torch.einsum("bap,apd->bad", query, attention.k_proj.weight.unflatten(0, (heads, -1)))  # (B, A, D)
+        length = hidden_states.shape[1]
         later = torch.arange(length, device=pooled.device) > pooled[:, None]  # (B, L)
-        scores = (asked @ tokens.transpose(1, 2)).masked_fill(later[:, None], -torch.inf)  # (B, A, L)
-        mixed = scores.softmax(dim=-1).to(tokens.dtype) @ tokens  # (B, A, D)
-        values = torch.einsum("bad,apd->bap", mixed, attention.v_proj.weight.unflatten(0, (heads, -1)))
-        values = values.flatten(1) + attention.v_proj.bias  # (B, D)
-        embeds = hidden_states[row, pooled] + attention.out_proj(values)  # (B, D)
-        embeds = embeds + layer.mlp(layer.layer_norm2(embeds))  # (B, D)
-        return embeds[:, None].expand(-1, length, -1)
+        return pooled_layer(self.layer, hidden_states, pooled, later)[:, None].expand(-1, length, -1)
 
 
 class _QuickGELU(nn.Module):
@@ -73,7 +61,7 @@ def end_of_text_only(model: Any) -> Iterator[Callable[[Tensor, Tensor], Any]]:
     """
     tower = getattr(model, "text_model", None)
     layers = tower.encoder.layers if isinstance(tower, CLIPTextModel) else None
-    if not layers or not _is_clips_own(layers[-1]):
+    if not layers or not is_clips_own(layers[-1]):
         yield lambda input_ids, attention_mask: model.get_text_features(
             input_ids=input_ids, attention_mask=attention_mask
         )
@@ -95,14 +83,6 @@ def end_of_text_only(model: Any) -> Iterator[Callable[[Tensor, Tensor], Any]]:
         layers[-1] = last
         for layer, activation in zip(layers, activations, strict=True):
             layer.mlp.activation_fn = activation
-
-
-def _is_clips_own(layer: nn.Module) -> bool:
-    if not isinstance(layer, CLIPEncoderLayer):
-        return False
-    attention = layer.self_attn
-    parts = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
-    return {type(part) for part in parts} == {nn.Linear}
 
 
 def text_batches(model: Any, lengths: Sequence[int], batch_size: int) -> list[range]:
