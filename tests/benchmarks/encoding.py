@@ -10,7 +10,6 @@ strings to unit embeddings, the ratio is the median of the rounds. `--published`
 """
 
 import argparse
-import importlib.util
 import random
 import statistics
 import time
@@ -24,6 +23,8 @@ from torch.nn.functional import normalize
 from evaluation.embedding import embed_texts
 from modeling_lrsclip import LRSCLIPConfig, LRSCLIPImageProcessor, LRSCLIPModel, LRSCLIPProcessor
 from modeling_lrsclip.train_tokenizer import train_tokenizer
+
+from .published import published_model
 
 
 WORDS = [
@@ -58,7 +59,6 @@ WORDS = [
 ]
 LENGTHS = {"15 tokens (RSITMD's short captions)": 15, "89 tokens (long captions)": 89}  # mean, start and end included
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
-POSITIONS = 248
 
 
 def build(layers: int) -> tuple[LRSCLIPModel, LRSCLIPProcessor]:
@@ -68,38 +68,6 @@ def build(layers: int) -> tuple[LRSCLIPModel, LRSCLIPProcessor]:
     text = special | {"vocab_size": len(tokenizer), "num_hidden_layers": layers}
     model = LRSCLIPModel(LRSCLIPConfig(text_config=text, vision_config={"num_hidden_layers": 1})).eval()
     return model, LRSCLIPProcessor(LRSCLIPImageProcessor(), tokenizer)
-
-
-def published_tower(checkout: Path, model: LRSCLIPModel) -> Callable[[Tensor], Tensor]:
-    """The checkout's `encode_text` with the model's weights; its two position tables are masked and added."""
-    spec = importlib.util.spec_from_file_location("model_longclip", checkout / "model" / "model_longclip.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = model.config.text_config
-    width, layers = config.hidden_size, config.num_hidden_layers
-    vision = (224, 1, 64, 16)  # side, layers, width, patch: not used
-    text = (POSITIONS, config.vocab_size, width, config.num_attention_heads, layers)
-    tower = module.CLIP(model.config.projection_dim, *vision, *text, load_from_clip=False).eval()
-    own = model.text_model.state_dict()
-    table = own["embeddings.position_embedding.weight"]
-    weights = {
-        "token_embedding.weight": own["embeddings.token_embedding.weight"],
-        "positional_embedding": table,
-        "positional_embedding_res": table,
-        "text_projection": model.text_projection.weight.T,
-    }
-    weights |= {f"ln_final.{kind}": own[f"final_layer_norm.{kind}"] for kind in ("weight", "bias")}
-    names = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj"}
-    names |= {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
-    for layer in range(layers):
-        theirs, ours = f"transformer.resblocks.{layer}", f"encoder.layers.{layer}"
-        for kind in ("weight", "bias"):
-            weights |= {f"{theirs}.{a}.{kind}": own[f"{ours}.{b}.{kind}"] for a, b in names.items()}
-            parts = [own[f"{ours}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
-            weights[f"{theirs}.attn.in_proj_{kind}"] = torch.cat(parts)
-    lacking = tower.load_state_dict(weights, strict=False).missing_keys
-    assert all(key.startswith("visual.") or key == "logit_scale" for key in lacking), lacking
-    return tower.encode_text
 
 
 def padded_to_the_table(
@@ -129,7 +97,7 @@ def main() -> None:
     model, processor = build(options.layers)
     name, encode = "plain CLIPModel at 248", lambda ids: model.get_text_features(input_ids=ids).pooler_output
     if options.published:
-        name, encode = "the published code", published_tower(options.published, model)
+        name, encode = "the published code", published_model(options.published, model).eval().encode_text
     clock = time.process_time if options.processor_time else time.perf_counter
     for title, mean in LENGTHS.items():
         lengths = [max(1, round(rng.gauss(mean - 2, (mean - 2) / 4))) for _ in range(options.texts)]
