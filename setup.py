@@ -25,7 +25,16 @@ setup(
         "ftfy",
     ],
     extras_require={
-        "train": ["accelerate>=1.10", "datasets>=4.0", "pydantic>=2.7", "pyyaml", "tensorboard", "tqdm"],
+        "train": [
+            "accelerate>=1.10",
+            "datasets>=4.0",
+            "matplotlib",
+            "psutil",
+            "pydantic>=2.7",
+            "pyyaml",
+            "tensorboard",
+            "tqdm",
+        ],
         "eval": [
             "accelerate>=1.10",
             "datasets>=4.0",
@@ -35,7 +44,20 @@ setup(
             "rich",
             "tqdm",
         ],
-        "dev": ["parameterized", "peft>=0.21", "pytest", "pytest-xdist", "regex", "ruff", "setuptools>=77"],
+        # The data set builder (training/lrs2m); it needs train and eval as well.
+        "lrs2m": ["aiohttp>=3.10", "filelock", "numpy>=2", "pyshp>=3"],
+        "dev": [
+            "aiohttp>=3.10",
+            "imagehash>=4.3",
+            "parameterized",
+            "peft>=0.21",
+            "pyshp>=3",
+            "pytest",
+            "pytest-xdist",
+            "regex",
+            "ruff",
+            "setuptools>=77",
+        ],
     },
     classifiers=[
         "Intended Audience :: Science/Research",

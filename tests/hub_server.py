@@ -43,6 +43,7 @@ class Fault:
         method, path: of the requests; `path` is a regular expression that is searched for.
         status: the answer; None resets the connection, for an upload in the middle of the body.
         perform: carry the request out and lose the answer only.
+        after: requests that fit and pass before the first that does not.
     """
 
     method: str
@@ -50,6 +51,7 @@ class Fault:
     status: int | None = 500
     times: int | None = 1
     perform: bool = False
+    after: int = 0
 
 
 class HubServer:
@@ -118,6 +120,9 @@ class HubServer:
         with self.lock:
             for fault in self.faults:
                 if fault.times != 0 and fault.method == method and re.search(fault.path, path):
+                    if fault.after:
+                        fault.after -= 1
+                        continue
                     fault.times = fault.times and fault.times - 1
                     return fault
         return None

@@ -1,0 +1,355 @@
+"""
+Builds a data set in which every image has a long and a short caption, as a recipe says.
+
+    python -m training.lrs2m.build --config RECIPE.yaml [RECIPE.yaml ...] --output DIR
+
+DIR then holds `data/` (parquet shards or WebDataset tars), `manifest.json` (written last: where it stands, the rest is
+complete), and lists of what was left out: `failed.jsonl`, `skipped.jsonl`, `duplicates.jsonl`, `unmatched.jsonl`. An
+interrupted build goes on when the same command is run again; no answer of a captioner is asked for twice.
+"""
+
+import argparse
+import asyncio
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import aclosing
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from training.record import git_state, versions
+
+from .captioners import Captioner, CaptionerDown, Gate, build_captioner
+from .images import Skip
+from .join import JoinedCaptions, Unmatched
+from .journal import Journal
+from .labels import LabelReader
+from .output import LISTS, MANIFEST, PROGRESS, WORK, Output, Progress, load_progress, totals, write_json
+from .pipeline import Duplicate, Outcome, Pipeline, Written
+from .provenance import load_prompts, public_recipe, recipe_hash
+from .recipe import Recipe, SourceConfig, read_recipe, recipe_values, resolve
+from .routes import Failed, Item, Writer
+from .rows import Record, split_of
+from .sources import read_source
+from .table_rows import RowMaker, TokenCounter
+
+
+# After so many rows, so many times the cap, or half of the rows where that is less, stop a build before a source's end.
+EARLY_ROWS, EARLY_FACTOR = 1000, 10
+BATCH = 128  # rows whose tokens are counted together
+
+
+class Build:
+    """
+    One run of a build.
+
+    Args:
+        recipe: what to build.
+        folder: the data set's.
+        root: where relative paths of the recipe start.
+
+    Raises:
+        `ValueError`: for anything in the recipe that cannot be found or does not fit; nothing has been asked by then.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, root: Path):
+        self.recipe, self.folder, self.root = recipe, folder, root
+        self.prompts = load_prompts(recipe, root)
+        self.hash = recipe_hash(recipe, self.prompts)
+        progress = load_progress(folder) or Progress(self.hash)
+        if progress.recipe_hash != self.hash:
+            raise ValueError(
+                f"{folder} was begun with another recipe or other prompts; take another --output, or begin again with "
+                "--restart, which keeps the captioners' answers."
+            )
+        self.finished = progress.complete and (folder / MANIFEST).exists()
+        if self.finished:
+            return
+        self.counter = TokenCounter(recipe.tokenizer, root)
+        self.gate = Gate()
+        self.captioners = self._build_captioners()
+        self.finder = self._build_finder()
+        self.choose = self._build_chooser()
+        self.journal = Journal(folder / WORK / "answers.sqlite")
+        self.output = Output(folder, recipe.format, (recipe.shard_rows, recipe.shard_bytes), progress)
+        self.silent = 0  # rows in a row that got no answer
+
+    async def run(self) -> dict[str, Any]:
+        """Goes through what is left of the sources, finishes the folder and returns the manifest."""
+        progress = self.output.progress
+        try:
+            if not progress.complete:
+                for number in range(progress.source, len(self.recipe.sources)):
+                    await self._run_source(number, progress.index if number == progress.source else 0)
+                    self.output.checkpoint(number + 1, 0)
+            return self._finish()
+        finally:
+            self.journal.close()
+            self.output.close()
+            if self.finder is not None:
+                self.finder.close()
+            for captioner in self.captioners.values():
+                await captioner.close()
+
+    # --------------------------------------------------------------------------------------------------------- a source
+
+    async def _run_source(self, number: int, done: int) -> None:
+        source = self.recipe.sources[number]
+        join = None
+        if source.join is not None:
+            join = JoinedCaptions(source, self.root, self.folder / WORK / f"join-{number}.sqlite")
+        records: Iterator[Record | Unmatched] = join.records() if join else read_source(source, self.root)
+        for _ in islice(records, done):
+            pass
+        index, batch = done, []
+        maker = RowMaker(self.recipe, source, self._writer(source), self.counter)
+        outcomes = self._pipeline(source, maker.writer).outcomes(records)
+        with tqdm(desc=source.name, unit=" rows", initial=done, disable=None) as bar:
+            async with aclosing(outcomes):  # what is under way ends before the journal is closed
+                async for outcome in outcomes:
+                    index += 1
+                    bar.update()
+                    if isinstance(outcome, Written):
+                        batch.append(outcome)
+                        self._count_refused(source, outcome)
+                    else:
+                        self._leave_out(source, outcome)
+                    if len(batch) >= min(BATCH, self.output.room):
+                        self._add(maker, batch)
+                        batch = []
+                        if self.output.full:
+                            self.output.checkpoint(number, index)
+        self._add(maker, batch)
+        if join:
+            join.close()
+        self._check_caps(source, early=False)
+
+    def _count_refused(self, source: SourceConfig, outcome: Written) -> None:
+        self.silent = 0
+        for reason in (*outcome.long.refused, *outcome.short.refused):
+            self.output.count(source.name, f"asked again: {reason}")
+
+    def _add(self, maker: RowMaker, batch: list[Written]) -> None:
+        for row in maker.rows(batch):
+            self.output.add(row, split_of(row["image_sha256"], self.recipe.seed, self.recipe.validation_fraction))
+
+    def _leave_out(self, source: SourceConfig, outcome: Outcome) -> None:
+        """Lists and counts what does not become a row; stops a build that has gone wrong."""
+        output = self.output
+        if isinstance(outcome, Unmatched):
+            output.list_entry("unmatched", {"source": source.name} | vars(outcome))
+            output.count(source.name, f"unmatched {outcome.side}")
+            return
+        entry = {"id": outcome.record.id, "source": source.name, "image_key": outcome.record.image_key}
+        if isinstance(outcome, Duplicate):
+            match = vars(outcome.match) | {"against": Path(outcome.match.against).name}
+            output.list_entry("duplicates", entry | match)
+            output.count(source.name, "duplicates")
+        elif isinstance(outcome.why, Skip):
+            output.list_entry("skipped", entry | {"reason": outcome.why.reason, "detail": str(outcome.why)})
+            output.count(source.name, "skipped")
+            output.count(source.name, f"skipped: {outcome.why.reason}")
+        else:
+            self._list_failed(source, entry, outcome.why)
+        self._check_caps(source, early=True)
+
+    def _list_failed(self, source: SourceConfig, entry: dict[str, Any], why: Failed) -> None:
+        self.output.list_entry("failed", entry | {"text": why.text, "reason": why.reason, "attempts": why.attempts})
+        self.output.count(source.name, "failed")
+        self.silent = self.silent + 1 if "answer" not in why.attempts[-1] else 0
+        if self.silent >= self.recipe.max_failures_in_a_row:
+            captioner = getattr(source, why.text).captioner
+            raise ValueError(
+                f"captioner {captioner} left {self.silent} rows in a row without an answer, the last: {why.reason}; see "
+                "that it runs, then run the same command again. Answers so far are kept."
+            )
+
+    def _check_caps(self, source: SourceConfig, early: bool) -> None:
+        counts = self.output.counts.get(source.name, {})
+        seen = rows_seen(counts)
+        if not seen or (early and seen < EARLY_ROWS):
+            return
+        for what, cap in (("skipped", self.recipe.max_skipped_fraction), ("failed", self.recipe.max_failed_fraction)):
+            count = counts.get(what, 0)
+            if count > (max(cap, min(0.5, EARLY_FACTOR * cap)) if early else cap) * seen:
+                reasons = {name: times for name, times in counts.items() if name.startswith(f"{what}: ")}
+                told = "; ".join(f"{name.partition(': ')[2]} {times}" for name, times in sorted(reasons.items()))
+                raise ValueError(
+                    f"{count} of {seen} rows of {source.name} {what}{f' ({told})' if told else ''}, more than "
+                    f"max_{what}_fraction={cap:g} allows; {what}.jsonl in {self.folder} lists them. Mend them, or raise "
+                    "it and run the command again."
+                )
+
+    # ---------------------------------------------------------------------------------------------------------- the end
+
+    def _finish(self) -> dict[str, Any]:
+        counts = self.output.counts
+        manifest = {
+            "name": self.recipe.name,
+            "format": self.recipe.format,
+            "images": self.recipe.images,
+            "recipe_hash": self.hash,
+            "recipe": public_recipe(self.recipe),
+            "prompts": {
+                prompt.id: asdict(prompt) | {"hash": prompt.hash}
+                for prompts in self.prompts.values()
+                for prompt in prompts.values()
+            },
+            "evaluation_sets": [Path(name).name for name in self._against()],
+            "counts": counts,
+            "totals": totals(counts),
+            "versions": versions(),
+            "code": git_state(Path(__file__).parent),
+        }
+        self.output.finish(manifest)
+        for index in (self.folder / WORK).glob("join-*.sqlite"):
+            index.unlink()
+        return json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+
+    # ------------------------------------------------------------------------------------------------------------ parts
+
+    def _build_captioners(self) -> dict[str, Captioner]:
+        used = {text.captioner for source in self.recipe.sources for text in (source.long, source.short)}
+        built = {
+            name: build_captioner(config, self.gate.settle)
+            for name, config in self.recipe.captioners.items()
+            if name in used
+        }
+        self.gate.captioners = [captioner for captioner in built.values() if hasattr(captioner, "waiting")]
+        return built
+
+    def _against(self, source: SourceConfig | None = None) -> list[str]:
+        """Evaluation sets of a source, or of all of them: paths where there is such a file or folder, else names."""
+        named = self.recipe.duplicates.against
+        if source is None:
+            lists = [one.against if one.against is not None else named for one in self.recipe.sources]
+            named = [name for names in lists for name in names]
+        elif source.against is not None:
+            named = source.against
+        found = [(name, resolve(name, self.root)) for name in dict.fromkeys(named)]
+        return [str(path) if path.exists() else name for name, path in found]
+
+    def _build_finder(self) -> Any:
+        config, against = self.recipe.duplicates, self._against()
+        (self.folder / WORK).mkdir(parents=True, exist_ok=True)
+        if not config.inside and not against:
+            return None
+        from .duplicates import DuplicateFinder
+
+        store = self.folder / WORK / "duplicates.sqlite"
+        return DuplicateFinder(against, config.inside, config.distance, config.crops, store)
+
+    def _build_chooser(self) -> Any:
+        if self.recipe.candidates is None:
+            return None
+        from .candidates import CandidateChooser
+
+        config = self.recipe.candidates
+        return CandidateChooser(config.model, config.rotations, config.stability)
+
+    def _writer(self, source: SourceConfig) -> Writer:
+        prompts = self.prompts[source.name]
+        count = self.counter.count_one
+        return Writer(self.recipe, source, self.captioners, prompts, self.journal, count, self.choose)
+
+    def _pipeline(self, source: SourceConfig, writer: Writer) -> Pipeline:
+        labels = LabelReader(source.labels, self.root) if source.labels else None
+        check = None
+        if self.finder is not None:
+            against = self._against(source)
+
+            def check(item: Item) -> Any:
+                name = item.record.image_key or item.picture.sha256
+                return self.finder.check(item.record.id, item.picture.image, f"{source.name}/{name}", against)
+
+        return Pipeline(writer, labels, check, self.recipe.min_side, self._lookahead(source), self.gate)
+
+    def _lookahead(self, source: SourceConfig) -> int:
+        """Rows at a time: enough that a slow one does not empty the others' captioners."""
+        if self.recipe.lookahead:
+            return self.recipe.lookahead
+        asked = [self.recipe.captioners[text.captioner] for text in (source.long, source.short) if text.captioner]
+        sizes = [
+            8 * config.concurrency if config.kind == "openai" else 16 * config.batch_size for config in asked
+        ]  # fmt: skip
+        return max(sizes, default=1)
+
+
+def rows_seen(counts: dict[str, int]) -> int:
+    """Rows of a source that came to an end: in the data set, skipped, duplicates or failed."""
+    return sum(counts.get(what, 0) for what in ("train", "validation", "skipped", "duplicates", "failed"))
+
+
+def forget(folder: Path) -> None:
+    """Takes a build back to its first row; the captioners' answers and the evaluation images' hashes stay."""
+    for name in (MANIFEST, f"{WORK}/{PROGRESS}", *(f"{name}.jsonl" for name in LISTS)):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("data", f"{WORK}/parts"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for index in (folder / WORK).glob("join-*.sqlite"):
+        index.unlink()
+    (folder / WORK / "duplicates.sqlite").unlink(missing_ok=True)
+
+
+def report(manifest: dict[str, Any]) -> str:
+    """What came of the build, a line a source."""
+    lines = []
+    for source, counts in manifest["counts"].items():
+        kept = counts.get("train", 0) + counts.get("validation", 0)
+        left = ", ".join(
+            f"{name} {times}" for name, times in sorted(counts.items()) if name not in ("train", "validation")
+        )
+        lines.append(f"{source}: {kept:,} rows of {rows_seen(counts):,}{f'; {left}' if left else ''}")
+    return "\n".join(lines)
+
+
+def main(argv: Iterable[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="training.lrs2m.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", nargs="+", required=True, metavar="RECIPE", help="recipe files (YAML)")
+    parser.add_argument("--output", required=True, type=Path, help="folder of the data set")
+    parser.add_argument("--root", type=Path, help="where relative paths of the recipe start; by default where you are")
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="override fields of the recipe")
+    parser.add_argument("--restart", action="store_true", help="begin from the first row; answers are kept and used")
+    arguments = parser.parse_args(argv)
+    try:
+        recipe = read_recipe(arguments.config, arguments.set)
+        (arguments.output / WORK).mkdir(parents=True, exist_ok=True)
+        with FileLock(arguments.output / WORK / "lock", timeout=0):
+            if arguments.restart:
+                forget(arguments.output)
+            manifest = _build(recipe, arguments.output, arguments.root or Path.cwd())
+    except Timeout:
+        return _complain(f"another build is at work in {arguments.output}; wait for it, or take another --output.")
+    except (CaptionerDown, ValueError, OSError) as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        return _complain("interrupted; run the same command again to go on.")
+    print(report(manifest))
+    print(f"Data set: {arguments.output / 'data'}")
+    return 0
+
+
+def _build(recipe: Recipe, folder: Path, root: Path) -> dict[str, Any]:
+    build = Build(recipe, folder, root)
+    if build.finished:
+        print(f"{folder} is complete; --restart would build it again with the answers it has.")
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    write_json(folder / WORK / "recipe.json", recipe_values(recipe))
+    return asyncio.run(build.run())
+
+
+def _complain(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""
+The card of a built data set (README.md), filled from its manifest and statistics.
+
+    python -m training.lrs2m.card DIR
+
+fills the template of `model_cards/`, measuring the statistics first where they are missing. A README.md that somebody
+wrote or changed is not replaced without `--replace`.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import DatasetCard, DatasetCardData
+
+from .output import DATA
+from .shards import SUFFIXES
+from .statistics import STATISTICS, data_hash, read_manifest, write
+
+
+CARD = "README.md"
+TEMPLATE = Path(__file__).parents[2] / "model_cards" / "lrs2m_dataset_card_template.md"  # read as a file, not imported
+ROUTES = {"merge": 1, "compress": 2, "expand": 3, "anchor": 4}
+SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
+_MARK = re.compile(r"\n<!-- made by training\.lrs2m\.card ([0-9a-f]{16}) -->\n*\Z")
+
+
+def build_card(told: dict[str, Any], manifest: dict[str, Any], figures: Sequence[str] = ()) -> str:
+    """
+    The card of a data set.
+
+    Args:
+        told: of [`training.lrs2m.statistics`].
+        manifest: of the build.
+        figures: names of pictures beside the card.
+
+    Raises:
+        `ValueError`: for a source whose licence is not known, naming it.
+    """
+    unlicensed = [source["name"] for source in told["sources"] if not source["licence"].strip()]
+    if unlicensed:
+        raise ValueError(
+            f"{len(unlicensed)} sources have no licence, first: {unlicensed[0]}; name it in the recipe and build again: "
+            "nobody may use a data set whose terms are unknown."
+        )
+    sources = [_source(source) for source in told["sources"]]
+    values = {
+        "name": told["name"],
+        "rows": told["rows"],
+        "images": told["images"],
+        "sources": sources,
+        "long_mean_tokens": told["long"]["mean_tokens"],
+        "short_mean_tokens": told["short"]["mean_tokens"],
+        "over_77": 100 * told["long"]["over_77"],
+        "over_248": 100 * told["long"]["over_248"],
+        "vocabulary": told["vocabulary"],
+        "failed": told["left_out"]["failed"],
+        "skipped": told["left_out"]["skipped"],
+        "duplicates": told["left_out"]["duplicates"],
+        "evaluation_sets": told["evaluation_sets"] or None,
+        "captioners": _captioners(manifest),
+        "subsets": [source["paper"]["name"] for source in told["sources"] if "paper" in source],
+        "figures": list(figures),
+        "commands": ["python -m training.lrs2m.build --config recipe.yaml --output DIR"],
+        "recipe": yaml.safe_dump(_short(manifest["recipe"]), sort_keys=False, width=110).strip(),
+        "versions": ", ".join(f"{name} {version}" for name, version in manifest["versions"].items() if version),
+    }
+    given = {name: value for name, value in values.items() if value is not None}
+    card = DatasetCard.from_template(DatasetCardData(), template_path=str(TEMPLATE), **given)
+    card.data = _metadata(told, manifest)  # the template has a block of its own, which would stay
+    return str(card)
+
+
+def _metadata(told: dict[str, Any], manifest: dict[str, Any]) -> DatasetCardData:
+    fixed = DatasetCard.load(TEMPLATE).data.to_dict()
+    size = next((name for most, name in SIZES if told["rows"] < most), "n>10M")
+    suffix = SUFFIXES[manifest["format"]]
+    files = [{"split": split, "path": f"{DATA}/{split}-*{suffix}"} for split, rows in told["splits"].items() if rows]
+    own = {"pretty_name": told["name"], "size_categories": [size]}
+    return DatasetCardData(**fixed | own, configs=[{"config_name": "default", "data_files": files}])
+
+
+def _source(source: dict[str, Any]) -> dict[str, Any]:
+    url = source.get("licence_url")
+    return {
+        "name": source["name"],
+        "route": ROUTES[source["route"]],
+        "pairs": source["rows"],
+        "long_source": source["long_from"],
+        "long_mean_tokens": source["long_mean_tokens"],
+        "short_source": source["short_from"],
+        "short_mean_tokens": source["short_mean_tokens"],
+        "licence": source["licence"] + (f" ([terms]({url}))" if url else ""),
+        "images": source["images"],
+    }
+
+
+def _captioners(manifest: dict[str, Any]) -> list[str]:
+    told = []
+    for captioner in manifest["recipe"].get("captioners", {}).values():
+        settings = f"temperature {captioner['temperature']:g}, top-p {captioner['top_p']:g}"
+        told.append(f"{captioner['model']} ({settings})")
+    return sorted(set(told)) or ["none: all captions were given"]
+
+
+def _short(value: Any) -> Any:
+    """A recipe without what was left at nothing."""
+    if isinstance(value, dict):
+        return {name: _short(one) for name, one in value.items() if one not in (None, {}, [])}
+    return [_short(one) for one in value] if isinstance(value, list) else value
+
+
+def write_card(folder: Path, replace: bool = False) -> Path:
+    """
+    Writes a data set's card beside its manifest.
+
+    Raises:
+        `ValueError`: for an unfinished data set, a source without licence, or a README.md of somebody else's, unless
+            it is to be replaced.
+    """
+    manifest = read_manifest(folder)
+    path = folder / STATISTICS
+    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else write(folder)
+    if told.get("data_sha256") != data_hash(manifest):
+        told = write(folder)  # of another build
+    card = build_card(told, manifest, [name for name in ("token_lengths.png", "map.png") if (folder / name).is_file()])
+    path = folder / CARD
+    if path.is_file() and not replace and not is_own(path.read_text(encoding="utf-8")):
+        raise ValueError(f"{path} was written or changed by somebody; add --replace, or keep it and leave this out.")
+    path.write_text(f"{card.rstrip()}\n\n<!-- made by training.lrs2m.card {_digest(card)} -->\n", encoding="utf-8")
+    return path
+
+
+def is_own(text: str) -> bool:
+    """Whether a card is as [`write_card`] wrote it."""
+    mark = _MARK.search(text)
+    return bool(mark) and mark[1] == _digest(text[: mark.start()])
+
+
+def _digest(card: str) -> str:
+    return hashlib.sha256(card.rstrip().encode()).hexdigest()[:16]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; what goes wrong is one sentence on standard error and exit status 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.lrs2m.card",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="a finished data set")
+    parser.add_argument("--replace", action="store_true", help="replace a README.md that was changed by hand")
+    options = parser.parse_args(arguments)
+    try:
+        print(f"written: {write_card(options.folder, options.replace)}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

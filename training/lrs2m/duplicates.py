@@ -1,0 +1,301 @@
+"""
+Near-duplicates of images: re-encoded, resized, turned, mirrored or cropped copies, inside a set and against evaluation
+images.
+
+Candidates come from 64-bit perceptual hashes of whole images and of their parts, in all eight turns; a candidate counts
+when one thumbnail, laid over the other, correlates with it.
+"""
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from evaluation.benchmarks.image_files import ImageFiles
+
+from .evaluation_images import evaluation_images
+from .fingerprints import PARTS, SIDE, TURNS, coefficients, correlation, hashes, is_flat, likeness, thumbnail, turned
+from .hash_index import HashIndex, probe_keys
+
+
+REACH = 18  # bits by which the hash of a part may differ from that of a crop
+LIKE = 0.65  # least cosine of low frequencies, before two thumbnails are laid over each other
+SAME = 0.9  # least correlation of the two
+LOOKED_AT, LAID = 64, 4  # candidates of one image: compared by low frequencies, laid over each other
+INSIDE = ""  # the owner of rows of the set itself
+_COMMIT = 512  # images
+_TABLES = """
+CREATE TABLE IF NOT EXISTS images (
+    number INTEGER PRIMARY KEY, owner TEXT, id TEXT, hashes BLOB, thumb BLOB, match TEXT, UNIQUE (owner, id));
+CREATE TABLE IF NOT EXISTS owners (owner TEXT PRIMARY KEY, signature TEXT);
+"""
+
+
+@dataclass(frozen=True)
+class Match:
+    """Why an image is left out: a line of `duplicates.jsonl`."""
+
+    id: str  # of the row
+    match: str  # id of the kept row, or name of the evaluation image
+    against: str  # the evaluation set as given; empty: the set itself
+    kind: str  # copy; crop (the row's image is a part of the match); contains (the match is a part of it)
+    turn: str  # what turns the row's image into the match, one of `TURNS`; empty: nothing
+    distance: int  # bits of 64 that differ
+    correlation: float  # of the thumbnails, -1 to 1
+
+
+class _Numbers:
+    """Small integers in an array that grows."""
+
+    def __init__(self):
+        self.values, self._length = np.full(1024, -1, np.int16), 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def append(self, value: int) -> None:
+        if self._length == len(self.values):
+            self.values = np.concatenate([self.values, np.full_like(self.values, -1)])
+        self.values[self._length] = value
+        self._length += 1
+
+
+class DuplicateFinder:
+    """
+    Remembers the images it was shown and says which are near-duplicates of an earlier one or of an evaluation image.
+    The answers depend on the images and their order alone.
+
+    Args:
+        against: evaluation sets: whatever `evaluation.run` takes as data, a folder of images, or an image.
+        inside: compare with the images shown before, too.
+        distance: bits of 64 by which the hashes of two whole images may differ for the two to be copies.
+        crops: look for crops, at 25 times the hashes.
+        store: SQLite file that keeps fingerprints and answers: a new finder on it goes on where the last one stopped,
+            and evaluation images are read once. None: in memory.
+
+    Raises:
+        `ValueError`: for evaluation data that cannot be found or read.
+    """
+
+    def __init__(
+        self,
+        against: Sequence[str | Path] = (),
+        inside: bool = True,
+        distance: int = 8,
+        crops: bool = True,
+        store: str | Path | None = None,
+    ):
+        if not 0 <= distance <= REACH:
+            raise ValueError(f"distance={distance} must be 0 to {REACH}: the bits of 64 in which copies may differ.")
+        self.against = tuple(dict.fromkeys(map(str, against)))
+        self.inside, self.distance, self.crops = inside, distance, crops
+        self._wholes, self._parts = HashIndex(buffer=512), HashIndex(buffer=8192)
+        self._store = sqlite3.connect(store or ":memory:", check_same_thread=False)
+        self._store.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + _TABLES)
+        self._pending = 0
+        self._owners = _Numbers()  # by number: index in self.against + 1, 0 for the set itself, -1 not searched
+        for source in self.against:
+            self._read_evaluation(source)
+        self._load()
+
+    def close(self) -> None:
+        """Writes what is pending."""
+        self._store.commit()
+        self._store.close()
+
+    # ------------------------------------------------------------------------------------------------------ asking
+
+    def check(
+        self, row_id: str, image: Image.Image, key: str | None = None, against: Sequence[str] | None = None
+    ) -> Match | None:
+        """
+        Whether an image is a near-duplicate; if not, it is remembered.
+
+        Args:
+            row_id: of the row.
+            image: its image, upright.
+            key: the image's own name, where rows may share an image: rows of one key get one answer. By default the
+                row's id.
+            against: which of the finder's evaluation sets count for this row; by default all.
+
+        Returns:
+            [`Match`] with the most correlated image, or None.
+        """
+        name = row_id if key is None else key
+        known = self._store.execute("SELECT match FROM images WHERE owner = ? AND id = ?", (INSIDE, name)).fetchone()
+        if known:
+            return known[0] and Match(**json.loads(known[0]) | {"id": row_id})
+        thumb = thumbnail(image)
+        if is_flat(thumb):
+            self._remember(INSIDE, name, None, thumb)
+            return None
+        allowed = {index + 1 for index, source in enumerate(self.against) if against is None or source in against}
+        allowed |= {0} if self.inside else set()
+        turns = coefficients(turned(thumb))  # (8, P, 64)
+        match = self._find(row_id, thumb, turns, allowed) if allowed else None
+        self._remember(INSIDE, name, turns[0], thumb, match)
+        return match
+
+    def _find(self, row_id: str, thumb: np.ndarray, turns: np.ndarray, allowed: set[int]) -> Match | None:
+        candidates = self._candidates(turns, allowed)
+        if not len(candidates):
+            return None
+        thumbs = np.stack([self._thumb(number) for number in candidates[:, 0]])
+        numbers, turn, part, bits, contains = candidates.T
+        theirs = coefficients(thumbs)[np.arange(len(thumbs)), np.where(contains, 0, part)]
+        alike = likeness(theirs, turns[turn, np.where(contains, part, 0)])
+        views, best = turned(thumb), None
+        for place in np.argsort(-alike, kind="stable")[:LAID]:
+            if alike[place] < LIKE:
+                break
+            laid, kind = _lay(thumbs[place], views[turn[place]], int(part[place]), bool(contains[place]))
+            if laid >= SAME and (best is None or laid > best.correlation):
+                kind = "copy" if part[place] == 0 and bits[place] <= self.distance else kind
+                query = "SELECT owner, id FROM images WHERE number = ?"
+                owner, name = self._store.execute(query, (int(numbers[place]),)).fetchone()
+                best = Match(
+                    row_id, name, owner, kind, list(TURNS)[turn[place]], int(bits[place]), round(float(laid), 4)
+                )
+        return best
+
+    def _thumb(self, number: int) -> np.ndarray:
+        (content,) = self._store.execute("SELECT thumb FROM images WHERE number = ?", (int(number),)).fetchone()
+        return np.frombuffer(content, np.uint8).reshape(SIDE, SIDE)
+
+    def _candidates(self, turns: np.ndarray, allowed: set[int]) -> np.ndarray:
+        """
+        The nearest of the known images: (n, 5) int64 of number, turn of the query, part, bits that differ, and whether
+        it is the query that holds the other.
+        """
+        wholes = turns[:, 0]  # (8, 64)
+        keys, codes = probe_keys(wholes), hashes(wholes)
+        if self.crops:
+            asked, entry, bits = self._parts.search(codes, keys, REACH)
+            found = [(entry // len(PARTS), asked, entry % len(PARTS), bits, np.zeros(len(asked), bool))]
+            parts = turns[:, 1:].reshape(-1, turns.shape[-1])  # (8 * (P - 1), 64)
+            asked, entry, bits = self._wholes.search(hashes(parts), probe_keys(parts), REACH)
+            turn, part = np.divmod(asked, len(PARTS) - 1)
+            found.append((entry, turn, part + 1, bits, np.ones(len(asked), bool)))
+        else:
+            asked, entry, bits = self._wholes.search(codes, keys, self.distance)
+            found = [(entry, asked, np.zeros_like(asked), bits, np.zeros(len(asked), bool))]
+        number, turn, part, bits, contains = (np.concatenate(column) for column in zip(*found))
+        allowed_owner = np.isin(self._owners.values[number], list(allowed))
+        rows = np.stack([number, turn, part, bits, contains], axis=1).astype(np.int64)[allowed_owner]
+        rows = rows[np.lexsort((rows[:, 4], rows[:, 2], rows[:, 1], rows[:, 0], rows[:, 3]))]
+        _, first = np.unique(rows[:, 0], return_index=True)  # the best way to lay each image
+        return rows[np.sort(first)[:LOOKED_AT]]
+
+    # ------------------------------------------------------------------------------------------------- remembering
+
+    def _remember(
+        self, owner: str, name: str, own: np.ndarray | None, thumb: np.ndarray, match: Match | None = None
+    ) -> None:
+        """Keeps an answer, and the fingerprint (`own`: (P, 64) coefficients) of an image that others may match."""
+        codes = None if own is None or match else hashes(own)
+        number = len(self._owners)
+        told = match and json.dumps(asdict(match))
+        content = thumb.tobytes() if codes is not None else None
+        blob = codes.tobytes() if codes is not None else None
+        self._store.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", (number, owner, name, blob, content, told))
+        self._owners.append(-1 if codes is None else self.against.index(owner) + 1 if owner else 0)
+        if codes is not None:
+            self._index(np.array([number]), codes[None])
+        self._pending += 1
+        if self._pending >= _COMMIT:
+            self._store.commit()
+            self._pending = 0
+
+    def _index(self, numbers: np.ndarray, codes: np.ndarray) -> None:
+        """Takes (n,) numbers and (n, P) hashes into the index."""
+        self._wholes.add(codes[:, 0], numbers)
+        if self.crops:
+            entries = numbers[:, None] * len(PARTS) + np.arange(len(PARTS))
+            self._parts.add(codes.ravel(), entries.ravel())
+
+    def _load(self) -> None:
+        """Builds the index from the store."""
+        owners = {source: index + 1 for index, source in enumerate(self.against)} | {INSIDE: 0}
+        rows = self._store.execute("SELECT number, owner, hashes FROM images ORDER BY number")
+        self._owners = _Numbers()
+        while piece := rows.fetchmany(65536):
+            for number, owner, blob in piece:
+                while len(self._owners) < number:  # images of a set that is no longer asked for
+                    self._owners.append(-1)
+                self._owners.append(owners.get(owner, -1) if blob else -1)
+            kept = [(number, blob) for number, owner, blob in piece if blob and owner in owners]
+            if kept:
+                codes = np.frombuffer(b"".join(blob for _, blob in kept), np.uint64).reshape(len(kept), len(PARTS))
+                self._index(np.array([number for number, _ in kept]), codes)
+
+    def _read_evaluation(self, source: str) -> None:
+        """Fingerprints of an evaluation set, unless the store has them for these very files."""
+        images = evaluation_images(source)
+        signature = _signature(images)
+        known = self._store.execute("SELECT signature FROM owners WHERE owner = ?", (source,)).fetchone()
+        if known == (signature,):
+            return
+        with self._store:  # all of a set, or none of it
+            self._store.execute("DELETE FROM images WHERE owner = ?", (source,))
+            (last,) = self._store.execute("SELECT COALESCE(MAX(number), -1) FROM images").fetchone()
+            rows = _fingerprints(source, images, last + 1)
+            self._store.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?, NULL)", rows)
+            self._store.execute("INSERT OR REPLACE INTO owners VALUES (?, ?)", (source, signature))
+
+    def counts(self) -> dict[str, Any]:
+        """Images shown so far, matches by kind, evaluation images by set, images too flat to compare."""
+        count = "SELECT COUNT(*) FROM images WHERE owner = ?"
+        shown = self._store.execute(count, (INSIDE,)).fetchone()[0]
+        told = self._store.execute("SELECT match FROM images WHERE owner = ? AND match IS NOT NULL", (INSIDE,))
+        kinds: dict[str, int] = {}
+        for (match,) in told:
+            kind = json.loads(match)["kind"]
+            kinds[kind] = kinds.get(kind, 0) + 1
+        sets = {source: self._store.execute(count, (source,)).fetchone()[0] for source in self.against}
+        flat = self._store.execute(
+            "SELECT COUNT(*) FROM images WHERE owner = ? AND hashes IS NULL AND match IS NULL", (INSIDE,)
+        ).fetchone()[0]
+        return {"images": shown, "matches": kinds, "evaluation_images": sets, "flat": flat}
+
+
+def _lay(known: np.ndarray, own: np.ndarray, part: int, contains: bool) -> tuple[float, str]:
+    """Correlation of two thumbnails, and the kind of match."""
+    crop = correlation(known, own, part) if not contains else -1.0
+    holds = correlation(own, known, part) if contains or part == 0 else -1.0
+    return (crop, "crop") if crop >= holds else (holds, "contains")
+
+
+def _fingerprints(source: str, images: ImageFiles, number: int) -> Iterator[tuple[Any, ...]]:
+    seen: set[str] = set()
+    progress = tqdm(zip(images.names, images, strict=True), source, len(images), leave=False, disable=None)
+    for place, (name, image) in enumerate(progress):
+        name = name if name not in seen else f"{name} ({place})"
+        seen.add(name)
+        thumb = thumbnail(image)
+        codes = hashes(coefficients(thumb[None])[0])
+        comparable = not is_flat(thumb)
+        yield number + place, source, name, codes.tobytes() if comparable else None, thumb.tobytes()
+
+
+def _signature(images: ImageFiles) -> str:
+    """SHA-256 of what tells whether files have changed: names, sizes and times, or the content of embedded ones."""
+
+    def parts() -> Iterable[str]:
+        for name, source in zip(images.names, images.sources, strict=True):
+            if isinstance(source, bytes):
+                yield f"{name} {hashlib.sha256(source).hexdigest()}\n"
+            else:
+                stat = source.stat()
+                yield f"{name} {stat.st_size} {stat.st_mtime_ns}\n"
+
+    digest = hashlib.sha256()
+    for part in parts():
+        digest.update(part.encode())
+    return digest.hexdigest()

@@ -1,0 +1,194 @@
+"""The folder of a data set in the making: shards, lists of what was left out, and the point a restart goes on from."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .rows import SPLITS, Row
+from .shards import SUFFIXES, ShardWriter, open_shard, read_shard, sha256_of, sync
+
+
+MANIFEST, PROGRESS, WORK, DATA = "manifest.json", "progress.json", "work", "data"
+LISTS = ("failed", "unmatched", "skipped", "duplicates")  # each a JSON lines file
+
+
+@dataclass
+class Progress:
+    """What a restart needs: everything up to here is on disk."""
+
+    recipe_hash: str
+    source: int = 0  # place in the recipe of the source at work
+    index: int = 0  # records of its stream that are done
+    parts: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    lists: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LISTS, 0))  # bytes
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)  # by source
+    complete: bool = False  # all rows are in parts
+
+
+class Output:
+    """
+    Takes rows and list entries in a stable order and makes them durable at checkpoints.
+
+    Rows go to parts below `work/`; a checkpoint closes the open parts, forces them and the lists to disk and writes
+    `progress.json` in one step. After a kill, what came after the last checkpoint is cut off and made again.
+    """
+
+    def __init__(self, folder: Path, form: str, limits: tuple[int, int], progress: Progress):
+        self.folder, self.form, self.progress = folder, form, progress
+        self.shard_rows, self.shard_bytes = limits
+        self._writers: dict[str, ShardWriter] = {}
+        self._parts = folder / WORK / "parts"
+        self._parts.mkdir(parents=True, exist_ok=True)
+        known = {part["file"] for parts in progress.parts.values() for part in parts}
+        for stale in self._parts.iterdir():
+            if stale.name not in known:
+                stale.unlink()
+        self._lists = {name: _open_at(folder / f"{name}.jsonl", progress.lists[name]) for name in LISTS}
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        return self.progress.counts
+
+    def count(self, source: str, what: str, times: int = 1) -> None:
+        counts = self.progress.counts.setdefault(source, {})
+        counts[what] = counts.get(what, 0) + times
+
+    def add(self, row: Row, split: str) -> None:
+        if split not in self._writers:
+            number = len(self.progress.parts[split])
+            self._writers[split] = open_shard(self._parts / f"{split}-{number:05d}{SUFFIXES[self.form]}")
+        self._writers[split].add(row)
+        self.count(row["source"], split)
+
+    def list_entry(self, name: str, entry: dict[str, Any]) -> None:
+        self._lists[name].write(json.dumps(entry, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+
+    @property
+    def room(self) -> int:
+        """Rows that the open parts can still take, whatever their split; 0 when it is time for a checkpoint."""
+        writers = self._writers.values()
+        if any(writer.size >= self.shard_bytes for writer in writers):
+            return 0
+        return self.shard_rows - max((writer.rows for writer in writers), default=0)
+
+    @property
+    def full(self) -> bool:
+        return self.room <= 0
+
+    def checkpoint(self, source: int, index: int) -> None:
+        """Makes all so far durable: up to record `index` of source number `source`."""
+        for split, writer in self._writers.items():
+            writer.close()
+            part = {"file": writer.path.name, "rows": writer.rows, "size": writer.size}
+            self.progress.parts[split].append(part)
+        self._writers = {}
+        for name, stream in self._lists.items():
+            stream.flush()
+            os.fsync(stream.fileno())
+            self.progress.lists[name] = stream.tell()
+        sync(self._parts)
+        self.progress.source, self.progress.index = source, index
+        self._save()
+
+    def close(self) -> None:
+        for stream in self._lists.values():
+            stream.close()
+
+    def finish(self, manifest: dict[str, Any]) -> None:
+        """Puts the parts in their places below `data/` and writes the manifest, last. Can be repeated after a kill."""
+        self.progress.complete = True
+        self._save()
+        self.close()
+        data = self.folder / DATA
+        data.mkdir(exist_ok=True)
+        splits = {split: self._place(split, data) for split in SPLITS}
+        lists = {name: _describe(self.folder / f"{name}.jsonl", self.folder) for name in LISTS}
+        sync(data)
+        write_json(self.folder / MANIFEST, manifest | {"splits": splits, "lists": lists})
+        shutil.rmtree(self._parts)
+
+    def _place(self, split: str, data: Path) -> dict[str, Any]:
+        groups = self._groups(split)
+        files = []
+        for number, group in enumerate(groups):
+            target = data / f"{split}-{number:05d}-of-{len(groups):05d}{SUFFIXES[self.form]}"
+            parts = [self._parts / part["file"] for part in group]
+            if not target.exists():
+                if len(parts) == 1:
+                    os.replace(parts[0], target)
+                else:
+                    self._join(parts, target)
+            files.append(_describe(target, self.folder) | {"rows": sum(part["rows"] for part in group)})
+        return {"rows": sum(file["rows"] for file in files), "files": files}
+
+    def _groups(self, split: str) -> list[list[dict[str, Any]]]:
+        """Neighbouring parts that fit into one shard; every checkpoint leaves a small part of the smaller split."""
+        groups: list[list[dict[str, Any]]] = []
+        for part in self.progress.parts[split]:
+            together = [*groups[-1], part] if groups else []
+            fits = (
+                bool(together)
+                and sum(one["rows"] for one in together) <= self.shard_rows
+                and sum(one["size"] for one in together) <= self.shard_bytes
+            )
+            if fits:
+                groups[-1].append(part)
+            else:
+                groups.append([part])
+        return groups
+
+    def _join(self, parts: list[Path], target: Path) -> None:
+        unfinished = self._parts / f"joined{target.suffix}"
+        writer = open_shard(unfinished)
+        for part in parts:
+            for row in read_shard(part):
+                writer.add(row)
+        writer.close()
+        os.replace(unfinished, target)
+
+    def _save(self) -> None:
+        write_json(self.folder / WORK / PROGRESS, vars(self.progress))
+
+
+def load_progress(folder: Path) -> Progress | None:
+    path = folder / WORK / PROGRESS
+    return Progress(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a file in one step, on disk before it has its name."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    sync(unfinished)
+    os.replace(unfinished, path)
+    sync(path.parent)
+
+
+def totals(counts: dict[str, dict[str, int]]) -> dict[str, int]:
+    """Counts summed over the sources."""
+    total: Counter[str] = Counter()
+    for one in counts.values():
+        total.update(one)
+    return dict(total)
+
+
+def _describe(path: Path, folder: Path) -> dict[str, Any]:
+    return {
+        "path": path.relative_to(folder).as_posix(),
+        "bytes": path.stat().st_size,
+        "sha256": sha256_of(path),
+    }
+
+
+def _open_at(path: Path, size: int) -> Any:
+    """A file to append to, cut to the bytes that the last checkpoint knew."""
+    stream = path.open("ab")
+    if stream.tell() < size:
+        raise ValueError(f"{path} is shorter than the last checkpoint says; it was changed. Use --restart.")
+    stream.truncate(size)
+    stream.seek(0, os.SEEK_END)
+    return stream

@@ -1,0 +1,187 @@
+"""From a source's records to outcomes in the same order: images read by threads, texts asked for many rows at a time."""
+
+import asyncio
+import itertools
+import os
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from .captioners import Gate
+from .images import Skip, read_picture
+from .join import Unmatched
+from .labels import LabelReader
+from .recipe import SourceConfig
+from .routes import Failed, Item, Text, Writer
+from .rows import Record
+
+
+CHUNK = 32  # records that a thread prepares at a time
+WORKERS = 8  # threads at most: what they prepare ahead is in memory
+AHEAD_BYTES = 2**30  # of prepared images, about, beyond which fewer chunks are prepared ahead
+
+
+@dataclass
+class Written:
+    item: Item
+    long: Text
+    short: Text
+
+
+@dataclass
+class Duplicate:
+    """A record whose image is nearly that of an evaluation image or of an earlier row."""
+
+    record: Record
+    match: Any  # training.lrs2m.duplicates.Match
+
+
+@dataclass
+class Left:
+    """A record that cannot be used (Skip) or whose text no attempt brought (Failed)."""
+
+    record: Record
+    why: Skip | Failed
+
+
+Outcome = Written | Duplicate | Left | Unmatched
+Prepared = Item | Duplicate | Left | Unmatched
+
+
+class Pipeline:
+    """
+    Outcomes of one source's records.
+
+    Args:
+        writer: of the texts.
+        labels: of the source, where it has any.
+        check: given a record's id and image, tells of what it is a near-duplicate; called in the order of the records.
+        min_side: pixels of an image, at least.
+        lookahead: rows whose texts are worked on at a time.
+        gate: shared with captioners that gather batches.
+    """
+
+    def __init__(
+        self,
+        writer: Writer,
+        labels: LabelReader | None,
+        check: Callable[[Item], Any] | None,
+        min_side: int,
+        lookahead: int,
+        gate: Gate,
+    ):
+        self.writer, self.labels, self.check = writer, labels, check
+        self.min_side, self.lookahead, self.gate = min_side, lookahead, gate
+        source: SourceConfig = writer.source
+        self.asks = bool(source.long.captioner or source.short.captioner)
+
+    async def outcomes(self, records: Iterable[Record | Unmatched]) -> AsyncIterator[Outcome]:
+        """One outcome a record, in the order of the records."""
+        chunks = self._prepared(iter(records))
+        tasks: deque[asyncio.Task | Outcome] = deque()
+        reading = None
+        try:
+            while True:
+                reading = asyncio.ensure_future(asyncio.to_thread(next, chunks, None))
+                if (chunk := await asyncio.shield(reading)) is None:
+                    break
+                for prepared in chunk:
+                    while len(tasks) >= self.lookahead:
+                        yield await self._first(tasks)
+                    tasks.append(self._start(prepared))
+                while tasks and not isinstance(tasks[0], asyncio.Task):
+                    yield tasks.popleft()
+            while tasks:
+                yield await self._first(tasks)
+        finally:
+            running = [task for task in tasks if isinstance(task, asyncio.Task)]
+            for task in running:
+                task.cancel()
+            waited = [*running, reading] if reading is not None else running  # a thread cannot be stopped halfway
+            await asyncio.gather(*waited, return_exceptions=True)
+            chunks.close()
+
+    def _start(self, prepared: Prepared | Written) -> asyncio.Task | Outcome:
+        if not isinstance(prepared, Item):
+            return prepared
+        self.gate.rows += 1
+        return asyncio.create_task(self._write(prepared))
+
+    async def _first(self, tasks: deque) -> Outcome:
+        """The outcome at the head; while it is waited for, no other row comes in."""
+        head = tasks[0]
+        if isinstance(head, asyncio.Task):
+            if not head.done():
+                self.gate.full = True
+                await asyncio.sleep(0)  # lets rows that have just started reach their captioner
+                self.gate.settle()
+            try:
+                outcome = await head
+            finally:
+                self.gate.full = False
+        else:
+            outcome = head
+        tasks.popleft()
+        return outcome
+
+    async def _write(self, item: Item) -> Outcome:
+        try:
+            long, short = await self.writer.texts(item)
+            return Written(item, long, short)
+        except (Skip, Failed) as why:
+            return Left(item.record, why)
+        finally:
+            self.gate.rows -= 1
+            self.gate.settle()
+
+    def _prepared(self, records: Iterator[Record | Unmatched]) -> Iterator[list[Prepared | Written]]:
+        """Chunks of prepared records in order; a few are ahead of the one that is asked for, of large images fewer."""
+        workers = min(WORKERS, os.cpu_count() or 1)
+        most = 2 * workers
+        with ThreadPoolExecutor(workers) as pool:
+            ahead: deque[Future] = deque()
+            try:
+                while True:
+                    while len(ahead) < most:
+                        chunk = list(itertools.islice(records, CHUNK))
+                        if not chunk:
+                            break
+                        ahead.append(pool.submit(self._prepare_all, chunk))
+                    if not ahead:
+                        return
+                    prepared = ahead.popleft().result()
+                    size = sum(one.picture.memory for one in prepared if isinstance(one, Item))
+                    most = min(2 * workers, max(1, AHEAD_BYTES // max(1, size)))
+                    yield [self._checked(one) for one in prepared]
+            finally:
+                for future in ahead:
+                    future.cancel()
+
+    def _prepare_all(self, chunk: list[Record | Unmatched]) -> list[Prepared]:
+        return [self._prepare(record) for record in chunk]
+
+    def _prepare(self, record: Record | Unmatched) -> Prepared:
+        if isinstance(record, Unmatched):
+            return record
+        try:
+            picture = read_picture(record.image, self.min_side)
+            labels = self.labels.of(record, picture.size) if self.labels else []
+            return Item(record, picture, labels)
+        except Skip as why:
+            return Left(record, why)
+
+    def _checked(self, prepared: Prepared) -> Prepared | Written:
+        """After the check for duplicates, which needs the order; and the texts, where no captioner is asked."""
+        if not isinstance(prepared, Item):
+            return prepared
+        match = self.check(prepared) if self.check else None
+        if match is not None:
+            return Duplicate(prepared.record, match)
+        if self.asks:
+            return prepared
+        try:
+            return Written(prepared, *self.writer.plain_texts(prepared))
+        except Skip as why:
+            return Left(prepared.record, why)

@@ -1,0 +1,307 @@
+"""A recipe: which sources become rows by which route, with which captioners and prompts. One YAML file or several."""
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+
+STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+Route = Literal["merge", "compress", "expand", "anchor"]
+
+
+@dataclass(config=STRICT)
+class KeyConfig:
+    """How an image's name becomes the key that two sources are joined on: the steps in order."""
+
+    basename: bool = False  # without folders
+    stem: bool = False  # without suffix
+    lower: bool = False
+    replace: list[tuple[str, str]] = Field(default_factory=list)  # regular expression, replacement; applied last
+
+
+@dataclass(config=STRICT)
+class ReadConfig:
+    """Where rows come from. Every path may be relative to the root and may hold ~ and environment variables."""
+
+    kind: Literal["images", "class_folders", "table", "webdataset", "hub"]
+    path: str  # folder; file or glob of files; glob of tars; Hub id
+    images: str | None = None  # folder that a table's image paths start at; by default the table's own
+    split: str = "train"  # of a Hub data set; of a file in Karpathy's format, where it may be "all"
+    encoding: str = "utf-8-sig"  # of text files, as Python names it
+    # What a table, tar or Hub data set calls its columns; `a.b` reaches into an object. image, key, long_text,
+    # short_text, class_name, longitude, latitude, gsd, date, labels, bounds; others are kept for templates.
+    columns: dict[str, str] = Field(default_factory=dict)
+    captions: Literal["each", "together", "first"] = "each"  # several short captions: a row each, one row, the first
+    where: dict[str, Any] = Field(default_factory=dict)  # column: value or list of values; other rows are not taken
+    key: KeyConfig = Field(default_factory=KeyConfig)  # for a join
+    limit: int | None = Field(None, ge=1)  # rows; the first so many
+
+
+@dataclass(config=STRICT)
+class LabelsConfig:
+    """Vector labels, boxes or masks that become anchors (route 4)."""
+
+    kind: Literal["class_name", "objects", "coco", "geojson", "shapefile", "masks"]
+    path: str | None = None  # file, or folder with one file an image of the same stem
+    field: str | None = None  # property that holds the label; of an object in a column, "kind" or "label"
+    attribute: str | None = None  # property that is put before the label, such as a colour
+    names: dict[str, str] = Field(default_factory=dict)  # stored label or mask value -> name; "" drops it
+    min_share: float = Field(0.0, ge=0, le=1)  # of the image's area; smaller objects are left out
+    max_positions: int = Field(6, ge=0)  # named a label; the count is always whole
+
+
+@dataclass(config=STRICT)
+class TextConfig:
+    """Where a long or a short text comes from: the source itself, a template, or a captioner and its prompt."""
+
+    captioner: str | None = None  # of the recipe's captioners
+    prompt: str | None = None  # name@version of training/lrs2m/prompts, or a YAML file
+    template: str | None = None  # of metadata_captions; "labels" puts the labels into a sentence
+    attempts: int = Field(3, ge=1)  # each with another seed
+    candidates: int = Field(1, ge=1)  # good answers to choose from
+    anchor_share: float = Field(0.5, ge=0, le=1)  # of the label names that a text written from anchors must mention
+
+    @model_validator(mode="after")
+    def _one_origin(self):
+        if self.captioner and self.template:
+            raise ValueError("a text has a captioner or a template, not both; remove one")
+        if bool(self.captioner) != bool(self.prompt):
+            raise ValueError("captioner and prompt belong together; set both or neither")
+        return self
+
+
+@dataclass(config=STRICT)
+class SourceConfig:
+    name: str  # the subset, as in Table I
+    route: Route
+    licence: str  # of images and given captions; an SPDX name, or the terms in a sentence
+    read: ReadConfig
+    licence_url: str | None = None
+    join: ReadConfig | None = None  # merge: the table that the other caption comes from
+    long: TextConfig = Field(default_factory=TextConfig)
+    short: TextConfig = Field(default_factory=TextConfig)
+    labels: LabelsConfig | None = None
+    images: Literal["embed", "omit"] | None = None  # by default the recipe's
+    against: list[str] | None = None  # evaluation sets of this source; by default the recipe's
+    paper_source: str | None = None  # the row of Table I it stands for, where its name is another
+    fields: dict[str, Any] = Field(default_factory=dict)  # constants for templates, such as gsd: 0.3
+
+    @model_validator(mode="after")
+    def _fits_its_route(self):
+        if not self.licence.strip():
+            raise ValueError(f"the licence of source {self.name} is empty; name it, or say in a sentence what holds")
+        wanted = {  # long, short by a captioner?
+            "merge": (False, False),
+            "compress": (False, True),
+            "expand": (True, False),
+            "anchor": (True, True),
+        }[self.route]
+        for column, text, asked in zip(("long", "short"), (self.long, self.short), wanted):
+            if asked != bool(text.captioner):
+                need = "needs a captioner and a prompt" if asked else "is given by the source and has no captioner"
+                raise ValueError(f"source {self.name}: on route {self.route} the {column} text {need}")
+        if (self.route == "merge") != (self.join is not None):
+            raise ValueError(f"source {self.name}: join belongs to route merge, and merge needs it")
+        if self.route == "anchor" and self.labels is None:
+            raise ValueError(f"source {self.name}: route anchor needs labels")
+        if "labels" in (self.long.template, self.short.template) and self.labels is None:
+            raise ValueError(f'source {self.name}: template "labels" needs labels')
+        return self
+
+
+@dataclass(config=STRICT)
+class CaptionerConfig:
+    kind: Literal["openai", "transformers"]
+    model: str  # name at the endpoint; folder or Hub id
+    temperature: float = Field(0.7, ge=0)
+    top_p: float = Field(0.9, gt=0, le=1)
+    max_tokens: int = Field(512, ge=1)  # of the model's own tokenizer, of an answer
+    max_image_side: int = Field(1024, ge=28)  # pixels; larger images are sent smaller
+    # openai
+    base_url: str | None = None  # such as http://localhost:8000/v1
+    api_key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key, where one is needed
+    concurrency: int = Field(32, ge=1)  # requests at a time
+    timeout: float = Field(120, gt=0)  # seconds for one answer
+    tries: int = Field(6, ge=1)  # of one request that the network or the server failed
+    backoff: float = Field(1.0, gt=0)  # seconds before the second try, doubled each time, 60 at most
+    extra: dict[str, Any] = Field(default_factory=dict)  # further fields of a request's body
+    # transformers
+    batch_size: int = Field(8, ge=1)
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
+    device_map: str = "auto"
+    revision: str | None = None  # of a Hub id
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _endpoint(self):
+        if (self.kind == "openai") != (self.base_url is not None):
+            raise ValueError("base_url belongs to a captioner of kind openai, and one of that kind needs it")
+        if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
+            raise ValueError(f"base_url {self.base_url} must begin with http:// or https://")
+        return self
+
+
+@dataclass(config=STRICT)
+class DuplicatesConfig:
+    inside: bool = True  # the set itself: of near-equal images the first is kept; rows of one image file all are
+    against: list[str] = Field(
+        default_factory=list
+    )  # evaluation images: whatever evaluation.run takes as data, folders
+    distance: int = Field(8, ge=0, le=18)  # bits of 64 of a perceptual hash in which copies may differ
+    crops: bool = True  # look for crops too, at 15 times the hashes
+
+
+@dataclass(config=STRICT)
+class CandidatesConfig:
+    model: str  # CLIP or LRSCLIP checkpoint that scores candidate captions
+    rotations: int = Field(4, ge=1, le=4)  # quarter turns over which a caption's similarity is to be stable
+    stability: float = Field(1.0, ge=0)  # weight of the deviation over the turns against the mean similarity
+
+
+@dataclass(config=STRICT)
+class Recipe:
+    name: str
+    sources: list[SourceConfig]
+    captioners: dict[str, CaptionerConfig] = Field(default_factory=dict)
+    seed: int = Field(0, ge=0)
+    validation_fraction: float = Field(0.01, ge=0, lt=1)
+    format: Literal["parquet", "webdataset"] = "parquet"
+    images: Literal["embed", "omit"] = "embed"  # omit: captions with keys and hashes, without pixels
+    tokenizer: str = "openai/clip-vit-base-patch16"  # folder or Hub id that token lengths are counted with
+    shard_rows: int = Field(5000, ge=1)  # of a file, at most
+    shard_bytes: int = Field(512 * 2**20, ge=1)  # of its rows, about
+    min_side: int = Field(32, ge=1)  # pixels; smaller images are skipped
+    max_skipped_fraction: float = Field(0.01, ge=0, le=1)  # corrupt or tiny images, empty or garbled captions
+    max_failures_in_a_row: int = Field(50, ge=1)  # rows without an answer, before the build stops
+    max_failed_fraction: float = Field(0.1, ge=0, le=1)  # rows whose answers were all refused
+    long_tokens: tuple[int, int] = (40, 248)  # CLIP tokens of a written long text
+    short_words: int = Field(20, ge=1)  # of a written short text, at most
+    lookahead: int | None = Field(None, ge=1)  # rows worked on at a time; by default by the captioners
+    duplicates: DuplicatesConfig = Field(default_factory=DuplicatesConfig)
+    candidates: CandidatesConfig | None = None
+
+    @model_validator(mode="after")
+    def _names_exist(self):
+        if not self.sources:
+            raise ValueError("a recipe needs at least one source")
+        names = [source.name for source in self.sources]
+        for name in names:
+            if names.count(name) > 1 or "/" in name:
+                raise ValueError(f"source name {name!r} must be unique and without a slash")
+        for source in self.sources:
+            for text in (source.long, source.short):
+                if text.captioner and text.captioner not in self.captioners:
+                    known = ", ".join(self.captioners) or "none"
+                    raise ValueError(f"source {source.name} asks captioner {text.captioner}; the recipe has {known}")
+                if text.candidates > 1 and self.candidates is None:
+                    raise ValueError(
+                        f"source {source.name} asks for {text.candidates} candidates; set candidates.model"
+                    )
+        return self
+
+
+def read_recipe(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Recipe:
+    """
+    Reads recipe files. Of several, sources and captioners are put together, other fields come from the first.
+
+    Args:
+        paths: YAML files.
+        overrides: `field=value` with dots between fields and numbers for places in a list:
+            `captioners.mllm.base_url=http://gpu:8000/v1`, `sources.0.read.path=~/UCMerced`.
+
+    Raises:
+        `ValueError`: all mistakes at once, with the nearest valid name.
+    """
+    values: dict[str, Any] = {}
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise ValueError(f"--config {path} does not exist; ready recipes are in training/lrs2m/recipes/.")
+        try:
+            one = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(one, dict):
+            raise ValueError(f"{path} must hold the fields of a recipe; it holds {type(one).__name__}.")
+        _add(values, one, path)
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"--set {override} has no value; write --set {override}=VALUE.")
+        try:
+            _assign(values, name, yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {override}: the value is not valid YAML; put it in quotes.") from error
+    try:
+        return TypeAdapter(Recipe).validate_python(values)
+    except ValidationError as error:
+        lines = list(dict.fromkeys(_explain(mistake) for mistake in error.errors()))
+        raise ValueError("The recipe has mistakes:\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON-able values."""
+    return TypeAdapter(Recipe).dump_python(recipe, mode="json")
+
+
+def resolve(path: str, root: Path) -> Path:
+    """A path of a recipe: ~ and variables expanded, relative ones from `root`."""
+    return root / Path(os.path.expandvars(path)).expanduser()
+
+
+def _add(values: dict[str, Any], one: dict[str, Any], path: Path) -> None:
+    for name, captioner in (one.get("captioners") or {}).items():
+        known = values.setdefault("captioners", {})
+        if known.setdefault(name, captioner) != captioner:
+            raise ValueError(f"{path} describes captioner {name} otherwise than a recipe before it; rename one.")
+    values.setdefault("sources", []).extend(one.get("sources") or [])
+    for name, value in one.items():
+        if name not in ("captioners", "sources"):
+            values.setdefault(name, value)
+
+
+def _assign(values: Any, name: str, value: Any) -> None:
+    *sections, last = name.split(".")
+    for section in sections:
+        if isinstance(values, list):
+            if not section.isdigit() or int(section) >= len(values):
+                raise ValueError(f"--set {name}: the list has the places 0 to {len(values) - 1}, not {section}.")
+            values = values[int(section)]
+        elif isinstance(values, dict):
+            values = values.setdefault(section, {})
+        else:
+            raise ValueError(f"--set {name}: {section} is not a section of the recipe.")
+    if not isinstance(values, dict):
+        raise ValueError(f"--set {name} does not name a field of the recipe.")
+    values[last] = value
+
+
+def _explain(mistake: dict[str, Any]) -> str:
+    where = [str(part) for part in mistake["loc"]]
+    name = ".".join(where)
+    if mistake["type"] == "unexpected_keyword_argument":
+        near = difflib.get_close_matches(where[-1], _field_names(), n=1, cutoff=0.0)
+        return f"{name} is not a field; did you mean {near[0]}?"
+    if mistake["type"] in ("missing", "missing_argument"):
+        if where[-1] == "licence":
+            return f"{name} is not set; every source must name its licence, which goes into the rows and the card."
+        return f"{name} is required and not set."
+    if mistake["type"] == "value_error":
+        return f"{mistake['msg'].removeprefix('Value error, ')}."
+    return f"{name}={mistake['input']!r}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}."
+
+
+def _field_names() -> list[str]:
+    parts = (Recipe, SourceConfig, ReadConfig, KeyConfig, LabelsConfig, TextConfig, CaptionerConfig)
+    return sorted(
+        {item.name for part in (*parts, DuplicatesConfig, CandidatesConfig) for item in dataclasses.fields(part)}
+    )
+
+
+ROUTES = get_args(Route)

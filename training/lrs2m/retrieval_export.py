@@ -1,0 +1,166 @@
+"""
+A retrieval benchmark from a built data set: RSITMD-L and RSICD-L as `evaluation.run` loads them (paper, V-B 1).
+
+    python -m training.lrs2m.retrieval_export DIR --output RSITMD-L
+
+writes `test.parquet` with an image, its long text and all its short texts a row. The folder's name tells the evaluation
+which benchmark it is. Where the data set is without pixels, `dataset_<name>.json` in Karpathy's format is written, to be
+laid beside the images.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+from datasets import Features, Image, List, Value
+from pyarrow import parquet
+
+from evaluation.benchmarks.image_files import plain
+from evaluation.benchmarks.retrieval_data import PUBLISHED_SPLITS, PublishedSplit
+
+from .rows import Row
+from .shards import read_shard
+from .statistics import read_manifest
+
+
+FEATURES = Features(
+    {"image": Image(), "filename": Value("string"), "long_text": Value("string"), "short_text": List(Value("string"))}
+)
+COLUMNS = ["id", "source", "image", "image_key", "image_sha256", "long_text", "short_text", "short_texts"]
+_GROUP = 256  # rows held at a time
+
+
+def export(folder: Path, target: Path, source: str | None = None) -> tuple[int, int]:
+    """
+    Writes the benchmark.
+
+    Args:
+        folder: a finished data set.
+        target: the folder to make; named after the benchmark.
+        source: of the data set's sources, the one to take; needed where it has several.
+
+    Returns:
+        Numbers of images and of short texts.
+
+    Raises:
+        `ValueError`: for an unfinished data set, a source that is not there, or an image with two long texts.
+    """
+    manifest = read_manifest(folder)
+    names = [one["name"] for one in manifest["recipe"]["sources"]]
+    if source not in names and (source or len(names) > 1):
+        raise ValueError(f"--source {source} is none of {', '.join(names)}; name the one to take.")
+    rows = _rows(folder, manifest, source or names[0])
+    first = next(rows, None)
+    if first is None:
+        raise ValueError(f"{folder} has no rows of {source or names[0]}; see failed.jsonl and skipped.jsonl there.")
+    target.mkdir(parents=True, exist_ok=True)
+    kept = [target / "test.parquet", target / f"dataset_{target.name}.json"]
+    if existing := [path for path in kept if path.exists()]:
+        raise ValueError(f"{existing[0]} exists; remove it, or give another --output.")
+    write = _write_parquet if first["image"] else _write_json
+    return write(kept[0] if first["image"] else kept[1], _chain(first, rows))
+
+
+def _rows(folder: Path, manifest: dict[str, Any], source: str) -> Iterator[dict[str, Any]]:
+    """Rows of all splits in the order of the splits; an image that comes twice is an error."""
+    seen: dict[str, str] = {}
+    for split in manifest["splits"].values():
+        for file in split["files"]:
+            for row in read_shard(folder / file["path"], COLUMNS):
+                if row["source"] != source:
+                    continue
+                if row["image_sha256"] in seen:
+                    raise ValueError(
+                        f"rows {seen[row['image_sha256']]} and {row['id']} share an image; a benchmark has one long text "
+                        "an image: build it with captions: together."
+                    )
+                seen[row["image_sha256"]] = row["id"]
+                yield {
+                    "image": row["image"],
+                    "filename": row["image_key"],
+                    "long_text": row["long_text"],
+                    "short_text": _shorts(row),
+                }
+
+
+def _shorts(row: Row) -> list[str]:
+    return row.get("short_texts") or [row["short_text"]]
+
+
+def _chain(first: dict[str, Any], rest: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    yield first
+    yield from rest
+
+
+def _write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> tuple[int, int]:
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    schema, images, texts, group = FEATURES.arrow_schema, 0, 0, []
+    with parquet.ParquetWriter(unfinished, schema) as writer:
+        for row in rows:
+            group.append(row)
+            images, texts = images + 1, texts + len(row["short_text"])
+            if len(group) == _GROUP:
+                writer.write_table(pyarrow.Table.from_pylist(group, schema=schema))
+                group = []
+        if group:
+            writer.write_table(pyarrow.Table.from_pylist(group, schema=schema))
+    unfinished.replace(path)
+    return images, texts
+
+
+def _write_json(path: Path, rows: Iterator[dict[str, Any]]) -> tuple[int, int]:
+    entries = [
+        {
+            "filename": row["filename"],
+            "split": "test",
+            "sentences": [{"raw": text} for text in row["short_text"]],
+            "long_text": row["long_text"],
+        }
+        for row in rows
+    ]
+    path.write_text(json.dumps({"images": entries}, ensure_ascii=False, indent=1), encoding="utf-8")
+    return len(entries), sum(len(entry["sentences"]) for entry in entries)
+
+
+def published_split(name: str) -> PublishedSplit | None:
+    """The benchmark that a folder's name stands for."""
+    known = (
+        split for (key, column), split in PUBLISHED_SPLITS.items() if column == "long_text" and key in plain(name)
+    )
+    return next(known, None)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; what goes wrong is one sentence on standard error and exit status 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.lrs2m.retrieval_export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="a finished data set")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder named after the benchmark, such as RSITMD-L"
+    )
+    parser.add_argument("--source", help="of the data set's sources, where it has several")
+    options = parser.parse_args(arguments)
+    try:
+        images, texts = export(options.folder, options.output, options.source)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.output}: {images:,} images with a long text each, {texts:,} short texts")
+    expected = published_split(options.output.name)
+    if expected and images != expected.images:
+        print(
+            f"note: the test split of {expected.name} has {expected.images:,} images; figures on this one do not compare "
+            "with published ones"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""The four routes: how a record gets its long and its short text (paper, Section III and appendix A)."""
+
+import asyncio
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .anchors import Label, anchor_text, anchors_json, labels_caption
+from .answers import Checks, clean_answer, find_fault
+from .captioners import Captioner, NoAnswer, Request, Sampling
+from .images import Picture, Skip
+from .journal import Journal
+from .prompts import Prompt
+from .recipe import Recipe, SourceConfig, TextConfig
+from .rows import GIVEN, Record
+from .tables import garbled
+
+
+TEMPLATE = "template"
+
+
+@dataclass
+class Item:
+    """A record whose image was read and whose labels are known."""
+
+    record: Record
+    picture: Picture
+    labels: list[Label] = field(default_factory=list)
+
+
+@dataclass
+class Text:
+    text: str
+    captioner: str = GIVEN
+    prompt: Prompt | None = None
+    sampling: dict[str, Any] | None = None
+    tokens: int | None = None  # CLIP's, where its check has counted them
+    refused: list[str] = field(default_factory=list)  # why the answers before it could not be used
+
+
+class Failed(Exception):
+    """A text that no attempt brought; `attempts` tell the seed, the reason and the beginning of every answer."""
+
+    def __init__(self, text: str, reason: str, attempts: list[dict[str, Any]]):
+        super().__init__(reason)
+        self.text, self.reason, self.attempts = text, reason, attempts
+
+
+@dataclass
+class Writer:
+    """
+    Writes the texts of one source's rows.
+
+    Args:
+        captioners: the recipe's, by name.
+        prompts: of the long and of the short text, where a captioner writes it.
+        count_tokens: CLIP's tokens of a text.
+        choose: picks among candidate captions of an image, as an index; None where the recipe asks for none.
+    """
+
+    recipe: Recipe
+    source: SourceConfig
+    captioners: dict[str, Captioner]
+    prompts: dict[str, Prompt]
+    journal: Journal
+    count_tokens: Callable[[str], int]
+    choose: Callable[[Any, list[str]], int] | None = None
+
+    async def texts(self, item: Item) -> tuple[Text, Text]:
+        """
+        The long and the short text of an item, in the order that its route asks for.
+
+        Raises:
+            [`Failed`]: when a captioner brought none that passes the checks.
+            [`~training.lrs2m.images.Skip`]: for a given text that is empty or garbled, or a template without its fields.
+        """
+        if self.source.long.captioner:
+            short = None if self.source.short.captioner else self._own("short", item)
+            long = await self._written("long", item, short)
+            return long, short or await self._written("short", item, long)
+        long = self._own("long", item)
+        return long, await self._written("short", item, long) if self.source.short.captioner else self._own(
+            "short", item
+        )
+
+    def plain_texts(self, item: Item) -> tuple[Text, Text]:
+        """[`texts`] for a source without a captioner."""
+        return self._own("long", item), self._own("short", item)
+
+    def anchors(self, item: Item) -> str | None:
+        """The `anchors` column of a row."""
+        return anchors_json(item.labels, self._anchor_text(item)) if item.labels else None
+
+    def _anchor_text(self, item: Item) -> str:
+        return anchor_text(item.labels, self.source.labels.max_positions)
+
+    def _own(self, which: str, item: Item) -> Text:
+        """A given text or one from a template."""
+        config: TextConfig = getattr(self.source, which)
+        if config.template is None:
+            text = getattr(item.record, f"{which}_text")
+            return Text(check_given(text, which))
+        if config.template == "labels":
+            return Text(labels_caption(item.labels), TEMPLATE)
+        from .metadata_captions import metadata_caption
+
+        text = metadata_caption(metadata_of(item.record), config.template)
+        if not text.strip():
+            raise Skip(
+                f"no metadata for the {which} text", f"{item.record.image_key} has none of the template's fields"
+            )
+        return Text(text, TEMPLATE)
+
+    async def _written(self, which: str, item: Item, other: Text | None) -> Text:
+        """A captioner's text: attempts with different seeds until as many as wanted pass the checks."""
+        config: TextConfig = getattr(self.source, which)
+        captioner, prompt = self.captioners[config.captioner], self.prompts[which]
+        user = prompt.fill(self._places(item, other))
+        picture = item.picture if prompt.image else None
+        checks, count = self._checks(which, item), functools.cache(self.count_tokens)
+        attempts: list[dict[str, Any]] = []
+        good: list[Text] = []
+        for attempt in range(config.attempts + config.candidates - 1):
+            sampling = self._sampling(config, prompt, user, item.picture.sha256, attempt)
+            request = Request(prompt.system, user, picture, sampling)
+            key = request.key(captioner.identity)
+            answer = self.journal.find(key)
+            if answer is None:
+                try:
+                    answer = await captioner.ask(request)
+                except NoAnswer as error:
+                    attempts.append({"seed": sampling.seed, "reason": str(error)})
+                    break
+                answer = self.journal.store(key, answer)
+            text = clean_answer(answer.text)
+            fault = find_fault(text, checks, count, answer.finished)
+            if fault:
+                attempts.append({"seed": sampling.seed, "reason": fault, "answer": answer.text[:300]})
+                continue
+            good.append(Text(text, captioner.id, prompt, sampling.settings(), count(text)))
+            if len(good) == config.candidates:
+                break
+        if not good:
+            raise Failed(which, attempts[-1]["reason"], attempts)
+        chosen = good[0]
+        if len(good) > 1 and self.choose is not None:
+            texts = [text.text for text in good]
+            chosen = good[await asyncio.to_thread(self.choose, item.picture.image, texts)]
+        chosen.refused = [attempt["reason"] for attempt in attempts]
+        return chosen
+
+    def _places(self, item: Item, other: Text | None) -> dict[str, str]:
+        record = item.record
+        shorts = record.short_texts or [record.short_text or ""]
+        told = other.text if other else ""
+        fields = {name: str(value) for name, value in record.fields.items()}
+        return fields | {
+            "short_text": told,
+            "short_texts": "; ".join(f'"{text.strip()}"' for text in dict.fromkeys(shorts) if text.strip()),
+            "long_text": told,
+            "anchors": self._anchor_text(item) if item.labels else "",
+            "class_name": record.class_name or "",
+        }
+
+    def _checks(self, which: str, item: Item) -> Checks:
+        if which == "short":
+            return Checks(max_words=self.recipe.short_words)
+        shortest, longest = self.recipe.long_tokens
+        names = list(dict.fromkeys(label.name for label in item.labels)) if self.source.route == "anchor" else []
+        return Checks(shortest, longest, None, names, self.source.long.anchor_share)
+
+    def _sampling(self, config: TextConfig, prompt: Prompt, user: str, image_sha256: str, attempt: int) -> Sampling:
+        """Settings whose seed is drawn from what is asked and the attempt, so that it does not hang on a row's number."""
+        about = json.dumps([self.recipe.seed, prompt.hash, user, image_sha256, attempt])
+        seed = int.from_bytes(hashlib.sha256(about.encode()).digest()[:4], "big") >> 1
+        settings = self.recipe.captioners[config.captioner]
+        # A second attempt at temperature 0 would bring the same answer.
+        warm = settings.temperature if attempt == 0 else max(settings.temperature, 0.3)
+        return Sampling(warm, settings.top_p, settings.max_tokens, seed)
+
+
+def metadata_of(record: Record) -> dict[str, Any]:
+    """What a template may use: a record's own fields and the source's further columns."""
+    known = ("class_name", "longitude", "latitude", "gsd", "date")
+    own = {name: getattr(record, name) for name in known if getattr(record, name) is not None}
+    return record.fields | own
+
+
+def check_given(text: str | None, which: str) -> str:
+    """
+    A given caption without outer white space.
+
+    Raises:
+        [`~training.lrs2m.images.Skip`]: for one that is empty or not of the file's encoding.
+    """
+    if text is None or not text.strip():
+        raise Skip(f"empty {which} caption", "the source has none for it")
+    if garbled(text):
+        raise Skip(f"garbled {which} caption", f"{text[:60]!r} is not of the encoding read.encoding says")
+    return " ".join(text.split())
+
+
+def missing_places(source: SourceConfig, which: str, prompt: Prompt) -> set[str]:
+    """Places of a prompt that this source cannot fill on its route, for the check before anything is asked."""
+    able = {"class_name", *source.fields, *source.read.columns}
+    if source.labels:
+        able.add("anchors")
+    other = source.short if which == "long" else source.long
+    if which == "short":
+        able.add("long_text")
+    elif other.captioner is None:
+        able |= {"short_text", "short_texts"}
+    return prompt.places - able

@@ -1,0 +1,141 @@
+"""Files of the finished data set: parquet with embedded images, or WebDataset tars."""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow
+from pyarrow import parquet
+
+from .rows import SCHEMA, Row
+
+
+SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
+GROUP_ROWS, GROUP_BYTES = 256, 32 * 2**20  # of a parquet row group, which is what a writer holds in memory
+
+
+class ShardWriter(Protocol):
+    rows: int
+    size: int  # bytes of the rows so far, about
+
+    def add(self, row: Row) -> None: ...
+
+    def close(self) -> None:
+        """Finishes the file and forces it to disk."""
+
+
+class ParquetShard:
+    def __init__(self, path: Path):
+        self.path, self.rows, self.size = path, 0, 0
+        self._pending: list[Row] = []
+        self._pending_size = 0
+        # A dictionary pays for the columns that repeat; texts and images are nearly all different.
+        few = [name for name in SCHEMA.names if name not in ("id", "image", "image_key", "long_text", "image_sha256")]
+        self._writer = parquet.ParquetWriter(path, SCHEMA, compression="snappy", use_dictionary=few)
+
+    def add(self, row: Row) -> None:
+        self._pending.append(row)
+        size = row_size(row)
+        self._pending_size += size
+        self.size += size
+        self.rows += 1
+        if len(self._pending) >= GROUP_ROWS or self._pending_size >= GROUP_BYTES:
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close()
+        sync(self.path)
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._writer.write_table(pyarrow.Table.from_pylist(self._pending, schema=SCHEMA))
+        self._pending, self._pending_size = [], 0
+
+
+class TarShard:
+    """A WebDataset tar: per row an image file and a JSON file of the other columns, named after the row's id."""
+
+    def __init__(self, path: Path):
+        self.path, self.rows, self.size = path, 0, 0
+        self._tar = tarfile.open(path, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
+
+    def add(self, row: Row) -> None:
+        fields = {name: value for name, value in row.items() if name != "image"}
+        name = row["id"].replace(".", "_")  # a dot would end the sample's name
+        if row["image"] is not None:
+            suffix = Path(row["image"]["path"]).suffix
+            self._member(f"{name}{suffix}", row["image"]["bytes"])
+        self._member(f"{name}.json", json.dumps(fields, ensure_ascii=False).encode())
+        self.size += row_size(row)
+        self.rows += 1
+
+    def close(self) -> None:
+        self._tar.close()
+        sync(self.path)
+
+    def _member(self, name: str, content: bytes) -> None:
+        member = tarfile.TarInfo(name)  # without time and owner: equal rows make equal files
+        member.size = len(content)
+        self._tar.addfile(member, io.BytesIO(content))
+
+
+def open_shard(path: Path) -> ShardWriter:
+    """A writer of the kind that the file's name tells."""
+    return TarShard(path) if path.suffix == ".tar" else ParquetShard(path)
+
+
+def read_shard(path: Path, columns: list[str] | None = None) -> Iterator[Row]:
+    """
+    Rows of a finished file, one row group or tar member at a time.
+
+    Args:
+        columns: of a parquet file, only these; rows of a tar are always whole.
+    """
+    if path.suffix == ".tar":
+        yield from _read_tar(path)
+        return
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=GROUP_ROWS, columns=columns):
+            yield from batch.to_pylist()
+
+
+def _read_tar(path: Path) -> Iterator[Row]:
+    image = None
+    with tarfile.open(path, "r|") as tar:
+        for member in tar:
+            content = tar.extractfile(member).read()
+            if not member.name.endswith(".json"):
+                image = {"bytes": content, "path": member.name}
+                continue
+            row = json.loads(content)
+            yield {"id": row["id"], "image": image} | row
+            image = None
+
+
+def row_size(row: Row) -> int:
+    """Bytes of a row's image and texts."""
+    image = len(row["image"]["bytes"]) if row["image"] else 0
+    return image + len(row["long_text"]) + len(row["short_text"]) + 600
+
+
+def sync(path: Path) -> None:
+    """Forces a file or a folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,331 @@
+"""
+What a built data set holds: Table I of the paper for it, token lengths (Fig. 6), vocabulary, duplicates, a map.
+
+    python -m training.lrs2m.statistics DIR
+
+writes statistics.json, statistics.md and the figures into DIR, from one pass over the rows. Memory does not grow with
+them, but for 8 bytes a row that tell images apart.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pyarrow import ArrowInvalid, parquet
+from tqdm import tqdm
+
+from evaluation.paper import paper_tables
+
+from .output import LISTS, MANIFEST, write_json
+from .rows import GIVEN
+from .shards import read_shard
+from .statistics_figures import draw_map, draw_token_lengths
+
+
+STATISTICS, TABLES = "statistics.json", "statistics.md"
+CLIP_POSITIONS, LONG_POSITIONS = 77, 248
+LONGEST = 1024  # tokens; what is longer is counted with it in the histogram
+COLUMNS = [
+    *("source", "route", "licence", "long_text", "short_text", "long_captioner", "short_captioner"),
+    *("long_tokens", "short_tokens", "short_words", "image_sha256", "longitude", "latitude"),
+]
+Columns = dict[str, list[Any]]
+_BATCH = 4096  # rows
+_WORD = re.compile(r"[a-z]+(?:['’-][a-z]+)*")
+
+
+@dataclass
+class SourceTally:
+    """Counts of one source."""
+
+    rows: int = 0
+    long_tokens: int = 0
+    short_tokens: int = 0
+    routes: Counter = field(default_factory=Counter)
+    licences: Counter = field(default_factory=Counter)
+    long_from: Counter = field(default_factory=Counter)  # captioners
+    short_from: Counter = field(default_factory=Counter)
+
+    def add(self, columns: Columns, places: Sequence[int]) -> None:
+        self.rows += len(places)
+        for name, counter in (
+            ("route", self.routes),
+            ("licence", self.licences),
+            ("long_captioner", self.long_from),
+            ("short_captioner", self.short_from),
+        ):
+            counter.update(columns[name][place] for place in places)
+        self.long_tokens += sum(columns["long_tokens"][place] for place in places)
+        self.short_tokens += sum(columns["short_tokens"][place] for place in places)
+
+
+class Tally:
+    """Counts of a whole data set, from rows in batches."""
+
+    def __init__(self) -> None:
+        self.sources: dict[str, SourceTally] = {}
+        self.splits: Counter[str] = Counter()
+        self.lengths = {which: np.zeros(LONGEST + 1, np.int64) for which in ("long", "short")}
+        self.tokens, self.words = Counter(), Counter()
+        self.vocabulary: dict[str, set[str]] = {"long": set(), "short": set()}
+        self.places = np.zeros((180, 360), np.int64)  # rows by degree of latitude, from the south, and of longitude
+        self._images: list[np.ndarray] = []  # 64 bits of each row's image hash
+
+    def add(self, split: str, columns: Columns) -> None:
+        """Takes some rows, as a list a column."""
+        by_source: dict[str, list[int]] = {}
+        for place, source in enumerate(columns["source"]):
+            by_source.setdefault(source, []).append(place)
+        for source, places in by_source.items():
+            self.sources.setdefault(source, SourceTally()).add(columns, places)
+        self.splits[split] += len(columns["source"])
+        for which, lengths in self.lengths.items():
+            tokens = np.asarray(columns[f"{which}_tokens"])
+            self.tokens[which] += int(tokens.sum())
+            lengths += np.bincount(np.minimum(tokens, LONGEST), minlength=LONGEST + 1)
+            words = _WORD.findall(" ".join(columns[f"{which}_text"]).lower())
+            self.words[which] += len(words)
+            self.vocabulary[which].update(words)
+        hashes = "".join(value[:16] for value in columns["image_sha256"])
+        self._images.append(np.frombuffer(bytes.fromhex(hashes), np.uint64))
+        known = [
+            (latitude, longitude)
+            for latitude, longitude in zip(columns["latitude"], columns["longitude"], strict=True)
+            if latitude is not None and longitude is not None
+        ]
+        if known:
+            degrees = np.floor(np.array(known)).astype(int) + [90, 180]
+            np.add.at(self.places, tuple(np.clip(degrees, 0, [179, 359]).T), 1)
+
+    @property
+    def images(self) -> int:
+        """Distinct images."""
+        self._images = [np.unique(np.concatenate(self._images))] if self._images else []
+        return len(self._images[0]) if self._images else 0
+
+
+def tally(folder: Path, manifest: dict[str, Any]) -> Tally:
+    """Reads every row of a finished data set once, without its pixels."""
+    counts = Tally()
+    rows = sum(split["rows"] for split in manifest["splits"].values())
+    with tqdm(total=rows, unit=" rows", disable=None, leave=False) as bar:
+        for split, told in manifest["splits"].items():
+            for file in told["files"]:
+                for columns in _batches(folder / file["path"]):
+                    counts.add(split, columns)
+                    bar.update(len(columns["source"]))
+    return counts
+
+
+def _batches(path: Path) -> Iterator[Columns]:
+    if path.suffix == ".parquet":
+        try:
+            with parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=_BATCH, columns=COLUMNS):
+                    yield batch.to_pydict()
+        except (OSError, ArrowInvalid) as error:
+            raise ValueError(f"{path} cannot be read ({error}); build the data set again.") from error
+        return
+    rows: list[dict[str, Any]] = []
+    for row in read_shard(path):
+        rows.append({name: row[name] for name in COLUMNS})
+        if len(rows) == _BATCH:
+            yield {name: [one[name] for one in rows] for name in COLUMNS}
+            rows = []
+    if rows:
+        yield {name: [one[name] for one in rows] for name in COLUMNS}
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def statistics(folder: Path) -> dict[str, Any]:
+    """
+    The statistics of a finished data set.
+
+    Raises:
+        `ValueError`: for a folder without a manifest, or a file that cannot be read.
+    """
+    return describe(tally(folder, manifest := read_manifest(folder)), manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} holds no {MANIFEST}: it is no finished data set; run training.lrs2m.build to its end."
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def data_hash(manifest: dict[str, Any]) -> str:
+    """SHA-256 over those of the shards: which data was counted."""
+    files = [file["sha256"] for split in manifest["splits"].values() for file in split["files"]]
+    return hashlib.sha256("".join(files).encode()).hexdigest()
+
+
+def describe(counts: Tally, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Counts as values for JSON."""
+    rows = sum(counts.splits.values())
+    duplicates = manifest["totals"].get("duplicates", 0)
+    told = {
+        "name": manifest["name"],
+        "data_sha256": data_hash(manifest),
+        "rows": rows,
+        "splits": dict(counts.splits),
+        "images": counts.images,
+        "sources": [_describe_source(name, one, manifest) for name, one in counts.sources.items()],
+        "long": _describe_text("long", counts, rows),
+        "short": _describe_text("short", counts, rows),
+        "vocabulary": len(counts.vocabulary["long"] | counts.vocabulary["short"]),
+        "left_out": {name: manifest["totals"].get(name, 0) for name in LISTS if name != "unmatched"},
+        "duplicate_rate": duplicates / max(1, rows + duplicates),
+        "evaluation_sets": manifest.get("evaluation_sets", []),
+        "with_coordinates": int(counts.places.sum()),
+    }
+    unmatched = {name: count for name, count in manifest["totals"].items() if name.startswith("unmatched ")}
+    told["left_out"] |= unmatched
+    return told
+
+
+def _describe_source(name: str, counts: SourceTally, manifest: dict[str, Any]) -> dict[str, Any]:
+    recipe = next((one for one in manifest["recipe"]["sources"] if one["name"] == name), {})
+    images = recipe.get("images") or manifest["images"]
+    told = {
+        "name": name,
+        "route": list(counts.routes)[0],
+        "rows": counts.rows,
+        "long_from": _shown(counts.long_from),
+        "long_mean_tokens": counts.long_tokens / counts.rows,
+        "short_from": _shown(counts.short_from),
+        "short_mean_tokens": counts.short_tokens / counts.rows,
+        "licence": "; ".join(sorted(filter(None, counts.licences))),
+        "licence_url": recipe.get("licence_url"),
+        "images": "yes" if images == "embed" else "no",
+    }
+    paper = paper_row(recipe.get("paper_source") or name)
+    return told | ({"paper": paper} if paper else {})
+
+
+def _shown(captioners: Counter) -> str:
+    """`given`, or the captioners' ids by how often."""
+    names = [name or GIVEN for name, _ in sorted(captioners.items(), key=lambda one: (-one[1], str(one[0])))]
+    return ", ".join(names)
+
+
+def paper_row(name: str) -> dict[str, Any] | None:
+    """The row of the paper's Table I that a source is named after."""
+    table = paper_tables()["lrs2m"]
+    for known, row in table["rows"].items():
+        if re.sub(r"[\W_]", "", known).lower() == re.sub(r"[\W_]", "", name).lower():
+            return {"name": known} | dict(zip(table["columns"], row, strict=True))
+    return None
+
+
+def _describe_text(which: str, counts: Tally, rows: int) -> dict[str, Any]:
+    lengths = counts.lengths[which]
+    longest = np.flatnonzero(lengths)
+    told = {
+        "mean_tokens": counts.tokens[which] / max(1, rows),
+        "median_tokens": int(np.searchsorted(np.cumsum(lengths), (rows + 1) // 2)) if rows else 0,
+        "longest": int(longest[-1]) if len(longest) else 0,  # LONGEST stands for it and more
+        "mean_words": counts.words[which] / max(1, rows),
+        "vocabulary": len(counts.vocabulary[which]),
+        "histogram": lengths[: longest[-1] + 1 if len(longest) else 0].tolist(),  # texts by tokens
+    }
+    for positions in (CLIP_POSITIONS, LONG_POSITIONS):
+        told[f"over_{positions}"] = float(lengths[positions + 1 :].sum() / max(1, rows))
+    return told
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def report(told: dict[str, Any]) -> str:
+    """The statistics as Markdown."""
+    head = ["source", "route", "rows", "long captions from", "mean tokens", "short captions from", "mean tokens"]
+    lines = [f"# {told['name']}", "", _row([*head, "paper: pairs", "long", "short"])]
+    lines.append(_row([":--", ":--", "--:", ":--", "--:", ":--", *["--:"] * 4]))
+    for one in told["sources"]:
+        paper = one.get("paper")
+        cells = [one["name"], one["route"], f"{one['rows']:,}", one["long_from"], f"{one['long_mean_tokens']:.2f}"]
+        cells += [one["short_from"], f"{one['short_mean_tokens']:.2f}"]
+        beside = ("pairs", "long_text_mean_tokens", "short_text_mean_tokens")
+        cells += [f"{paper[name]:,}" for name in beside] if paper else ["", "", ""]
+        lines.append(_row(cells))
+    long, short, stated = told["long"], told["short"], paper_tables()["lrs2m"]["stated"]
+    total = ["**all**", "", f"{told['rows']:,}", "", f"{long['mean_tokens']:.2f}", "", f"{short['mean_tokens']:.2f}"]
+    lines.append(_row([*total, *(f"{stated[name]:,}" for name in stated if name != "pairs_by_route")]))
+    lines += ["", "Paper: Table I as printed; its last row is what its text says.", ""]
+    lines += [_row(["", "long", "short"]), _row([":--", "--:", "--:"])]
+    for name, key, form in (
+        ("tokens, median", "median_tokens", "{:,}"),
+        ("tokens, most", "longest", "{:,}"),
+        ("words, mean", "mean_words", "{:.1f}"),
+        ("over 77 tokens, which CLIP cuts", "over_77", "{:.1%}"),
+        ("over 248 tokens, which LRSCLIP cuts", "over_248", "{:.1%}"),
+        ("different words", "vocabulary", "{:,}"),
+    ):
+        lines.append(_row([name, form.format(long[key]), form.format(short[key])]))
+    against = ", ".join(told["evaluation_sets"]) or "no evaluation set"
+    left_out = ", ".join(f"{name} {count:,}" for name, count in told["left_out"].items())
+    lines += ["", f"- {told['images']:,} distinct images in {told['rows']:,} rows ({_counted(told['splits'])})."]
+    lines.append(f"- {told['vocabulary']:,} different words in both kinds of text.")
+    lines.append(f"- Left out: {left_out}.")
+    lines.append(f"- Near-duplicates: {told['duplicate_rate']:.2%} of what was read; compared with {against}.")
+    lines.append(f"- {told['with_coordinates']:,} rows know where on Earth they are.")
+    return "\n".join(lines) + "\n"
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def write(folder: Path) -> dict[str, Any]:
+    """Writes statistics.json, statistics.md and the figures into a data set's folder, and returns the statistics."""
+    counts = tally(folder, manifest := read_manifest(folder))
+    told = describe(counts, manifest)
+    if not told["rows"]:
+        raise ValueError(f"{folder} has no rows; see failed.jsonl and skipped.jsonl there.")
+    histograms = {which: told[which]["histogram"] for which in ("long", "short")}
+    draw_token_lengths(histograms, folder / "token_lengths.png", told["name"])
+    if told["with_coordinates"]:
+        draw_map(counts.places, folder / "map.png", told["name"])
+    (folder / TABLES).write_text(report(told), encoding="utf-8")
+    write_json(folder / STATISTICS, told)
+    return told
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; what goes wrong is one sentence on standard error and exit status 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.lrs2m.statistics",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="a finished data set")
+    folder = parser.parse_args(arguments).folder
+    try:
+        print(report(write(folder)))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    files = [name for name in (STATISTICS, TABLES, "token_lengths.png", "map.png") if (folder / name).exists()]
+    print(f"written: {', '.join(str(folder / name) for name in files)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
