@@ -12,7 +12,7 @@ WHOLE := 700
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo test lint bench hf-suite
+.PHONY: help demo test lint bench hf-suite soak
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -20,6 +20,7 @@ help:
 	@echo "make demo      stretch a small CLIP, fine-tune it on long and short captions, evaluate and reload it"
 	@echo "make test      the test suite"
 	@echo "make lint      ruff"
+	@echo "make soak      kill training runs 20 times, resume them, and compare to the bit with runs left alone"
 	@echo "make bench     speed against other implementations"
 	@echo "make hf-suite  transformers' own model tests on ours, beside stock CLIP"
 
@@ -40,11 +41,15 @@ lint: $(READY)
 hf-suite: $(READY)
 	$(BIN)/python tests/hf_suite/run.py
 
+soak: $(READY)
+	$(BIN)/python -m tests.soak --kills 20
+
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.encoding
 	$(BIN)/python -m tests.benchmarks.recall
 	$(BIN)/python -m tests.benchmarks.localization
 	$(BIN)/python -m tests.benchmarks.large_batch loss
+	$(BIN)/python -m tests.benchmarks.training --batch 8 --layers 4
 
 # ---------------------------------------------------------------------------------------------------------------- demo
 # Table VII of the paper in small: the same scenes, architecture and number of steps for every row. An interrupted

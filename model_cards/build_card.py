@@ -95,7 +95,8 @@ def build_card(
         measured, own = select_model(results, facts.weights_sha256, checkpoint)
         seen = {"seen": "it was trained on this very file"}
         own = [
-            result | (seen if training and _same_file(result.get("source"), training["data"]["name"]) else {})
+            result
+            | (seen if any(_same_file(result.get("source"), data["name"]) for data in _trained_on(training)) else {})
             for result in own
         ]
     address = repo_id or (_folder_name(checkpoint, address=True) if checkpoint else published)
@@ -134,7 +135,7 @@ def card_data(
     if training and training["init"] and training["init"]["kind"] == "hub":
         base = training["init"]["name"]
     if training and training["data"]["kind"] == "hub":
-        datasets = [training["data"]["name"]]
+        datasets = [data["name"] for data in _trained_on(training)]
     metrics = dict.fromkeys(
         "recall" if "R@" in name or name == "mR" else name for own in results for name in own["metrics"]
     )
@@ -175,6 +176,11 @@ def _check_training(training: dict[str, Any], facts: ModelFacts, checkpoint: Pat
             f"the training record is that of other weights ({training['weights']['sha256'][:12]}) than those in "
             f"{checkpoint} ({facts.weights_sha256[:12]}); give the run.json that lies beside them."
         )
+
+
+def _trained_on(training: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The data sets of a training record, which names one or lists several."""
+    return training["data"].get("sources", [training["data"]]) if training else []
 
 
 def _same_file(measured_on: Any, trained_on: str) -> bool:

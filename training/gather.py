@@ -1,5 +1,7 @@
 """Rows of all processes in one matrix, with gradient. The only file that talks to the process group."""
 
+import datetime
+
 import torch
 import torch.distributed as dist
 
@@ -36,6 +38,18 @@ def gather_with_gradient(local: torch.Tensor | None) -> torch.Tensor | None:
     return _Gather.apply(local)
 
 
+def fewest(count: int, device: torch.device) -> int:
+    """The smallest of the processes' counts."""
+    return int(gather(torch.tensor([count], device=device)).min())
+
+
+def average_gradient(parameter: torch.nn.Parameter) -> None:
+    """The mean of the processes' gradients of a parameter that no wrapper reduces."""
+    if parameter.grad is not None:
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= dist.get_world_size()
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, local):
@@ -46,3 +60,32 @@ class _Gather(torch.autograd.Function):
         share = len(gradient) // dist.get_world_size()
         first = dist.get_rank() * share
         return gradient[first : first + share] * dist.get_world_size()
+
+
+_kept: list[dist.ProcessGroup] = []
+
+
+def keep_until_exit() -> None:
+    """
+    Keeps the process group of all from being taken apart while the process lives: that waits for gloo's threads with the
+    interpreter's lock held, and such a thread may be waiting for the lock to let go of a tensor. Neither would go on.
+    """
+    if dist.is_initialized():
+        _kept.append(dist.group.WORLD)
+
+
+def cpu_group(longest_wait: datetime.timedelta) -> dist.ProcessGroup | None:
+    """A group of all processes whose CPUs talk to each other, past any GPU; None with one process. All must call it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    _kept.append(dist.new_group(backend="gloo", timeout=longest_wait))
+    return _kept[-1]
+
+
+def largest(number: int, group: dist.ProcessGroup | None) -> int:
+    """The largest `number` that any process gave; `group` is that of [`cpu_group`]."""
+    if group is None:
+        return number
+    told = torch.tensor([number])
+    dist.all_reduce(told, dist.ReduceOp.MAX, group=group)
+    return int(told)

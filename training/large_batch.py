@@ -9,11 +9,11 @@ plain gradient accumulation, whose negatives are the micro-batch's.
 Shapes: b images of this process, n texts of it (long and short ones together), L tokens, P projection width.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import get_device_states, set_device_states
 
@@ -32,11 +32,14 @@ class Embedder(torch.nn.Module):
     """
     The model as a training step calls it: images and groups of texts in one `forward`, since a model that is wrapped
     for several processes must see its whole batch in one.
+
+    Args:
+        autocast (`torch.dtype`, *optional*): to compute in, where no wrapper sees to that.
     """
 
-    def __init__(self, model: LRSCLIPModel):
+    def __init__(self, model: LRSCLIPModel, autocast: torch.dtype | None = None):
         super().__init__()
-        self.model = model
+        self.model, self.autocast = model, autocast
 
     def forward(
         self, pixel_values: torch.Tensor | None, groups: list[torch.Tensor]
@@ -49,9 +52,15 @@ class Embedder(torch.nn.Module):
         Returns:
             unit embeddings of the images `(b, P)` and of the texts of all groups `(n, P)`; None for those not given.
         """
-        images = None if pixel_values is None else self.model(pixel_values=pixel_values).image_embeds
-        texts = [self.model(input_ids=group).text_embeds for group in groups]
+        with self._precision():
+            images = None if pixel_values is None else self.model(pixel_values=pixel_values).image_embeds
+            texts = [self.model(input_ids=group).text_embeds for group in groups]
         return images, torch.cat(texts) if texts else None
+
+    def _precision(self) -> AbstractContextManager:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.model.logit_scale.device.type, self.autocast)
 
 
 def plain_gradients(accelerator: Accelerator, embedder: torch.nn.Module, piece: Piece, loss_of: Loss) -> DualTextLoss:
@@ -113,9 +122,21 @@ def cached_gradients(
     return losses
 
 
-def _gradients_kept_back(accelerator: Accelerator, embedder: torch.nn.Module) -> AbstractContextManager:
-    """As `accelerator.no_sync`, which does nothing for a single process, although that may be wrapped too."""
-    return embedder.no_sync() if isinstance(embedder, DistributedDataParallel) else accelerator.no_sync(embedder)
+@contextmanager
+def _gradients_kept_back(accelerator: Accelerator, embedder: torch.nn.Module) -> Iterator[None]:
+    """For all backward passes of a step but the last one."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # its engine would step the optimizer at each
+        accelerator.sync_gradients = False
+        try:
+            yield
+        finally:
+            accelerator.sync_gradients = True
+    elif accelerator.distributed_type == DistributedType.FSDP:  # each reduces its own: kept, they would be whole ones
+        yield
+    else:  # `accelerator.no_sync` does nothing for a single process, although that may be wrapped too
+        wrapped = isinstance(embedder, DistributedDataParallel)
+        with embedder.no_sync() if wrapped else accelerator.no_sync(embedder):
+            yield
 
 
 def _random_state(piece: Piece) -> tuple:

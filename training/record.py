@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,21 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 def describe_source(name: str) -> dict[str, str]:
     """A model or a data set by its name, and whether that names something on this machine or on the Hub."""
-    return {"name": name, "kind": "local" if Path(name).exists() else "hub"}
+    on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists()
+    return {"name": name, "kind": "hub" if on_hub else "local"}
+
+
+def describe_data(given: str | list[Any]) -> dict[str, Any]:
+    """
+    The data of a run as its configuration gives them: a name, or sources with a `path` and maybe a `weight`. Several are
+    on the Hub if all of them are, and listed under `sources`.
+    """
+    if isinstance(given, str):
+        return describe_source(given)
+    sources = [describe_source(source.path) | {"weight": source.weight} for source in given]
+    kinds = {source["kind"] for source in sources}
+    names = ", ".join(source["name"] for source in sources)
+    return {"name": names, "kind": "hub" if kinds == {"hub"} else "local", "sources": sources}
 
 
 def read_record(folder: str) -> dict[str, Any] | None:
@@ -46,6 +61,20 @@ def read_record(folder: str) -> dict[str, Any] | None:
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Replaces the record in one step."""
-    unfinished = folder / f".{RECORD}.{os.getpid()}"
-    unfinished.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, folder / RECORD)
+    replace_text(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def record_start(folder: Path, start: dict[str, Any]) -> None:
+    """Adds a start of the run, or a resumption, to the record of its folder; the rest follows when the run is done."""
+    record = read_record(str(folder)) or {"schema_version": SCHEMA_VERSION}
+    write_record(folder, record | {"starts": [*record.get("starts", []), start]})
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a small file that a crash leaves as it was or as it shall be."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)

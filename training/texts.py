@@ -36,7 +36,7 @@ def as_they_come(matrices: list[torch.Tensor]) -> TextGroups:
 
 
 def group_by_length(
-    matrices: list[torch.Tensor], end_of_text: int, *, rows: int | None = None, cost: int = 0
+    matrices: list[torch.Tensor], end_of_text: int, *, rows: int | None = None, cost: int = 0, most: int | None = None
 ) -> TextGroups:
     """
     The texts of all matrices, longest first, in groups that are each padded to their longest text only. Texts of
@@ -48,11 +48,18 @@ def group_by_length(
         rows (`int`, *optional*): texts a group, the last one may have fewer; the number of groups is then the same for
             any texts. Without it, groups are cut where padded tokens + `cost` x groups are fewest.
         cost (`int`): what a group costs beside its tokens, in tokens.
+        most (`int`, *optional*): groups at most; those whose texts are padded least by it are put together.
     """
     width = max(matrix.shape[1] for matrix in matrices)
     ids = torch.cat([pad(matrix, (0, width - matrix.shape[1]), value=end_of_text) for matrix in matrices])  # (n, L)
     lengths, by_length = token_lengths(ids, end_of_text).sort(descending=True, stable=True)
     cuts = list(range(rows, len(ids), rows)) if rows else _cheapest_cuts(lengths.numpy(), cost)
+    while most is not None and len(cuts) >= most:
+        starts, ends = [0, *cuts[:-1]], [*cuts[1:], len(ids)]
+        padded = [
+            (end - at) * int(lengths[start] - lengths[at]) for start, at, end in zip(starts, cuts, ends, strict=True)
+        ]
+        del cuts[padded.index(min(padded))]
     groups = [
         ids[texts][:, :longest]
         for texts, longest in zip(by_length.tensor_split(cuts), lengths[[0, *cuts]].tolist(), strict=True)

@@ -6,28 +6,57 @@ Fine-tunes a CLIP on images with a long and a short caption each (paper, IV-C).
 
 import datetime
 import os
+import signal
 import statistics
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
-from accelerate.utils import parse_flag_from_env, set_seed
-from datasets import Dataset, disable_progress_bars
-from datasets.exceptions import DatasetsError
+from accelerate.utils import ProjectConfiguration, parse_flag_from_env, set_seed
+from datasets import disable_progress_bars
+from PIL.Image import Image
 from pydantic import RootModel
 from transformers.utils import logging
 
 from evaluation.embedding import embed_images, weights_hash
+from evaluation.models import MODELS, resolve
 from evaluation.retrieval import evaluate_retrieval
-from modeling_lrsclip import LRSCLIPModel
+from modeling_lrsclip import LRSCLIPModel, LRSCLIPProcessor
 
+from .checkpoint import NotSavedError
 from .config import TrainConfig, parse_config
-from .data import CaptionedImages, caption_list, find_file, load_pairs, read_image
+from .data import CaptionedImages, Pairs, check_row, count_workers
+from .gather import keep_until_exit
+from .images import read_image
+from .interruption import ENDED_BY_SIGNAL, FAILED, NOT_FINITE, NOT_SAVED, Interrupted, end_with_the_launcher
 from .loop import Trainer, count_steps
-from .model import build_model, build_processor
+from .model import SCRATCH, SHORTHANDS, ModelConfig, build_model, build_processor
+from .nonfinite import NotFiniteError
 from .optim import build_optimizer, build_scheduler
-from .record import SCHEMA_VERSION, describe_source, git_state, read_record, versions, write_record
+from .preflight import USER_ERRORS, MistakeError, first_process_first, open_data
+from .push import look_for_a_token, push
+from .record import (
+    SCHEMA_VERSION,
+    describe_data,
+    describe_source,
+    git_state,
+    read_record,
+    record_start,
+    replace_text,
+    versions,
+    write_record,
+)
+from .rows import Row, caption_list
+from .run_folder import check_run_folder, lock_run_folder
+from .sharding import make_accelerator
+from .skipped import SkippedFile, check_share, skipped_row
 
 
 MEASURED_CAPTIONS = 1000  # whose token lengths are told at the start
@@ -35,101 +64,157 @@ LONGEST_WAIT = datetime.timedelta(hours=6)  # of the other processes, while the 
 
 
 def main(argv: list[str] | None = None) -> None:
+    end_with_the_launcher()
+    disable_progress_bars()
     config = parse_config(argv)
     try:
         run(config)
-    except (ValueError, OSError, FloatingPointError, DatasetsError) as error:
+    except Interrupted as told:
+        leave(str(told), ENDED_BY_SIGNAL + told.signal_number)
+    except KeyboardInterrupt:
+        leave("ended before the first step or after the last one; --resume goes on.", ENDED_BY_SIGNAL + signal.SIGINT)
+    except NotFiniteError as error:
+        leave(f"error: {error}", NOT_FINITE)
+    except NotSavedError as error:
+        leave(f"error: {error}", NOT_SAVED)
+    except MistakeError as error:
+        raise SystemExit(f"error: {error}" if is_first() else FAILED) from error
+    except USER_ERRORS as error:
         raise SystemExit(f"error: {error}") from error
+
+
+def leave(message: str, exit_code: int) -> NoReturn:
+    """Ends this process, the reason told once for all of them."""
+    if is_first():
+        print(message, file=sys.stderr)
+    raise SystemExit(exit_code)
+
+
+def is_first() -> bool:
+    """Whether this is the only process of the run or the first of several, before accelerate knows."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def run(config: TrainConfig) -> Path:
     """Trains as `config` says; returns the folder of the final model."""
-    folder = Path(config.output_dir)
-    check_run_folder(folder, config)
-    if config.data.workers:  # forked processes must not wait for the tokenizer's threads, which a fork leaves behind
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    with lock_run_folder(Path(config.output_dir)) if is_first() else nullcontext():
+        check_run_folder(Path(config.output_dir), as_dict(config), config.resume)
+        return train(config, Path(config.output_dir))
+
+
+def train(config: TrainConfig, folder: Path) -> Path:
     device = PartialState(cpu=on_cpu(), timeout=LONGEST_WAIT).device
-    accelerator = Accelerator(
-        mixed_precision=choose_precision(config.precision, device.type),
-        log_with="tensorboard",
-        project_dir=str(folder),
+    if count_workers(config.data, device.type):  # forks must not wait for the tokenizer's threads, which stay behind
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    accelerator = make_accelerator(
+        choose_precision(config.precision, device.type),
+        log_with=list(config.loop.trackers) or None,
+        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard")),
     )
+    keep_until_exit()
     use_all_cores(accelerator)
     logging.disable_progress_bar()
-    disable_progress_bars()
     set_seed(config.seed)
-    with accelerator.main_process_first():
-        columns = caption_columns(config)
-        rows = load_pairs(config.data.train, config.data.train_split, config.data, columns)
-        held_out = None
-        if config.data.validation:
-            held_out = load_pairs(config.data.validation, config.data.validation_split, config.data, columns)
-        captions = (text for name in columns for stored in rows[name] for text in caption_list(stored))
-        processor = build_processor(config.model, captions)
-    model = build_model(config.model, processor)
+    pairs, held_out, start, processor = first_process_first(accelerator, partial(load, config, accelerator))
+    model = build_model(start, processor)
     model.config.long_weight = config.loss.long_weight
     optimizer = build_optimizer(model, config.optim)
-    scheduler = build_scheduler(optimizer, config.optim, count_steps(config.loop, len(rows)))
+    scheduler = build_scheduler(optimizer, config.optim, count_steps(config.loop, len(pairs)))
     trainer = Trainer(
         accelerator,
         model,
         processor,
         optimizer,
         scheduler,
-        CaptionedImages(rows, config.data, config.seed, config.loss.short_text == "first_sentence"),
+        CaptionedImages(
+            pairs, config.data, config.seed, config.loss.short_text == "first_sentence", image_size(processor)
+        ),
         config,
         validate=None if held_out is None else Validation(config, processor, held_out, accelerator.mixed_precision),
     )
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
-        lengths = measure_captions(trainer, rows, columns)
-        introduce(trainer, len(rows), lengths)
-    accelerator.init_trackers("tensorboard")
-    state = trainer.train()
+        replace_text(folder / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False))
+        lengths = measure_captions(trainer, pairs)
+        introduce(trainer, lengths)
+        describe = partial(describe_run, trainer, len(pairs), lengths, held_out and len(held_out))
+        trainer.kept_best = partial(push_best, trainer, describe)
+        if config.push_to_hub:
+            look_for_a_token(print)
+    trainer.resume_if_asked()
+    if accelerator.is_main_process:
+        record_start(folder, {"step": trainer.state.step} | describe_start(accelerator))
+    try:
+        state = trainer.train()
+    except (Interrupted, NotFiniteError, NotSavedError):  # of all processes together: none waits for another
+        accelerator.end_training()
+        raise
     accelerator.end_training()
     if accelerator.is_main_process:
-        record_run(trainer, len(rows), lengths, None if held_out is None else len(held_out))
+        record_run(trainer, describe())
+        if config.push_to_hub:
+            push(
+                config.push,
+                folder / "final",
+                state.step,
+                print,
+                config.data.validation if config.push.measure else None,
+            )
         if held_out is not None:
             print(f"best validation mR {state.best_recall:.1f} at step {state.best_step}: {folder / 'best'}")
         print(folder / "final")
     return folder / "final"
 
 
+def load(config: TrainConfig, accelerator: Accelerator) -> tuple[Pairs, Pairs | None, ModelConfig, LRSCLIPProcessor]:
+    """The training pairs, the held-out ones, the model section with `init` resolved, and the processor."""
+    pairs, held_out = open_data(config, accelerator.num_processes)
+    captions = (text for kind in pairs.kinds for stored in pairs.captions(kind) for text in caption_list(stored))
+    start = resolve_init(config.model)
+    return pairs, held_out, start, build_processor(start, captions)
+
+
+def resolve_init(model: ModelConfig) -> ModelConfig:
+    """
+    The same with `init` a folder, a Hub id or a file, by whatever name it was given; fetches a published file.
+
+    Raises:
+        `ValueError`: for a name or path that is none of these, or a file that cannot be fetched.
+    """
+    if model.init == SCRATCH:
+        return model
+    source = resolve(full_name(model.init))
+    options = {name: value for name, value in source.load_options.items() if getattr(model, name) is None}
+    return replace(model, init=source.path, **options)
+
+
+def full_name(init: str) -> str:
+    """Of a published model that is named by a short word; else `init` itself."""
+    return init if Path(init).exists() else SHORTHANDS.get(init, init)
+
+
+def describe_init(init: str) -> dict[str, str]:
+    """What a run started from, a published model by where it is published."""
+    model = None if Path(init).exists() else MODELS.get(full_name(init).lower())
+    return describe_source((model and (model.repo or model.url)) or init)
+
+
+def push_best(trainer: Trainer, describe: Callable[[], dict[str, Any]]) -> None:
+    """Pushes a new best model with its record, where that was asked for."""
+    config, state = trainer.config, trainer.state
+    if config.push_to_hub and config.push.every == "validation":
+        record_model(trainer.folder / "best", describe(), state.best_step)
+        push(config.push, trainer.folder / "best", state.best_step, trainer.report.say)
+
+
 def as_dict(config: TrainConfig) -> dict:
     return RootModel[TrainConfig](config).model_dump()
 
 
-def check_run_folder(folder: Path, config: TrainConfig) -> None:
-    """
-    Raises `ValueError` when the folder holds a run and this one would overwrite it, or would go on with it under
-    another configuration; how often to log, validate and save may change.
-    """
-    if not (folder / "config.yaml").exists():
-        return
-    if not config.resume:
-        raise ValueError(f"{folder} holds a run already; go on with it by --resume, or set another output_dir.")
-    free = {"resume", "output_dir", "loop.log_every", "loop.validate_every", "loop.save_every"}
-    free |= {"loop.keep_checkpoints", "data.workers"}
-    before, now = flatten(yaml.safe_load((folder / "config.yaml").read_text())), flatten(as_dict(config))
-    changed = [name for name in now if name not in free and before.get(name) != now[name]]
-    if changed:
-        told = ", ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in changed)
-        raise ValueError(f"{folder} cannot be resumed with another configuration: {told}; set another output_dir.")
-
-
-def flatten(values: dict, prefix: str = "") -> dict:
-    """Nested sections as dotted names."""
-    flat = {}
-    for name, value in values.items():
-        nested = isinstance(value, dict) and name not in ("text", "vision")
-        flat |= flatten(value, f"{prefix}{name}.") if nested else {prefix + name: value}
-    return flat
-
-
 def choose_precision(precision: str, device: str) -> str:
     """
-    accelerate's name for it; "auto" is bf16 where the hardware of `device` multiplies it, else fp32.
+    accelerate's name for it; "auto" is bf16 where that is faster than fp32: on GPUs and on CPUs with matrix units for it
+    (AMX). AVX-512's bf16 multiplies no faster than its fp32 on the Intel processor it was measured on, so there "auto" is
+    fp32.
 
     Raises:
         `ValueError`: for bf16 on a CPU that only emulates it, many times slower than fp32.
@@ -137,9 +222,9 @@ def choose_precision(precision: str, device: str) -> str:
     if device == "cuda":
         fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast_bf16 = device == "cpu" and torch.backends.mkldnn.is_available()
-        fast_bf16 = fast_bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if device == "cpu" and precision == "bf16" and not fast_bf16:
+        has_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        fast_bf16 = device == "cpu" and has_bf16 and torch.cpu._is_amx_tile_supported()
+        if device == "cpu" and precision == "bf16" and not has_bf16:
             raise ValueError(
                 "This CPU has no bf16 arithmetic and would emulate it, many times slower than fp32; set precision to auto."
             )
@@ -158,52 +243,50 @@ def on_cpu() -> bool:
 
 
 def use_all_cores(accelerator: Accelerator) -> None:
-    """`accelerate launch` gives a process one thread; without a GPU the processes share the cores instead."""
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
-    if launched and accelerator.device.type == "cpu":
+    """
+    `accelerate launch` and, where it starts several, `torchrun` give a process one thread; without a GPU the processes
+    share the cores instead.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or ("TORCHELASTIC_RUN_ID" in os.environ and processes > 1)
+    if launched and os.environ.get("OMP_NUM_THREADS") == "1" and accelerator.device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(max(1, cores // processes))
 
 
-def caption_columns(config: TrainConfig) -> list[str]:
-    """
-    The caption columns that the loss weighs: with a weight of 0 or 1 the other text is not even read, nor is the short
-    one where the long text's first sentence stands for it.
-    """
-    loss, columns = config.loss, []
-    if loss.long_weight > 0:
-        columns.append(config.data.long_column)
-    if loss.long_weight < 1 and loss.short_text == "own":
-        columns.append(config.data.short_column)
-    return columns
+def image_size(processor: LRSCLIPProcessor) -> int:
+    """Pixels of the short side that the image processor resizes to."""
+    size = dict(processor.image_processor.size)
+    return size.get("shortest_edge") or max(size["height"], size["width"])
 
 
-def measure_captions(trainer: Trainer, rows: Dataset, columns: list[str]) -> dict[str, dict[str, float]]:
-    """Token lengths of the first captions of each column, and the share from 0 to 1 that the table cuts."""
+def measure_captions(trainer: Trainer, pairs: Pairs) -> dict[str, dict[str, float]]:
+    """Token lengths of the sources' first captions, and the share from 0 to 1 that the table cuts, by column."""
     positions, measured = trainer.processor.tokenizer.model_max_length, {}
-    for name in columns:
-        lengths = trainer.processor.count_tokens(
-            [caption_list(stored)[0] for stored in rows[name][:MEASURED_CAPTIONS]]
-        )
+    each = max(1, MEASURED_CAPTIONS // len(pairs.sources))
+    for kind in pairs.kinds:
+        texts = [caption_list(stored)[0] for stored in pairs.captions(kind, each)]
+        if not texts:
+            raise ValueError(f"The first {each} rows have no {kind} caption at all; look at the data.")
+        lengths = trainer.processor.count_tokens(texts)
         cut = sum(length > positions for length in lengths) / len(lengths)
+        name = trainer.config.data.columns([kind])[kind]
         measured[name] = {"measured": len(lengths), "mean_tokens": statistics.fmean(lengths), "share_truncated": cut}
     return measured
 
 
-def introduce(trainer: Trainer, pairs: int, lengths: dict[str, dict[str, float]]) -> None:
+def introduce(trainer: Trainer, lengths: dict[str, dict[str, float]]) -> None:
     """Says what is trained on what, and how long the captions are against the table."""
     positions = trainer.processor.tokenizer.model_max_length
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters()) / 1e6
     print(
-        f"{parameters:.1f} M parameters, {positions} text positions; {pairs} pairs, {trainer.steps} steps of "
+        f"{parameters:.1f} M parameters, {positions} text positions; {len(trainer.data)} pairs, {trainer.steps} steps of "
         f"{trainer.config.loop.batch_size} on {trainer.accelerator.num_processes} x {trainer.accelerator.device.type}, "
         f"{trainer.accelerator.mixed_precision.replace('no', 'fp32')}"
     )
-    data = trainer.config.data
-    if data.validation:
-        validation, train = find_file(data.validation, data.validation_split), find_file(data.train, data.train_split)
-        if validation == train and (train.is_file() or data.validation_split == data.train_split):
-            print(f"note: validation is on the training pairs themselves ({train}), so its recall is not held out")
+    if trainer.validate:
+        for seen in sorted(trainer.data.pairs.locations & trainer.validate.pairs.locations):
+            print(f"note: validation is on the training pairs themselves ({seen}), so its recall is not held out")
     for name, told in lengths.items():
         print(
             f"{name}: {told['mean_tokens']:.0f} tokens on average, {told['share_truncated']:.0%} longer than "
@@ -211,57 +294,95 @@ def introduce(trainer: Trainer, pairs: int, lengths: dict[str, dict[str, float]]
         )
 
 
-def record_run(trainer: Trainer, pairs: int, lengths: dict[str, dict[str, float]], held_out: int | None) -> None:
-    """Writes `run.json` into the run folder and beside the weights of `final` and `best`."""
-    config, state, accelerator = trainer.config, trainer.state, trainer.accelerator
-    measured = held_out and min(held_out, config.data.validation_pairs or held_out)
-    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
-    record = {
-        "schema_version": SCHEMA_VERSION,
+def describe_start(accelerator: Accelerator) -> dict[str, Any]:
+    """When, on what and with what the run, or its resumption, was started."""
+    return {
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "init": describe_source(config.model.init) if config.model.init != "scratch" else None,
-        "init_run": read_record(config.model.init),
-        "data": describe_source(config.data.train) | {"pairs": pairs, "captions": lengths},
-        "validation": held_out and describe_source(config.data.validation) | {"pairs": measured},
-        "best": held_out and {"step": state.best_step, "mR": state.best_recall},
-        "steps": trainer.steps,
-        "seconds": state.seconds,
         "processes": accelerator.num_processes,
-        "device": device,
+        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
         "precision": accelerator.mixed_precision.replace("no", "fp32"),
         "versions": versions(),
         "git": git_state(Path(__file__).parent),
+    }
+
+
+def describe_run(
+    trainer: Trainer, pairs: int, lengths: dict[str, dict[str, float]], held_out: int | None
+) -> dict[str, Any]:
+    """`run.json`, but for the weights it stands beside."""
+    config, state = trainer.config, trainer.state
+    measured = held_out and min(held_out, config.data.validation_pairs or held_out)
+    before = read_record(str(trainer.folder)) or {}
+    return describe_start(trainer.accelerator) | {
+        "schema_version": SCHEMA_VERSION,
+        "starts": before.get("starts", []),
+        "init": describe_init(config.model.init) if config.model.init != "scratch" else None,
+        "init_run": read_record(config.model.init),
+        "data": describe_data(config.data.train) | {"pairs": pairs, "captions": lengths},
+        "validation": held_out and describe_data(config.data.validation) | {"pairs": measured},
+        "best": held_out and {"step": state.best_step, "mR": state.best_recall},
+        "steps": trainer.steps,
+        "seconds": state.seconds,
         "config": as_dict(config),
     }
-    folder = trainer.folder
-    for name, step in (("best", state.best_step), ("final", state.step)):
-        if name == "final" or held_out:
-            weights = weights_hash(LRSCLIPModel.from_pretrained(folder / name, dtype=torch.float32))
-            write_record(folder / name, record | {"weights": {"step": step, "sha256": weights}})
-    write_record(folder, record | {"weights": {"step": step, "sha256": weights}})  # of the final model
+
+
+def record_run(trainer: Trainer, record: dict[str, Any]) -> None:
+    """Writes `run.json` into the run folder and beside the weights of `final` and `best`."""
+    folder, state = trainer.folder, trainer.state
+    if trainer.validate is not None:
+        record_model(folder / "best", record, state.best_step)
+    write_record(folder, record_model(folder / "final", record, state.step))
+
+
+def record_model(folder: Path, record: dict[str, Any], step: int) -> dict[str, Any]:
+    """Writes the record beside the weights of a model folder; returns it with their hash."""
+    weights = weights_hash(LRSCLIPModel.from_pretrained(folder, dtype=torch.float32))
+    whole = record | {"weights": {"step": step, "sha256": weights}}
+    write_record(folder, whole)
+    return whole
 
 
 class Validation:
-    """Recall of held-out pairs, long and short texts each by themselves."""
+    """
+    Recall of held-out pairs, long and short texts each by themselves; rows that cannot be used are left out, named and
+    capped as in training.
+    """
 
-    def __init__(self, config: TrainConfig, processor, rows: Dataset, precision: str):
-        self.config, self.processor, self.precision = config, processor, precision
-        self.rows = rows.select(range(min(len(rows), config.data.validation_pairs or len(rows))))
-        self.columns = caption_columns(config)
+    def __init__(self, config: TrainConfig, processor, pairs: Pairs, precision: str):
+        self.config, self.processor, self.pairs, self.precision = config, processor, pairs, precision
+        self.rows = min(len(pairs), config.data.validation_pairs or len(pairs))
 
     def __call__(self, model) -> dict[str, float]:
         dtype = torch.bfloat16 if self.precision == "bf16" else None
-        images = (read_image(stored) for stored in self.rows[self.config.data.image_column])
+        usable: list[Row] = []
+        images = self.images(usable)
         image_embeds = embed_images(model, self.processor, images, dtype=dtype)  # (M, P), once for both texts
         numbers = {}
-        for column in self.columns:
-            pairs = [(text, index) for index, stored in enumerate(self.rows[column]) for text in caption_list(stored)]
-            texts, owners = zip(*pairs)
+        for kind in self.pairs.kinds:
+            stored = [caption_list(getattr(row, kind)) for row in usable]
+            texts, owners = zip(*((text, index) for index, texts in enumerate(stored) for text in texts))
             recall = evaluate_retrieval(model, self.processor, image_embeds, list(texts), list(owners), dtype=dtype)
-            kind = "long" if column == self.config.data.long_column else "short"
             numbers |= {f"{kind}_{name}": value for name, value in recall.items()}
         means = [value for name, value in numbers.items() if name.endswith("_mR")]
         return numbers | {"mR": statistics.fmean(means)}
+
+    def images(self, usable: list[Row]) -> Iterator[Image]:
+        """The images that can be used; each one's row is appended to `usable`."""
+        found = []
+        for number in range(self.rows):
+            row = self.pairs.read([number])[0]
+            try:
+                check_row(row, self.pairs.kinds)
+                image = read_image(row.image)
+            except ValueError as error:
+                found.append(skipped_row(row, self.pairs.location(number), error))
+                continue
+            usable.append(row)
+            yield image
+        if found:
+            SkippedFile(Path(self.config.output_dir)).add(found)
+            check_share(len(found), self.rows, self.config.data.max_skipped_fraction, found[-1])
 
 
 if __name__ == "__main__":

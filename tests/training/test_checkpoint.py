@@ -1,6 +1,7 @@
 """A folder appears whole or not at all, whatever happens while it is written."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +10,16 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 
-from training.checkpoint import load_newest_state, replace_folder
+from training.checkpoint import (
+    CHECKPOINTS,
+    MANIFEST,
+    clean_up,
+    find_damage,
+    load_newest_state,
+    replace_folder,
+    save_state,
+    write_manifest,
+)
 
 
 ROOT = Path(__file__).parents[2]
@@ -77,3 +87,82 @@ def test_killed_between_the_renames(accelerator, tmp_path):
 def test_half_a_checkpoint_is_not_resumed(accelerator, tmp_path):
     (tmp_path / "checkpoints" / ".step-00000009.partial").mkdir(parents=True)
     assert load_newest_state(accelerator, tmp_path) is False
+
+
+def a_checkpoint(run_folder: Path, step: int) -> Path:
+    folder = run_folder / CHECKPOINTS / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "weights").write_bytes(bytes(range(100)))
+    write_manifest(folder)
+    return folder
+
+
+def shorten(folder: Path) -> None:
+    (folder / "weights").write_bytes(bytes(range(99)))
+
+
+def flip_a_bit(folder: Path) -> None:
+    (folder / "weights").write_bytes(bytes([1, *range(1, 100)]))
+
+
+def lose(folder: Path) -> None:
+    (folder / "weights").unlink()
+
+
+def halve_the_manifest(folder: Path) -> None:
+    (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:30])
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (shorten, "weights has 99 bytes, 100 were written"),
+        (flip_a_bit, "weights is not what was written"),
+        (lose, "FileNotFoundError: .*weights"),
+        (halve_the_manifest, "JSONDecodeError: "),
+    ],
+)
+def test_a_damaged_one_is_named_and_the_one_before_taken(tmp_path, monkeypatch, damage, named):
+    accelerator, said, loaded = Accelerator(cpu=True), [], []
+    older, newest = a_checkpoint(tmp_path, 2), a_checkpoint(tmp_path, 4)
+    assert find_damage(older) is None and find_damage(newest) is None
+    damage(newest)
+    monkeypatch.setattr(accelerator, "load_state", loaded.append)
+    assert load_newest_state(accelerator, tmp_path, said.append)
+    assert loaded == [str(older)]
+    assert len(said) == 1 and re.search(named, said[0]) and "set aside as damaged-step-00000004" in said[0]
+    assert sorted(path.name for path in older.parent.iterdir()) == ["damaged-step-00000004", "step-00000002"]
+
+
+def test_all_damaged(accelerator, tmp_path):
+    for step in (1, 2):
+        shorten(a_checkpoint(tmp_path, step))
+    with pytest.raises(ValueError, match="All 2 checkpoints in .* were damaged .* to start at step 0"):
+        load_newest_state(accelerator, tmp_path, print)
+    assert load_newest_state(accelerator, tmp_path, print) is False
+
+
+def test_old_ones_go_after_the_new_one_is_there(accelerator, tmp_path, monkeypatch):
+    seen = []
+
+    def save(folder: str) -> None:
+        (Path(folder) / "weights").write_text("new")
+        seen.append(sorted(path.name for path in (tmp_path / CHECKPOINTS).glob("step-*")))
+
+    monkeypatch.setattr(accelerator, "save_state", save)
+    for step in (1, 2, 3):
+        save_state(accelerator, tmp_path, step, keep=1)
+    assert seen == [[], ["step-00000001"], ["step-00000002"]]
+    assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000003"]
+    assert find_damage(tmp_path / CHECKPOINTS / "step-00000003") is None
+
+
+def test_clean_up(tmp_path):
+    for name in (".best.old", ".final.old", "final", ".final.partial", "checkpoints/.step-00000001.gone"):
+        (tmp_path / name).mkdir(parents=True)
+    clean_up(tmp_path)
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == [
+        "best",
+        "checkpoints",
+        "final",
+    ]

@@ -1,8 +1,12 @@
 """Mistakes in a configuration are told all at once, with the nearest valid name, before anything loads."""
 
+import re
+
 import pytest
 
 from training.config import parse_config
+from training.preflight import open_data
+from training.report import TRACKERS
 
 
 def test_file_and_overrides(tmp_path):
@@ -19,6 +23,19 @@ def test_file_and_overrides(tmp_path):
 def test_switches():
     config = parse_config(["--resume", "--output_dir", "x", "--data.train", "y", "--data.shuffle_sentences"])
     assert config.resume and config.data.shuffle_sentences and config.output_dir == "x"
+
+
+def test_what_yaml_would_misread(tmp_path):
+    """Patterns of files, dates as folders, and sections whose fields are all commented out."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data: {train: tiles}\nloop:\nloss:\n  # long_weight: 0.6\n")
+    arguments = ["--config", str(recipe), "--output_dir", "2026-01-31", "--loop.steps", "9"]
+    config = parse_config([*arguments, "--data.train", "*.parquet", "--data.validation", "{000..003}.tar"])
+    assert (config.output_dir, config.loop.steps, config.loss.long_weight) == ("2026-01-31", 9, 0.8)
+    assert (config.data.train, config.data.validation) == ("*.parquet", "{000..003}.tar")
+    recipe.write_text("- data\n")
+    with pytest.raises(SystemExit, match="recipe.yaml is not a configuration; write fields and sections"):
+        parse_config(arguments)
 
 
 def test_every_mistake_at_once():
@@ -39,6 +56,41 @@ def test_every_mistake_at_once():
     assert "optim.learning_rat is not a field; did you mean optim.learning_rate?" in message
     assert "loss.long_weight=1.5: input should be less than or equal to 1." in message
     assert "loop.batch_size='many'" in message and "data is required and not set." in message
+
+
+def test_mistakes_of_the_data_are_told_with_the_others(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"image": "0.png", "longtext": "a", "short_text": "b"}\n')
+    (tmp_path / "held_out.jsonl").write_text('{"image": "0.png", "long_text": "a", "short_text": " "}\n')
+    arguments = ["--output_dir", "x", "--data.train", str(tmp_path / "train.jsonl")]
+    arguments += ["--data.validation", str(tmp_path / "held_out.jsonl")]
+    expected = [
+        "train.jsonl has no column 'long_text'; .*did you mean 'longtext'",
+        "held_out.jsonl has 1 rows with an empty",
+    ]
+    with pytest.raises(SystemExit) as caught:
+        parse_config([*arguments, "--loss.long_weight", "-0.1", "--loop.stepz", "3", "--loop.trackers", "[neptune]"])
+    expected += [
+        "loss.long_weight=-0.1: ",
+        "loop.stepz is not a field; did you mean loop.steps",
+        "loop.trackers.0='neptune'",
+    ]
+    for message in expected:
+        assert re.search(message, str(caught.value)), message
+    with pytest.raises(ValueError) as caught:  # nothing else is wrong: before the model loads
+        open_data(parse_config(arguments), processes=1)
+    assert all(re.search(message, str(caught.value)) for message in expected[:2])
+
+
+def test_trackers(monkeypatch):
+    monkeypatch.setitem(TRACKERS, "wandb", lambda: False)
+    required = ["--output_dir", "x", "--data.train", "y"]
+    with pytest.raises(
+        SystemExit, match="loop.trackers names wandb, which is not installed; pip install it, or set it to none"
+    ):
+        parse_config([*required, "--loop.trackers", "wandb"])
+    monkeypatch.setitem(TRACKERS, "wandb", lambda: True)
+    for given, expected in (("wandb", ["wandb"]), ("none", []), ("[tensorboard, wandb]", ["tensorboard", "wandb"])):
+        assert parse_config([*required, "--loop.trackers", given]).loop.trackers == expected
 
 
 @pytest.mark.parametrize(
@@ -66,6 +118,10 @@ def test_every_mistake_at_once():
             "loss.short_text is first_sentence and loss.long_weight is 1, which leaves one of the two texts out",
         ),
         (["--output_dir", "x", "--data.train", "y", "--loss.chunk_size", "0"], "loss.chunk_size=0: .* greater than"),
+        (
+            ["--output_dir", "x", "--data.train", "y", "--loop.validate_every", "5", "--loop.patience", "2"],
+            "loop.patience is set and data.validation is not; set both",
+        ),
         (["--output_dir", "x", "--output_dir.sub", "3"], "output_dir is a single value"),
         (["--output_dir", "x", "--data.train", "y", "--model.init", "scratch"], "model.tokenizer is not set"),
     ],

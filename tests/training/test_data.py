@@ -10,19 +10,26 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from training.data import (
-    CaptionedImages,
-    Collator,
-    DataConfig,
-    VisitSampler,
-    load_pairs,
-    read_image,
-    shuffle_sentences,
-    split_sentences,
-)
+from training.data import CaptionedImages, Collator, DataConfig, load_pairs, shuffle_sentences, split_sentences
+from training.images import read_image
+from training.order import EpochOrder, Mixture, VisitSampler
 
 
-COLUMNS = ["long_text", "short_text"]
+KINDS = ["long", "short"]
+
+
+def pairs_of(source, kinds=KINDS, **fields):
+    return load_pairs(DataConfig(train=str(source), **fields), kinds)
+
+
+def data_of(source, seed=0, **fields):
+    config = DataConfig(train=str(source), **fields)
+    return CaptionedImages(load_pairs(config, KINDS), config, seed)
+
+
+def sampler(rows, batch_size, steps, seed, start=0, rank=0, world=1):
+    order = Mixture([EpochOrder([rows], None, seed)])
+    return VisitSampler(order, batch_size, steps, start, (rank, world))
 
 
 def rows_of(folder):
@@ -50,9 +57,9 @@ def sources(captioned_folder, tmp_path):
 def test_every_source_gives_the_same_pairs(sources, captioned_folder):
     expected = rows_of(captioned_folder)
     for source in sources:
-        rows = load_pairs(str(source), "train", DataConfig(train="x"), COLUMNS)
-        assert [row["short_text"] for row in rows] == [row["short_text"] for row in expected], source
-        image = read_image(rows[3]["image"])
+        pairs = pairs_of(source)
+        assert list(pairs.captions("short")) == [row["short_text"] for row in expected], source
+        image = read_image(pairs.read([3])[0].image)
         assert image.tobytes() == Image.open(captioned_folder / "3.png").tobytes(), source
 
 
@@ -61,9 +68,9 @@ def test_other_column_names(captioned_folder, tmp_path):
     for row in renamed:
         row["file"] = str(captioned_folder / row["file"])
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, renamed)))
-    config = DataConfig(train="x", image_column="file", long_column="text")
-    rows = load_pairs(str(tmp_path / "data.jsonl"), "train", config, ["text"])
-    assert len(rows) == 12 and set(rows.column_names) == {"file", "text"}
+    pairs = pairs_of(tmp_path / "data.jsonl", ["long"], image_column="file", long_column="text")
+    assert len(pairs) == 12 and pairs.kinds == ("long",)
+    assert pairs.read([2])[0].long == renamed[2]["text"] and pairs.read([2])[0].short is None
 
 
 class TestErrors:
@@ -72,7 +79,7 @@ class TestErrors:
         return str(path)
 
     def load(self, source):
-        return load_pairs(source, "train", DataConfig(train="x"), COLUMNS)
+        return pairs_of(source)
 
     def test_missing_images_are_counted_and_named(self, captioned_folder, tmp_path):
         source = self.write(tmp_path / "captions.jsonl", rows_of(captioned_folder))
@@ -120,45 +127,46 @@ def test_exif_rotation(tmp_path):
 
 class TestVisits:
     def test_each_epoch_is_another_permutation(self):
-        batches = list(VisitSampler(rows=10, batch_size=3, steps=6, seed=0))
+        batches = list(sampler(rows=10, batch_size=3, steps=6, seed=0))
         first, second = ([index for batch in half for _, index in batch] for half in (batches[:3], batches[3:]))
         assert len(set(first)) == len(set(second)) == 9 and first != second
         assert [batch[0][0] for batch in batches] == [0, 0, 0, 1, 1, 1]
 
     def test_processes_share_the_global_batch(self):
-        whole = list(VisitSampler(rows=10, batch_size=4, steps=5, seed=3))
-        parts = [list(VisitSampler(rows=10, batch_size=4, steps=5, seed=3, rank=rank, world=2)) for rank in (0, 1)]
+        whole = list(sampler(rows=10, batch_size=4, steps=5, seed=3))
+        parts = [list(sampler(rows=10, batch_size=4, steps=5, seed=3, rank=rank, world=2)) for rank in (0, 1)]
         assert [a + b for a, b in zip(*parts)] == whole
 
     def test_a_later_start_goes_on(self):
-        whole = list(VisitSampler(rows=10, batch_size=4, steps=7, seed=3))
-        assert list(VisitSampler(rows=10, batch_size=4, steps=7, seed=3, start=3)) == whole[3:]
+        whole = list(sampler(rows=10, batch_size=4, steps=7, seed=3))
+        assert list(sampler(rows=10, batch_size=4, steps=7, seed=3, start=3)) == whole[3:]
 
     def test_errors(self):
         with pytest.raises(ValueError, match="512 is more than the 125 training pairs"):
-            VisitSampler(rows=125, batch_size=512, steps=1, seed=0)
+            sampler(rows=125, batch_size=512, steps=1, seed=0)
         with pytest.raises(ValueError, match="multiple of their number, 4"):
-            VisitSampler(rows=125, batch_size=30, steps=1, seed=0, world=4)
+            sampler(rows=125, batch_size=30, steps=1, seed=0, world=4)
 
     def test_what_is_random_depends_on_the_visit_alone(self, captioned_folder):
-        config = DataConfig(train="x", shuffle_sentences=True)
-        data = CaptionedImages(load_pairs(str(captioned_folder), "train", config, COLUMNS), config, seed=5)
+        data = data_of(captioned_folder, seed=5, shuffle_sentences=True)
         alone = data.__getitems__([(1, 7)])[0]["long_text"]
         among = data.__getitems__([(0, 3), (1, 7), (1, 2)])[1]["long_text"]
         later = data.__getitems__([(2, 7)])[0]["long_text"]
         assert alone == among and alone != later
         assert sorted(alone.split()) == sorted(later.split())
 
-    def test_one_of_several_captions(self, captioned_folder):
-        rows = Dataset.from_list([{"image": str(captioned_folder / "0.png"), "short_text": ["a", "b", "c"]}])
-        data = CaptionedImages(rows, DataConfig(train="x"), seed=0)
+    def test_one_of_several_captions(self, captioned_folder, tmp_path):
+        row = {"image": str(captioned_folder / "0.png"), "long_text": "d", "short_text": ["a", "b", "c"]}
+        (tmp_path / "several.jsonl").write_text(json.dumps(row))
+        data = data_of(tmp_path / "several.jsonl")
         assert {data.__getitems__([(epoch, 0)])[0]["short_text"] for epoch in range(30)} == {"a", "b", "c"}
 
 
 def test_the_first_sentence_as_short_text(captioned_folder):
-    config = DataConfig(train="x", shuffle_sentences=True)
-    rows = load_pairs(str(captioned_folder), "train", config, COLUMNS)
-    items = CaptionedImages(rows, config, seed=5, short_from_long=True).__getitems__([(0, 3), (1, 3), (2, 3)])
+    config = DataConfig(train=str(captioned_folder), shuffle_sentences=True)
+    items = CaptionedImages(load_pairs(config, ["long"]), config, seed=5, short_from_long=True).__getitems__(
+        [(0, 3), (1, 3), (2, 3)]
+    )
     assert {item["short_text"] for item in items} == {"A field lies in the north."}, "of the text before shuffling"
     assert len({item["long_text"] for item in items}) > 1
 
@@ -177,8 +185,7 @@ def test_shuffled_sentences_are_the_same_sentences():
 
 
 def test_collator(tiny_processor, captioned_folder):
-    config = DataConfig(train="x")
-    data = CaptionedImages(load_pairs(str(captioned_folder), "train", config, COLUMNS), config, seed=0)
+    data = data_of(captioned_folder)
     items = data.__getitems__([(0, index) for index in range(4)])
     batch = Collator(tiny_processor)(items)
     expected = tiny_processor(
@@ -187,5 +194,6 @@ def test_collator(tiny_processor, captioned_folder):
         images=[item["image"] for item in items],
         return_tensors="pt",
     )
-    assert set(batch) == {"pixel_values", "input_ids", "short_input_ids"}
-    assert all((batch[name] == expected[name]).all() for name in batch)
+    assert set(batch) == {"pixel_values", "input_ids", "short_input_ids", "ids", "skipped"}
+    assert all((batch[name] == expected[name]).all() for name in ("pixel_values", "input_ids", "short_input_ids"))
+    assert batch["ids"] == [f"captions.jsonl:{index}" for index in range(4)] and batch["skipped"] == []

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from modeling_lrsclip import LRSCLIPImageProcessor, LRSCLIPProcessor
@@ -26,6 +26,7 @@ from training.data import CaptionedImages, load_pairs
 from training.loop import Trainer
 from training.model import build_model, build_processor
 from training.optim import build_optimizer, build_scheduler
+from training.sharding import is_sharded, make_accelerator, whole_model
 from training.train import run
 
 
@@ -46,6 +47,17 @@ WAYS = {
     "cached": ["--loop.micro_batch_size", "2"],
     "cached, chunked": ["--loop.micro_batch_size", "1", "--loss.chunk_size", "7"],
 }
+# What `accelerate launch --config_file training/accelerate/fsdp2.yaml` tells its processes.
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "CLIPEncoderLayer",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+SHARDED_WAYS = ("as they come", "grouped", "cached, chunked")
 OPTIMIZERS = {"sgd": "5.0e-2", "adamw": "1.0e-3"}
 TABLE = "text_model.embeddings.position_embedding.weight"
 KEPT = 20
@@ -62,7 +74,7 @@ def name_of(*words) -> str:
 def steps_of(arguments: list[str], processor, rows, path: Path) -> None:
     """Some optimizer steps of all processes; the first writes down what came of them."""
     AcceleratorState._reset_state(True)
-    accelerator = Accelerator(cpu=True)
+    accelerator = make_accelerator("no", cpu=True)
     config = parse_config([*arguments, "--output_dir", str(path)])
     torch.manual_seed(0)
     model = build_model(config.model, processor)
@@ -71,6 +83,7 @@ def steps_of(arguments: list[str], processor, rows, path: Path) -> None:
     data = CaptionedImages(rows, config.data, config.seed)
     trainer = Trainer(accelerator, model, processor, optimizer, scheduler, data, config)
     assert accelerator.num_processes == int(os.environ["WORLD_SIZE"])
+    assert is_sharded(accelerator) == ("ACCELERATE_USE_FSDP" in os.environ) == is_cut(model)
     log = []
     for batch in trainer.batches():
         assert len(batch["pixel_values"]) == config.loop.batch_size // accelerator.num_processes
@@ -78,8 +91,18 @@ def steps_of(arguments: list[str], processor, rows, path: Path) -> None:
         log.append(
             {name: float(torch.as_tensor(value).detach()) for name, value in (losses._asdict() | numbers).items()}
         )
-    if accelerator.is_main_process:
-        torch.save({"log": log, "weights": model.state_dict()}, path)
+    whole = whole_model(accelerator, model)
+    if whole is not None:
+        torch.save({"log": log, "weights": whole.state_dict()}, path)
+
+
+def is_cut(model) -> bool:
+    """Whether this process holds a part only of every weight but the logit scale, which is a number everywhere."""
+    assert model.logit_scale.shape == () and not isinstance(model.logit_scale, DTensor)
+    others = [parameter for name, parameter in model.named_parameters() if name != "logit_scale"]
+    cut = {isinstance(parameter, DTensor) and len(parameter.to_local()) < len(parameter) for parameter in others}
+    assert len(cut) == 1
+    return cut.pop()
 
 
 def whole_run(arguments: list[str], folder: Path, port: int) -> None:
@@ -116,9 +139,8 @@ def work(rank: int, folder: Path, arguments: list[str], clip: Path, ports: list[
     }
     os.environ["OMP_NUM_THREADS"] = "1"
     config = parse_config([*arguments, "--output_dir", str(folder)])
-    columns = [config.data.long_column, config.data.short_column]
-    rows = load_pairs(config.data.train, "train", config.data, columns)
-    processor = build_processor(config.model, (text for name in columns for text in rows[name]))
+    rows = load_pairs(config.data, ["long", "short"])
+    processor = build_processor(config.model, (text for kind in rows.kinds for text in rows.captions(kind)))
     ports = iter(ports)
     for world in WORLDS:
         if rank >= world:
@@ -137,6 +159,23 @@ def work(rank: int, folder: Path, arguments: list[str], clip: Path, ports: list[
                 chosen = [*stretched, "--optim.name", optimizer, "--optim.learning_rate", rate]
                 whole_run(chosen, folder / name_of(optimizer, "whole"), next(ports))
                 killed_and_resumed(chosen, folder / name_of(optimizer, "resumed"), [next(ports), next(ports)])
+        sharded_runs(arguments, stretched, processor, rows, folder, ports)
+
+
+def sharded_runs(arguments: list[str], stretched: list[str], processor, rows, folder: Path, ports) -> None:
+    """Of two processes under FSDP2."""
+    os.environ |= SHARDED
+    os.environ["MASTER_PORT"] = str(next(ports))
+    for loss, options in LOSSES.items():
+        for way in SHARDED_WAYS:
+            steps_of([*arguments, *options, *WAYS[way]], processor, rows, folder / name_of("sharded", loss, way))
+    dist.destroy_process_group()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        chosen = [*stretched, "--optim.name", "adamw", "--optim.learning_rate", OPTIMIZERS["adamw"]]
+        whole_run(chosen, folder / name_of("sharded", "adamw", "whole"), next(ports))
+        killed_and_resumed(chosen, folder / name_of("sharded", "adamw", "resumed"), [next(ports), next(ports)])
+    for name in SHARDED:
+        del os.environ[name]
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +208,7 @@ def runs(tmp_path_factory, run_options, captions, clip):
     arguments = [*run_options, "--data.train", str(captions), "--loop.batch_size", "12", "--loop.steps", str(STEPS)]
     arguments += ["--optim.name", "sgd", "--optim.learning_rate", OPTIMIZERS["sgd"]]
     with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(9)]
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(14)]
         ports = [server.getsockname()[1] for server in servers]
     torch.multiprocessing.spawn(work, (folder, arguments, clip, ports), nprocs=max(WORLDS))
     return folder
@@ -179,8 +218,17 @@ def runs(tmp_path_factory, run_options, captions, clip):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_equal_to_one_process(runs, loss, way, world):
-    expected = torch.load(runs / name_of(loss, "as they come", 1))
-    got = torch.load(runs / name_of(loss, way, world))
+    compare(runs / name_of(loss, "as they come", 1), runs / name_of(loss, way, world))
+
+
+@pytest.mark.parametrize("way", SHARDED_WAYS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_sharded_equal_to_one_process(runs, loss, way):
+    compare(runs / name_of(loss, "as they come", 1), runs / name_of("sharded", loss, way))
+
+
+def compare(reference: Path, other: Path) -> None:
+    expected, got = torch.load(reference), torch.load(other)
     assert len(expected["log"]) == len(got["log"]) == STEPS
     for a, b in zip(expected["log"], got["log"]):
         assert b["identical_short"] == 1.0 and b["identical_long"] == 0.0
@@ -197,11 +245,11 @@ def test_the_losses_differ(runs):
     assert all(abs(paper[name] - other[name]) > 1e-4 for name in ("long_loss", "short_loss"))
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_kept_positions_stay_as_they_are(runs, clip, optimizer):
+@pytest.mark.parametrize("run_of", [("sgd",), ("adamw",), ("sharded", "adamw")], ids="-".join)
+def test_kept_positions_stay_as_they_are(runs, clip, run_of):
     before = load_file(clip / "model.safetensors")[TABLE]
     whole, resumed = (
-        load_file(runs / name_of(optimizer, how) / "final/model.safetensors") for how in ("whole", "resumed")
+        load_file(runs / name_of(*run_of, how) / "final/model.safetensors") for how in ("whole", "resumed")
     )
     for after in (whole[TABLE], resumed[TABLE]):
         assert after.shape == (248, 32)

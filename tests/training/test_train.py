@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,15 +12,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from accelerate import DistributedType
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel
 
 from tests.conftest import tower_configs
 from training import train
-from training.loop import LoopConfig, Trainer
+from training.interruption import NOT_FINITE
 from training.model import ModelConfig, build_model
 from training.optim import OptimConfig, build_optimizer, build_scheduler
+from training.run_folder import check_run_folder
 
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +64,8 @@ def test_what_a_run_leaves_behind(run_arguments, captioned_folder, tmp_path, cap
 
 def test_resumed_equals_uninterrupted_to_the_bit(run_arguments, tmp_path, monkeypatch):
     arguments = [*run_arguments, "--loop.steps", "7", "--loop.save_every", "2", "--data.shuffle_sentences", "true"]
+    text = "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2, attention_dropout: 0.2}"
+    arguments += ["--model.text", text]
     train.main([*arguments, "--output_dir", str(tmp_path / "whole")])
 
     class Killed(Exception):
@@ -225,24 +228,48 @@ class TestErrors:
             train.main([*run_arguments, "--optim.learning_rate", "0.5", "--resume"])
         train.main([*run_arguments, "--loop.log_every", "3", "--resume"])
 
+    def test_a_section_that_is_gone_is_another_configuration(self, tmp_path):
+        before = {"model": {"lora": {"rank": 4}}}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
+        check_run_folder(tmp_path, before, resume=True)
+        with pytest.raises(ValueError, match="model.lora.rank was 4 and is None"):
+            check_run_folder(tmp_path, {"model": {"lora": None}}, resume=True)
+
     def test_malformed_file(self, run_arguments, captioned_folder):
         (captioned_folder / "malformed.jsonl").write_text('{"image": "0.png", "long_text"')
         with pytest.raises(SystemExit, match="error: "):
             train.main([*run_arguments, "--data.train", str(captioned_folder / "malformed.jsonl")])
 
-    def test_non_finite_loss_stops_the_run(self, run_arguments):
-        with pytest.raises(SystemExit, match="The loss is nan at step [23]; lower optim.learning_rate"):
+    def test_non_finite_loss_stops_the_run(self, run_arguments, capsys):
+        with pytest.raises(SystemExit) as caught:
             train.main([*run_arguments, "--optim.name", "sgd", "--optim.learning_rate", "1e30"])
+        assert caught.value.code == NOT_FINITE
+        assert re.search("The loss is nan at step [23]; lower optim.learning_rate", capsys.readouterr().err)
+
+    def test_weights_that_are_not_finite_are_not_saved(self, run_arguments, tmp_path, capsys, monkeypatch):
+        plain_step = train.Trainer.step
+
+        def step_with_a_broken_end(self, batch):
+            told = plain_step(self, batch)
+            if self.state.step == 2:
+                self.model.visual_projection.weight.data[0, 0] = math.inf
+            return told
+
+        monkeypatch.setattr(train.Trainer, "step", step_with_a_broken_end)
+        with pytest.raises(SystemExit) as caught:
+            train.main([*run_arguments, "--loop.save_every", "1"])
+        assert caught.value.code == NOT_FINITE
+        assert "The largest weight is inf at step 3" in capsys.readouterr().err
+        assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == [
+            "step-00000001",
+            "step-00000002",
+        ]
+        told = json.loads((tmp_path / "run/nonfinite.json").read_text())
+        assert told["step"] == 3 and len(told["ids"]) == 4 and told["checkpoint"].endswith("step-00000002")
 
     def test_batch_larger_than_the_data(self, run_arguments):
         with pytest.raises(SystemExit, match="512 is more than the 12 training pairs"):
             train.main([*run_arguments, "--loop.batch_size", "512"])
-
-    def test_grouped_texts_under_fsdp(self):
-        accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP)
-        config = SimpleNamespace(loop=LoopConfig(batch_size=2))
-        with pytest.raises(ValueError, match="loop.group_texts .* set it to false"):
-            Trainer(accelerator, None, None, None, None, range(4), config)
 
     def test_tokenizer_of_another_vocabulary(self, tiny_tokenizer, tiny_processor, tmp_path):
         configs = tower_configs(tiny_tokenizer)
@@ -251,13 +278,40 @@ class TestErrors:
         with pytest.raises(ValueError, match="tokenizer has .* entries"):
             build_model(ModelConfig(init=str(tmp_path)), tiny_processor)
 
+    @pytest.mark.parametrize(
+        ("launcher", "threads"),
+        [
+            ({"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}, 6),
+            ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}, 3),
+            ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}, None),  # the user's own 1
+            ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "2"}, None),
+            ({}, None),
+        ],
+    )
+    def test_processes_share_the_cores(self, monkeypatch, launcher, threads):
+        for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in launcher.items():
+            monkeypatch.setenv(name, value)
+        chosen = [None]
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(6), raising=False)
+        monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+        train.use_all_cores(SimpleNamespace(device=torch.device("cpu")))
+        assert chosen[-1] == threads
+
     def test_emulated_bf16_is_refused(self, monkeypatch):
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False, raising=False)
         with pytest.raises(ValueError, match="no bf16 arithmetic"):
             train.choose_precision("bf16", "cpu")
         assert train.choose_precision("auto", "cpu") == train.choose_precision("fp32", "cpu") == "no"
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True, raising=False)
-        assert train.choose_precision("auto", "cpu") == train.choose_precision("bf16", "cpu") == "bf16"
+        for matrix_units, auto in (
+            (False, "no"),
+            (True, "bf16"),
+        ):  # without them it is no faster, but can be asked for
+            monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrix_units)  # noqa: B023
+            assert train.choose_precision("auto", "cpu") == auto
+            assert train.choose_precision("bf16", "cpu") == "bf16"
 
 
 class TestOptimizer:

@@ -1,0 +1,339 @@
+"""Runs that are killed, ended by a signal, short of disk, or in trouble: what is left, and what goes on from it."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from tests.soak import ROOT, Attempt, Kill, has_reached, leave_alone, make_data, run_arguments, survive
+from tests.training.test_processes import SHARDED
+from training import interruption, train
+from training.interruption import FAILED, NOT_FINITE, NOT_SAVED, Interruption, end_with_the_launcher
+
+
+PATIENCE = 300  # seconds for what should take a few, on a busy machine
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["training.train"])  # imported once for all runs here
+
+
+def work(arguments: list[str], rank: int, world: int, port: int, output: Path, before: Callable[[], None] | None):
+    os.chdir(ROOT)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
+    os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    if before:
+        before()
+    train.main(arguments)
+
+
+class Forked(Attempt):
+    """A run in processes that have imported everything already."""
+
+    def __init__(self, arguments: list[str], world: int, output: Path, before: Callable[[], None] | None = None):
+        with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
+            port = server.getsockname()[1]
+        self.output = output
+        told = [(arguments, rank, world, port, output, before) for rank in range(world)]
+        self.processes = [CONTEXT.Process(target=work, args=given) for given in told]
+        for process in self.processes:
+            process.start()
+
+    def is_running(self) -> bool:
+        return any(process.is_alive() for process in self.processes)
+
+    def everybody(self) -> list[psutil.Process]:
+        found = []
+        for process in self.processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(process.pid))
+        return found
+
+    def wait(self) -> int:
+        for process in self.processes:
+            process.join(PATIENCE)
+        codes = {process.exitcode for process in self.processes}
+        assert len(codes) == 1 and None not in codes, f"exit codes {codes}: {self.output.read_text()[-3000:]}"
+        return codes.pop()
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp("soak") / "data", pairs=24)
+
+
+def wait_for_step(attempt: Attempt, folder: Path, step: int) -> None:
+    until = time.monotonic() + PATIENCE
+    while not has_reached(folder, step):
+        assert attempt.is_running() and time.monotonic() < until, f"step {step} was never reached"
+        time.sleep(0.01)
+
+
+def log_of(folder: Path, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+@pytest.mark.parametrize(("world", "streaming"), [(1, False), (1, True), (2, False)])
+def test_killed_runs_go_on_to_the_bit(captions, tmp_path, world, streaming):
+    more = ["--data.streaming", "true", "--data.shuffle_buffer", "10"] if streaming else []
+
+    def starter(folder: Path) -> Forked:
+        return Forked([*run_arguments(captions, folder, steps=24, save_every=3), *more], world, tmp_path / "output")
+
+    leave_alone(starter, tmp_path / "left-alone")
+    kills = [Kill("checkpoint", 0, 0.002, "all", step=5), Kill("time", 0, 0, "all", step=13)]
+    if world > 1:
+        kills = [Kill("checkpoint", 0, 0, "rank", step=8)]
+    assert survive(starter, tmp_path / "left-alone", kills) == []
+
+
+@pytest.mark.parametrize(("world", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_signal_ends_the_run_after_its_step(captions, tmp_path, world, number):
+    arguments = run_arguments(captions, tmp_path / "run", steps=200, save_every=1000)
+    attempt = Forked(arguments, world, tmp_path / "output")
+    wait_for_step(attempt, tmp_path / "run", 3)
+    os.kill(attempt.processes[-1].pid, number)  # one process; the others learn of it
+    assert attempt.wait() == 128 + number
+    last = log_of(tmp_path / "run", "train")[-1]["step"]
+    (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
+    assert checkpoint.name == f"step-{last:08d}" and 3 <= last < 200
+    told = (tmp_path / "output").read_text()
+    assert told.count(f"{number.name} ended the run after step {last} of 200, saved in {checkpoint}") == 1
+    again = Forked(arguments, world, tmp_path / "output")
+    wait_for_step(again, tmp_path / "run", last + 1)
+    for process in again.everybody():
+        process.kill()
+    assert f"resumed after step {last} of 200" in (tmp_path / "output").read_text()
+    starts = json.loads((tmp_path / "run/run.json").read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, last]
+    assert all({"versions", "git", "processes"} <= start.keys() for start in starts)
+
+
+def test_a_signal_to_the_whole_group_reaches_the_end_of_the_step(captions, tmp_path):
+    arguments = [*run_arguments(captions, tmp_path / "run", steps=5000), "--data.workers", "2"]
+    attempt = Forked(arguments, 1, tmp_path / "output")
+    wait_for_step(attempt, tmp_path / "run", 2)
+    (trainer,) = attempt.everybody()
+    workers = trainer.children(recursive=True)
+    assert len(workers) >= 2
+    for process in (*workers, trainer):
+        process.send_signal(signal.SIGTERM)
+    assert attempt.wait() == 128 + signal.SIGTERM
+    assert "SIGTERM ended the run after step" in (tmp_path / "output").read_text()
+    _, alive = psutil.wait_procs(workers, timeout=PATIENCE)
+    assert not alive
+
+
+def test_torchrun_hands_a_signal_on(captions, tmp_path):
+    attempt = Attempt(run_arguments(captions, tmp_path / "run", steps=5000), 2, tmp_path / "output")
+    wait_for_step(attempt, tmp_path / "run", 2)
+    launcher, *ranks = attempt.everybody()
+    launcher.send_signal(signal.SIGTERM)
+    assert attempt.wait() == 1  # torchrun's own code, whatever its processes say
+    psutil.wait_procs(ranks, timeout=PATIENCE)
+    last = log_of(tmp_path / "run", "train")[-1]["step"]
+    assert (tmp_path / f"run/checkpoints/step-{last:08d}/manifest.json").exists()
+    assert f"SIGTERM ended the run after step {last} of 5000" in (tmp_path / "output").read_text()
+
+
+def test_a_second_signal_ends_at_once():
+    context = multiprocessing.get_context("fork")
+    entered = context.Event()
+
+    def hang():
+        with Interruption():
+            entered.set()
+            while True:
+                time.sleep(0.01)
+
+    process = context.Process(target=hang)
+    process.start()
+    assert entered.wait(PATIENCE)
+    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, signal.SIGTERM)  # of the same moment: a terminal and torchrun may both send one
+    process.join(2.5)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(PATIENCE)
+    assert process.exitcode == -signal.SIGTERM
+
+
+def test_the_death_of_a_launcher_is_not_a_second_signal(monkeypatch):
+    """Ctrl-C reaches both, and the launcher may take longer to go than `ONE_SIGNAL`."""
+    monkeypatch.setattr(interruption, "ONE_SIGNAL", 0.0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    context = multiprocessing.get_context("fork")
+    told, entered = context.Pipe(duplex=False)
+
+    def hang():
+        end_with_the_launcher()
+        with Interruption():
+            entered.send(os.getpid())
+            while True:
+                time.sleep(0.01)
+
+    def launch():
+        process = context.Process(target=hang)
+        process.start()
+        process.join()
+
+    launcher = context.Process(target=launch)
+    launcher.start()
+    assert told.poll(PATIENCE)
+    trainer = psutil.Process(told.recv())
+    trainer.send_signal(signal.SIGINT)
+    time.sleep(1)
+    launcher.kill()
+    launcher.join()
+    time.sleep(0.5)
+    assert trainer.is_running()
+    trainer.send_signal(signal.SIGINT)  # a second one indeed
+    until = time.monotonic() + PATIENCE
+    while trainer.is_running() and trainer.status() != psutil.STATUS_ZOMBIE:  # nobody may be there to take its code
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_two_runs_do_not_share_a_folder(captions, tmp_path):
+    arguments = run_arguments(captions, tmp_path / "run", steps=5000)
+    first = Forked(arguments, 1, tmp_path / "output")
+    wait_for_step(first, tmp_path / "run", 1)
+    with pytest.raises(SystemExit, match=f"run is in use by process {first.processes[0].pid} on .*; wait until"):
+        train.main(arguments)
+    first.processes[0].kill()
+    first.processes[0].join()
+    train.main([*arguments[:-2], "--loop.steps", "1", "--output_dir", str(tmp_path / "other")])
+
+
+def limit_file_size() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # bytes: less than the weights
+
+
+def test_no_room_for_a_checkpoint(captions, tmp_path):
+    arguments = run_arguments(captions, tmp_path / "run", steps=4, save_every=2)
+    whole = Forked([*arguments, "--loop.validate_every", "1000"], 1, tmp_path / "output")
+    wait_for_step(whole, tmp_path / "run", 3)
+    whole.wait()
+    before = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    more = ["--output_dir", str(tmp_path / "short")]
+    assert Forked([*arguments, *more], 2, tmp_path / "told", before=limit_file_size).wait() == NOT_SAVED
+    told = (tmp_path / "told").read_text()
+    assert "step-00000002 could not be written (" in told and "MB are free on that disk" in told
+    assert "there is no checkpoint yet. Make room and go on with --resume." in told
+    assert list((tmp_path / "short/checkpoints").iterdir()) == []
+    assert before == ["step-00000002", "step-00000004"]
+
+
+def limit_file_size_of_shards() -> None:
+    os.environ.update(SHARDED)
+    limit_file_size()
+
+
+def test_no_room_for_a_sharded_checkpoint(captions, tmp_path):
+    """FSDP2's checkpoints tell of a full disk by an exception of their own."""
+    arguments = run_arguments(captions, tmp_path / "run", steps=4, save_every=2)
+    assert Forked(arguments, 2, tmp_path / "told", before=limit_file_size_of_shards).wait() == NOT_SAVED
+    told = (tmp_path / "told").read_text()
+    assert "step-00000002 could not be written (" in told and "Make room and go on with --resume." in told
+    assert "Traceback" not in told and list((tmp_path / "run/checkpoints").iterdir()) == []
+
+
+def test_a_mistake_in_the_data_is_told_once(captions, tmp_path):
+    """By the first process, and the other one ends with it instead of a traceback."""
+    arguments = [*run_arguments(captions, tmp_path / "run"), "--data.long_column", "longtext"]
+    assert Forked(arguments, 2, tmp_path / "told").wait() == FAILED
+    told = (tmp_path / "told").read_text()
+    assert told.count("error: ") == 1 and "Traceback" not in told
+    assert told.count("did you mean 'long_text'") == 2  # for the training and for the held-out data
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk takes a privileged user")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk(captions, small_disk, tmp_path):
+    arguments = run_arguments(captions, small_disk / "run", steps=40, save_every=2)
+    arguments += ["--loop.keep_checkpoints", "50", "--loop.validate_every", "1000"]
+    assert Forked(arguments, 1, tmp_path / "told").wait() == NOT_SAVED
+    told = (tmp_path / "told").read_text()
+    checkpoints = sorted((small_disk / "run/checkpoints").iterdir())
+    assert f"the last checkpoint, {checkpoints[-1]}, is whole. Make room and go on with --resume." in told
+    assert not list(small_disk.rglob(".*.partial"))
+    for checkpoint in checkpoints[:-1]:
+        for file in checkpoint.iterdir():
+            file.unlink()
+        checkpoint.rmdir()
+    step = int(checkpoints[-1].name.removeprefix("step-"))
+    more = ["--resume", "--loop.keep_checkpoints", "1"]
+    resumed = Forked([*arguments, *more], 1, tmp_path / "told")
+    wait_for_step(resumed, small_disk / "run", step + 3)
+    for process in resumed.everybody():
+        process.kill()
+
+
+def test_a_batch_that_is_not_finite_stops_all_processes(captions, tmp_path):
+    arguments = [*run_arguments(captions, tmp_path / "run", steps=9, save_every=1), "--optim.name", "sgd"]
+    arguments += ["--optim.max_grad_norm", "null", "--optim.learning_rate", "1e18"]
+    attempt = Forked(arguments, 2, tmp_path / "output")
+    assert attempt.wait() == NOT_FINITE
+    told = json.loads((tmp_path / "run/nonfinite.json").read_text())
+    batches = {record["step"]: record["ids"] for record in log_of(tmp_path / "run", "batch")}
+    assert told["ids"] == batches[told["step"]] and len(told["ids"]) == 8
+    assert {"loss", "long_loss", "short_loss", "gradient_norm", "logit_scale"} <= told.keys()
+    checkpoints = sorted((tmp_path / "run/checkpoints").iterdir())
+    assert told["checkpoint"] == str(checkpoints[-1]) and checkpoints[-1].name == f"step-{told['step'] - 1:08d}"
+    printed = (tmp_path / "output").read_text()
+    assert printed.count("error: The ") == 1 and f"at step {told['step']}; lower optim.learning_rate" in printed
+    assert f"The last good checkpoint is {checkpoints[-1]}" in printed
+
+
+class TestTheRunFolder:
+    def test_what_the_log_says(self, captions, tmp_path):
+        arguments = run_arguments(captions, tmp_path / "run", steps=4, save_every=2)
+        train.main([*arguments, "--loop.log_every", "2", "--optim.max_grad_norm", "null"])
+        first, second = log_of(tmp_path / "run", "train")
+        assert second["tokens_with_padding"] >= second["tokens"] > 16 * 20
+        assert second["samples_per_second"] == pytest.approx(16 / (second["seconds"] - first["seconds"]))
+        assert second["gradient_norm"] > 0 and second["skipped"] == 0 and 0.05 < second["peak_memory_gib"] < 20
+        assert [len(record["ids"]) for record in log_of(tmp_path / "run", "batch")] == [8] * 4
+        with Image.open(tmp_path / "run/curves.png") as picture:
+            assert picture.size[0] > 1000 and len(picture.convert("RGB").getcolors(1 << 20)) > 50
+
+    def test_no_tracker(self, captions, tmp_path):
+        arguments = run_arguments(captions, tmp_path / "run", steps=1)
+        train.main([*arguments, "--loop.trackers", "none"])
+        assert not list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+    def test_early_stop(self, captions, tmp_path):
+        arguments = run_arguments(captions, tmp_path / "run", steps=40, save_every=4)
+        arguments += ["--loop.validate_every", "1", "--loop.patience", "2", "--optim.learning_rate", "1e-12"]
+        train.main(arguments)
+        validations = log_of(tmp_path / "run", "validation")
+        assert [record["step"] for record in validations] == [1, 2, 3]  # the best one, and two that are no better
+        assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000003"]
+        assert json.loads((tmp_path / "run/final/run.json").read_text())["weights"]["step"] == 3
+        train.main(arguments)  # resumed: has ended already
+        assert log_of(tmp_path / "run", "validation") == validations

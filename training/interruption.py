@@ -1,0 +1,107 @@
+"""
+Runs that are asked to end: a signal is noted and answered after the step that it falls into, on all processes together.
+
+Exit codes of `python -m training.train`; `accelerate launch` and `torchrun` say 1 for any but 0.
+"""
+
+import ctypes
+import datetime
+import os
+import signal
+import sys
+import time
+from types import FrameType
+
+from .gather import cpu_group, largest
+
+
+FINISHED, FAILED, NOT_FINITE, NOT_SAVED = 0, 1, 3, 4
+ENDED_BY_SIGNAL = 128  # plus its number, as shells say it: 130 for SIGINT, 143 for SIGTERM
+EXIT_CODES = f"""\
+exit codes:
+  {FINISHED}    finished
+  {FAILED}    an error, told in one sentence
+  {NOT_FINITE}    the loss, its gradient or the weights are not finite; the batch is in nonfinite.json
+  {NOT_SAVED}    a checkpoint could not be written (disk full); the one before is whole
+  130  SIGINT (Ctrl-C): the step was finished and saved, --resume goes on; after a second one, at once and unsaved
+  143  SIGTERM: likewise
+accelerate launch and torchrun pass on 1 for any of these but 0. With several processes they kill what has not ended
+30 seconds after a signal; give large models longer to save: export PET_SHUTDOWN_TIMEOUT=300
+"""
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ONE_SIGNAL = 2.0  # seconds: a terminal and torchrun may both send the same one, which is not a second one
+_TROUBLE = 1000  # above the numbers of all signals
+_DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
+
+
+class Interrupted(Exception):  # noqa: N818 (no error: what was asked for)
+    """The run ended early and whole, since `signal_number` asked for it."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class Interruption:
+    """
+    Notes SIGTERM and SIGINT while it is entered, and has all processes stop after the same step.
+
+    [`agree`] costs one number sent between the processes' CPUs a step, whatever they compute on: no GPU waits for it.
+    A second signal ends the process at once. Outside of the main thread, where Python takes no signals, it only agrees.
+
+    Args:
+        longest_wait: of a process for the others in [`agree`], while the first one validates.
+    """
+
+    def __init__(self, longest_wait: datetime.timedelta = datetime.timedelta(hours=6)):
+        self.noted, self.agreed = 0, 0  # numbers of signals: this process' own, and the one all stop for
+        self._group, self._before, self._first = cpu_group(longest_wait), {}, 0.0
+        self._parent = os.getppid()
+
+    def __enter__(self) -> "Interruption":
+        try:
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        except ValueError:  # not in the main thread
+            self._before = {}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        parent, self._parent = self._parent, os.getppid()
+        if not self.noted:
+            self.noted, self._first = number, time.monotonic()
+        # A launcher that Ctrl-C ends too is slow to go, and its death, which sends SIGTERM here, is no second wish.
+        elif self._parent == parent and time.monotonic() - self._first > ONE_SIGNAL:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def agree(self, trouble: bool = False) -> bool:
+        """
+        Whether any process is in `trouble`; if none is, `agreed` becomes the signal noted by any of them, or 0. To be
+        called once a step by every process.
+        """
+        told = largest(_TROUBLE if trouble else self.noted, self._group)
+        self.agreed = 0 if told == _TROUBLE else told
+        return told == _TROUBLE
+
+
+def leave_signals_to_the_parent(_worker: int = 0) -> None:
+    """For processes that read data: a signal to the whole group must not take them from under the last step."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_with_the_launcher() -> None:
+    """
+    On Linux, has the kernel send SIGTERM to this process when its launcher dies: a killed `accelerate launch` or
+    `torchrun` would leave it behind, training on and holding the run folder. Other parents (a shell) do not matter.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if launched and sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None, use_errno=True).prctl(_DIES_WITH_PARENT, signal.SIGTERM)
+        if os.getppid() != parent:  # died before the call, which then came too late
+            os.kill(os.getpid(), signal.SIGTERM)

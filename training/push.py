@@ -1,0 +1,107 @@
+"""
+A run's models to the Hub, by the project's own command (model_cards/push_to_hub.py), as one verified commit each.
+
+A push that fails ends nothing: the reason is told, and the command that repeats it. The training's exit code is that of
+the training.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import get_token
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+
+ROOT = Path(__file__).parents[1]  # of the clone
+LONGEST_PUSH = 2 * 3600  # seconds, then it counts as failed
+# What a launcher tells the processes of a run and would mislead another program.
+_OF_THE_RUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+_PREFIXES = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "ROLE_")
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class PushConfig:
+    repo: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")  # owner/name on the Hub; made if it does not exist
+    private: bool = False  # if it is made now
+    every: Literal["end", "validation"] = "end"  # validation: also each new best model, when it is found
+    license: str | None = None  # of the weights, as the Hub spells it; by default unknown
+    measure: bool = (
+        False  # evaluation.run on data.validation first, for the final model's card; else "not yet measured"
+    )
+
+
+def look_for_a_token(say: Callable[[str], None]) -> None:
+    """Tells early, and without contacting anything, what would make every push of the run fail."""
+    if get_token() is None:
+        say("note: push_to_hub is set and no token is known here; log in with `hf auth login` before the run ends")
+
+
+def push_command(config: PushConfig, checkpoint: Path, message: str, results: Path | None = None) -> list[str]:
+    """The words of the command that pushes a model folder; its card has the tables of `results`, if given."""
+    words = [sys.executable, str(ROOT / "model_cards" / "push_to_hub.py"), "--checkpoint", str(checkpoint.absolute())]
+    words += ["--repo", config.repo, "--message", message]
+    words += ["--results", str(results.absolute())] if results else []
+    words += ["--license", config.license] if config.license else []
+    return [*words, "--private"] if config.private else words
+
+
+def measure_command(checkpoint: Path, data: str, output: Path) -> list[str]:
+    """The words of the command that measures long and short retrieval of a model folder."""
+    words = [sys.executable, "-m", "evaluation.run", "--model", str(checkpoint.absolute()), "--tasks", "zcrl,zcrs"]
+    return [*words, "--data", data, "--output", str(output.absolute())]
+
+
+def push(
+    config: PushConfig, checkpoint: Path, step: int, say: Callable[[str], None], measured_on: str | None = None
+) -> bool:
+    """
+    Pushes a model folder, on the main process only; whether that went well. Never raises for a push that failed.
+
+    Args:
+        checkpoint: as `training.checkpoint.save_model` leaves it, with its run.json.
+        step: of these weights, for the commit's message.
+        say: where what happens is told.
+        measured_on: data to measure it on first, for its card.
+    """
+    results = None
+    if measured_on is not None:
+        output = checkpoint.parent / "results"
+        measured_on = str(Path(measured_on).absolute()) if Path(measured_on).exists() else measured_on
+        if not carry_out(measure_command(checkpoint, measured_on, output), "measuring", say):
+            say("the model is pushed with a card that says that it was not measured yet")
+        else:
+            results = output / "results.json"
+    command = push_command(config, checkpoint, f"{checkpoint.name} of a run, step {step}", results)
+    return carry_out(command, f"pushing {checkpoint} to {config.repo}", say)
+
+
+def carry_out(command: list[str], what: str, say: Callable[[str], None]) -> bool:
+    """Runs a command in a process of its own; of one that fails, the last line it wrote and how to repeat it."""
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=LONGEST_PUSH
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = f"it took more than {LONGEST_PUSH} s" if isinstance(error, subprocess.TimeoutExpired) else str(error)
+    else:
+        lines = [
+            line.strip() for line in (done.stderr if done.returncode else done.stdout).splitlines() if line.strip()
+        ]
+        if done.returncode == 0:
+            say(f"{what}: {lines[-1] if lines else 'done'}")
+            return True
+        reason = f"exit status {done.returncode}: {lines[-1] if lines else 'nothing was said'}"
+    say(f"note: {what} failed ({reason}). Nothing of the training is lost; repeat it with\n  {shlex.join(command)}")
+    return False
+
+
+def _environment() -> dict[str, str]:
+    return {
+        name: value for name, value in os.environ.items() if name not in _OF_THE_RUN and not name.startswith(_PREFIXES)
+    }

@@ -1,0 +1,258 @@
+"""
+Rows of captioned images in files, read by number.
+
+Every kind of file is one class with the same four members: `chunks`, the rows that are cheap to read together;
+`read(numbers)`, a [`Row`] for each number; `captions(kind)`, the stored captions without the images; `columns`.
+"""
+
+import csv
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+from .line_index import line_index
+
+
+CHUNK_ROWS = 1000  # of files whose rows can be read one by one
+Stored = str | list[str] | None  # a row's captions: one, several, or none
+
+
+def caption_list(stored: Stored) -> list[str]:
+    """A row's captions: a string is one, a list several."""
+    return stored if isinstance(stored, list) else [stored]
+
+
+def filled(stored: Any) -> bool:
+    """Whether a row's captions are there and none is blank."""
+    texts = caption_list(stored)
+    return bool(texts) and all(isinstance(text, str) and text.strip() for text in texts)
+
+
+@dataclass
+class Row:
+    """What a source has stored of one pair; nothing in it is checked yet."""
+
+    id: str  # file and row, for example "train-00003.parquet:17" or "tiles-000.tar:0017"
+    image: str | bytes | dict | None = None  # path, the bytes of a file, or {"bytes", "path"}
+    long: Stored = None
+    short: Stored = None
+    fault: str | None = None  # why the row cannot be read at all
+
+
+class Rows(Protocol):
+    name: str  # of the file, or the id on the Hub; begins the rows' ids
+    location: str  # the file with its folder, or the id on the Hub
+    columns: Mapping[str, str]  # column by kind: "image", "long", "short", as far as they are read
+    chunks: np.ndarray  # rows of each chunk
+    one_by_one: bool  # rows can be read singly, and chunks be of any size
+
+    def read(self, numbers: list[int]) -> list[Row]: ...
+
+    def captions(self, kind: str) -> Iterator[Stored]: ...
+
+
+def even_chunks(rows: int, most: int = CHUNK_ROWS) -> np.ndarray:
+    """Chunks of `most` rows, the last one of what is left."""
+    return np.diff(np.append(np.arange(0, rows, most), rows))
+
+
+def locate_image(value: Any, folder: Path | None) -> Any:
+    """A stored image as [`Row`] has it; a path counts from `folder`."""
+    if isinstance(value, str) and folder is not None:
+        return str(folder / value)
+    if isinstance(value, dict) and value.get("bytes") is None and value.get("path") and folder is not None:
+        return str(folder / value["path"])
+    return value
+
+
+class TableRows:
+    """
+    A data set in Arrow's form, memory-mapped.
+
+    Args:
+        files: (name, rows) of the files that the table was made of, in order; ids are made of them.
+        folder: that stored paths count from.
+    """
+
+    one_by_one = True
+
+    def __init__(self, table: Dataset, columns: Mapping[str, str], files: list[tuple[str, int]], folder: Path | None):
+        self.table, self.columns, self.folder = (
+            table.select_columns(list(dict.fromkeys(columns.values()))),
+            columns,
+            folder,
+        )
+        self.name = files[0][0] if len(files) == 1 else f"{files[0][0]} and {len(files) - 1} more"
+        self.location = files[0][0] if folder is None else str(folder / self.name)
+        self.files, self.chunks = files, even_chunks(len(table))
+        self.ends = np.cumsum([rows for _, rows in files])
+
+    def read(self, numbers: list[int]) -> list[Row]:
+        values = self.table[numbers]
+        rows = [{kind: values[name][place] for kind, name in self.columns.items()} for place in range(len(numbers))]
+        for row in rows:
+            row["image"] = locate_image(row["image"], self.folder)
+        return [Row(self._id(number), **row) for number, row in zip(numbers, rows)]
+
+    def captions(self, kind: str) -> Iterator[Stored]:
+        yield from self.table[self.columns[kind]]
+
+    def _id(self, number: int) -> str:
+        file = int(np.searchsorted(self.ends, number, "right"))
+        name, rows = self.files[file]
+        return f"{name}:{number - (self.ends[file] - rows)}"
+
+
+class GroupCache:
+    """
+    The row groups read last, at most `rows` rows of them (and always one), shared by the files of a run.
+
+    Sized to a window of the order and the groups on its edges, it lets each group be read once a window.
+    """
+
+    def __init__(self, rows: int = 0):
+        self.rows, self.groups = rows, OrderedDict()
+
+    def __getstate__(self):
+        return self.rows
+
+    def __setstate__(self, rows):
+        self.__init__(rows)
+
+    def get(self, key: Any, read) -> pa.Table:
+        if key in self.groups:
+            self.groups.move_to_end(key)
+        else:
+            self.groups[key] = read()
+            while len(self.groups) > 1 and sum(group.num_rows for group in self.groups.values()) > self.rows:
+                self.groups.popitem(last=False)
+        return self.groups[key]
+
+
+class ParquetRows:
+    """
+    A parquet file whose row groups are read when they are needed; at the start only its footer.
+
+    Args:
+        filesystem: an `fsspec` file system, None for the local disk.
+    """
+
+    one_by_one = False
+
+    def __init__(self, path: str, columns: Mapping[str, str], cache: GroupCache, filesystem: Any = None):
+        self.path, self.columns, self.cache, self.filesystem = path, columns, cache, filesystem
+        self.name, self.location = path.rsplit("/", 1)[-1], path
+        self.folder = Path(path).parent if filesystem is None else None
+        self._file, self._owner = None, None
+        footer = self.file.metadata
+        self.chunks = np.array([footer.row_group(number).num_rows for number in range(footer.num_row_groups)])
+        self.starts = np.cumsum(self.chunks) - self.chunks
+        self._close()
+
+    def __getstate__(self):
+        return self.__dict__ | {"_file": None, "_owner": None}
+
+    @property
+    def file(self) -> pq.ParquetFile:
+        """Opened anew in each process, since handles do not survive a fork."""
+        if self._owner != os.getpid():
+            source = self.path if self.filesystem is None else self.filesystem.open(self.path, "rb")
+            self._file, self._owner = pq.ParquetFile(source, memory_map=self.filesystem is None), os.getpid()
+        return self._file
+
+    def _close(self) -> None:
+        self._file, self._owner = None, None
+
+    def read(self, numbers: list[int]) -> list[Row]:
+        rows = []
+        groups = np.searchsorted(self.starts, numbers, "right") - 1
+        for number, group in zip(numbers, groups.tolist()):
+            try:
+                table, place = self._group(group), number - int(self.starts[group])
+            except (OSError, pa.ArrowException) as error:
+                rows.append(Row(f"{self.name}:{number}", fault=f"row group {group} cannot be read ({error})"))
+                continue
+            values = {kind: table.column(name)[place].as_py() for kind, name in self.columns.items()}
+            values["image"] = locate_image(values["image"], self.folder)
+            rows.append(Row(f"{self.name}:{number}", **values))
+        return rows
+
+    def _group(self, group: int) -> pa.Table:
+        names = list(dict.fromkeys(self.columns.values()))
+        return self.cache.get(
+            (self.path, group), lambda: self.file.read_row_group(group, columns=names, use_threads=False)
+        )
+
+    def captions(self, kind: str) -> Iterator[Stored]:
+        for group in range(len(self.chunks)):
+            name = self.columns[kind]
+            yield from self.file.read_row_group(group, columns=[name]).column(name).to_pylist()
+        self._close()
+
+
+class LineRows:
+    """A JSONL, CSV or TSV file, of which only the wanted lines are read; where each begins is looked up once."""
+
+    one_by_one = True
+
+    def __init__(self, path: Path, columns: Mapping[str, str]):
+        self.path, self.columns, self.name, self.location = path, columns, path.name, str(path)
+        self.delimiter = {".csv": ",", ".tsv": "\t"}.get(path.suffix)
+        self.spans, self.header = line_index(path, quoted=self.delimiter is not None), []  # (rows, 2) first byte, end
+        self._file, self._owner = None, None
+        if self.delimiter and len(self.spans):
+            self.header = next(csv.reader([self._line(0).decode("utf-8-sig")], delimiter=self.delimiter))
+            self.spans = self.spans[1:]
+        self.chunks = even_chunks(len(self.spans))
+
+    def __getstate__(self):
+        return self.__dict__ | {"_file": None, "_owner": None}
+
+    def _line(self, number: int) -> bytes:
+        if self._owner != os.getpid():
+            self._file, self._owner = open(self.path, "rb", buffering=0), os.getpid()  # noqa: SIM115
+        first, end = self.spans[number].tolist()
+        self._file.seek(first)
+        return self._file.read(end - first)
+
+    def values(self, number: int) -> dict[str, Any]:
+        """
+        All fields of a row.
+
+        Raises:
+            `ValueError`: for a line that is not valid UTF-8 or JSON.
+        """
+        text = self._line(number).decode("utf-8-sig" if number == 0 else "utf-8")
+        if self.delimiter is None:
+            values = json.loads(text)
+            if not isinstance(values, dict):
+                raise ValueError("the line is no JSON object")
+            return values
+        return dict(zip(self.header, next(csv.reader(text.splitlines(keepends=True), delimiter=self.delimiter))))
+
+    def read(self, numbers: list[int]) -> list[Row]:
+        rows = []
+        for number in numbers:
+            identifier = f"{self.name}:{number}"
+            try:
+                values = self.values(number)
+            except (ValueError, OSError) as error:
+                rows.append(Row(identifier, fault=f"the line cannot be read ({error})"))
+                continue
+            found = {kind: values.get(name) for kind, name in self.columns.items()}
+            found["image"] = locate_image(found["image"], self.path.parent)
+            rows.append(Row(identifier, **found))
+        return rows
+
+    def captions(self, kind: str) -> Iterator[Stored]:
+        for number in range(len(self.spans)):
+            yield getattr(self.read([number])[0], kind)
