@@ -1,0 +1,240 @@
+"""The paper's ablations (V-D, Tables VI to IX, Figs. 7 to 10): what the arms of each differ in, and what the paper finds."""
+
+import difflib
+import math
+import statistics
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+TASKS = {"zcrl": "ZCRL mR", "zcrs": "ZCRS mR", "zic": "ZIC accuracy", "selo": "SeLo Rmi"}  # the columns of the paper
+STRETCHED_CLIP, LONG_CLIP = "clip", "longclip"  # what an arm is fine-tuned from
+LONG_CLIP_RANK = 32 / 512  # principal components of Long-CLIP's PCM, as a share of its embedding's width
+# Student's t at 97.5 % for 1, 2, … degrees of freedom; more seeds than that are judged by the last.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    One setting of a study.
+
+    Args:
+        name: as the paper's table or figure writes it.
+        fields: fields of the recipe, dotted, that this arm has otherwise.
+        start: `STRETCHED_CLIP` or `LONG_CLIP`.
+        size: of the model, where the study varies it.
+        share: of the pairs that are trained on, each once, 0 to 1.
+    """
+
+    name: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    start: str = STRETCHED_CLIP
+    size: str | None = None
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Ordering:
+    """What the paper finds on a task: arm `better` is above arm `worse`, or, with `alike`, there is little between them."""
+
+    task: str
+    better: str
+    worse: str
+    alike: bool = False
+
+
+@dataclass(frozen=True)
+class Study:
+    """One ablation. `figure` says that the paper plots it and prints no values."""
+
+    name: str
+    title: str
+    axis: str  # what the arms' names are
+    arms: tuple[Arm, ...]
+    orderings: tuple[Ordering, ...]
+    remark: str = ""  # what is held equal
+    figure: bool = False
+
+
+@dataclass(frozen=True)
+class Ladders:
+    """The values that a study's arms take; those of the paper, or smaller ones for smaller models."""
+
+    batch_sizes: tuple[int, ...] = (64, 128, 256, 512)  # pairs a step; the last is the recipe's
+    shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)  # of the pairs: the paper's 0.5, 1, 1.5 and 2 million
+    long_weights: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 9)  # tenths
+    sizes: tuple[str, ...] = ("ViT-B/32", "ViT-B/16", "ViT-L/14")
+    pcm_rank: int = 32  # components
+
+
+def _each(tasks: str, better: str, worse: str, alike: bool = False) -> tuple[Ordering, ...]:
+    return tuple(Ordering(task, better, worse, alike) for task in tasks.split())
+
+
+def pcm(ladders: Ladders) -> Study:
+    return Study(
+        "pcm",
+        "Influence of using PCM",
+        "PCM",
+        (Arm("True", {"loss.pcm_rank": ladders.pcm_rank}), Arm("False", {"loss.pcm_rank": None})),
+        _each("zcrl", "True", "False")
+        + _each("zcrs", "True", "False", alike=True)
+        + _each("zic selo", "False", "True"),
+        f"PCM keeps {ladders.pcm_rank} components.",
+    )
+
+
+def framework(ladders: Ladders) -> Study:
+    short, long, both = "CLIP on LRS2M-S", "CLIP on LRS2M-L", "LRSCLIP on LRS2M"
+    plain = {"model.stretch_ratio": 1}
+    return Study(
+        "framework",
+        "CLIP on short or on long texts against LRSCLIP on both",
+        "method",
+        (
+            Arm(short, plain | {"loss.long_weight": 0.0}),
+            Arm(long, plain | {"loss.long_weight": 1.0}),
+            Arm(both),
+        ),
+        _each("zcrl zcrs zic selo", long, short) + _each("zcrl zcrs zic selo", both, long),
+        "The CLIPs read 77 tokens and are trained on the short (-S) or the long (-L) captions of the same images.",
+    )
+
+
+def short_text(ladders: Ladders) -> Study:
+    first, own = "First Text", "Short Text"
+    return Study(
+        "short_text",
+        "First sentence of the long text against a short text of its own",
+        "short text",
+        (Arm(first, {"loss.short_text": "first_sentence"}), Arm(own, {"loss.short_text": "own"})),
+        _each("zcrl", own, first, alike=True) + _each("zcrs zic selo", own, first),
+        "First Text is the first sentence of the long caption.",
+    )
+
+
+def loss_weight(ladders: Ladders) -> Study:
+    names = {tenths: f"{tenths}:{10 - tenths}" for tenths in ladders.long_weights}
+    arms = tuple(Arm(name, {"loss.long_weight": tenths / 10}) for tenths, name in names.items())
+    lower = [name for tenths, name in names.items() if tenths < 5]
+    orderings = _each("zcrl zic", "8:2", "1:9")
+    orderings += tuple(Ordering("zcrs", "8:2", name) for name in lower)
+    orderings += _each("zcrs", "8:2", "9:1")
+    orderings += tuple(Ordering("selo", "5:5", name) for name in names.values() if name != "5:5")
+    return Study(
+        "loss_weight",
+        "Weight of the long against the short texts' loss",
+        "long : short",
+        arms,
+        orderings,
+        "long : short, in tenths.",
+        figure=True,
+    )
+
+
+def batch_size(ladders: Ladders) -> Study:
+    names = [str(size) for size in ladders.batch_sizes]
+    return Study(
+        "batch_size",
+        "Influence of batch size",
+        "pairs a step",
+        tuple(Arm(name, {"loop.batch_size": int(name)}) for name in names),
+        _each("zcrl zcrs zic selo", names[-1], names[0]),
+        "Every arm sees the same number of pairs, so that a smaller batch takes more steps, at the same learning rate.",
+        figure=True,
+    )
+
+
+def subset_size(ladders: Ladders) -> Study:
+    names = {share: f"{share:.0%}" for share in ladders.shares}
+    whole = names[ladders.shares[-1]]
+    smaller = [name for name in names.values() if name != whole]
+    orderings = tuple(Ordering(task, whole, name) for task in ("zcrl", "zcrs", "selo") for name in smaller)
+    orderings += _each("zic", whole, names[0.5], alike=True)
+    return Study(
+        "subset_size",
+        "Influence of the training set's size",
+        "share of the pairs",
+        tuple(Arm(name, share=share) for share, name in names.items()),
+        orderings,
+        "One epoch each, as in Table X: an arm sees a random part of the pairs, each once, and takes as many steps less.",
+        figure=True,
+    )
+
+
+def model_size(ladders: Ladders) -> Study:
+    small, middle, large = ladders.sizes
+    return Study(
+        "model_size",
+        "Influence of model size",
+        "model",
+        tuple(Arm(size, size=size) for size in ladders.sizes),
+        _each("zcrl zcrs zic selo", middle, small) + _each("zcrl zcrs zic selo", large, middle),
+        figure=True,
+    )
+
+
+def init(ladders: Ladders) -> Study:
+    return Study(
+        "init",
+        "Fine-tuning from Long-CLIP or from CLIP",
+        "from",
+        (Arm("Long-CLIP", start=LONG_CLIP), Arm("CLIP")),
+        _each("zcrl", "Long-CLIP", "CLIP")
+        + _each("zcrs zic", "CLIP", "Long-CLIP")
+        + _each("selo", "CLIP", "Long-CLIP", True),
+        "",
+    )
+
+
+class Verdict(NamedTuple):
+    """How an ordering of the paper fares in runs of one or more seeds."""
+
+    ordering: Ordering
+    difference: float  # better minus worse, mean over the seeds, in the task's unit
+    low: float  # ends of its 95 % interval
+    high: float
+    by_seed: list[float]
+
+    @property
+    def certain(self) -> bool:
+        """0 is outside the interval and, of several seeds, outside the 95 % t interval of their differences."""
+        outside = self.low > 0 or self.high < 0
+        seeds = len(self.by_seed)
+        if seeds == 1:
+            return outside
+        reach = STUDENT[min(seeds - 2, len(STUDENT) - 1)] * statistics.stdev(self.by_seed) / math.sqrt(seeds)
+        return outside and abs(self.difference) > reach
+
+    @property
+    def word(self) -> str:
+        if self.ordering.alike:
+            return "differs" if self.certain else "appears"
+        if not self.certain:
+            return "within noise"
+        return "appears" if self.difference > 0 else "reversed"
+
+
+STUDIES = {
+    make.__name__: make
+    for make in (pcm, framework, short_text, loss_weight, batch_size, subset_size, model_size, init)
+}
+
+
+def choose_studies(names: str, ladders: Ladders) -> list[Study]:
+    """
+    `pcm,init` or `all` -> studies, in the order given.
+
+    Raises:
+        `ValueError`: for an unknown name.
+    """
+    wanted = list(STUDIES) if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
+    for name in wanted:
+        if name not in STUDIES:
+            near = difflib.get_close_matches(name, STUDIES, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ValueError(f"unknown study {name!r}; --study takes {', '.join(STUDIES)} or all.{hint}")
+    if not wanted:
+        raise ValueError(f"no study given; --study takes {', '.join(STUDIES)} or all.")
+    return [STUDIES[name](ladders) for name in dict.fromkeys(wanted)]
