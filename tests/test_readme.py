@@ -1,5 +1,6 @@
 """The README's commands and code run as they stand, on small data; the wheel holds what README says."""
 
+import importlib.util
 import json
 import re
 import shlex
@@ -22,6 +23,7 @@ from tests.conftest import tower_configs
 from tests.modeling_lrsclip.references import published_state
 from tests.modeling_lrsclip.source_files import write_bpe_file, write_source
 from training import train
+from training.config import _fields
 
 
 ROOT = Path(__file__).parents[1]
@@ -126,6 +128,25 @@ def test_every_option_of_the_commands_exists(capsys):
         assert name in PRESETS, name
     for name in re.findall(r"`([a-z]+-?clip-vit-[\w-]+)`", README):
         assert name in MODELS, name
+
+
+@pytest.mark.parametrize("readme", ["README.md", "training/README.md", "training/lrs2m/README.md"])
+def test_what_commands_name_is_there(readme):
+    text = (ROOT / readme).read_text()
+    commands = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
+    modules = re.findall(r"python -m ([\w.]+)", text)
+    assert commands and modules
+    for module in modules:
+        assert importlib.util.find_spec(module), module
+    for file in re.findall(r"--config(?:_file)? (\w+/[\w/.]+)", text):
+        assert (ROOT / file).is_file(), file
+    for line in commands:
+        if "training.train " in line:
+            words = shlex.split(line.split("#")[0])
+            config = train.parse_config(words[words.index("training.train") + 1 :])
+            assert config.output_dir and config.data.train
+    for field in re.findall(r"--((?:loop|data|loss|optim|model|push)\.\w+)", text):
+        assert field in _fields(), field
 
 
 def test_stretching_any_clip(workplace, tiny_tokenizer):
