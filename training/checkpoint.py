@@ -1,8 +1,6 @@
 """Checkpoints that appear whole or not at all: written beside their place, then renamed; each file's hash is kept."""
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +12,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from modeling_lrsclip import LRSCLIPModel, LRSCLIPProcessor
 
-from .record import replace_text
+from .files import replace_text, sha256_of, sync
 from .sharding import check_checkpoint, whole_model
 
 
@@ -67,13 +65,13 @@ def _make_room(growing: Path, folder: Path) -> None:
 
 def _publish(growing: Path, folder: Path) -> None:
     for path in (*growing.rglob("*"), growing):
-        _flush(path)
+        sync(path)
     old = _old(folder)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     growing.rename(folder)
-    _flush(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -110,21 +108,12 @@ def _reason(failure: BaseException) -> str:
     return " ".join(str(failure).split())
 
 
-def _flush(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows does not open folders
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_manifest(folder: Path) -> None:
     """Lists the files of `folder` with their sizes and hashes, by which [`find_damage`] knows them again."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in paths
     }
     replace_text(folder / MANIFEST, json.dumps({"files": files}, indent=2) + "\n")
 
@@ -137,19 +126,11 @@ def find_damage(folder: Path) -> str | None:
             size = (folder / name).stat().st_size
             if size != told["bytes"]:
                 return f"{name} has {size} bytes, {told['bytes']} were written"
-            if _sha256(folder / name) != told["sha256"]:
+            if sha256_of(folder / name) != told["sha256"]:
                 return f"{name} is not what was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def save_state(accelerator: Accelerator, run_folder: Path, step: int, keep: int) -> None:

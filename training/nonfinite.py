@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from .checkpoint import newest_checkpoint
-from .record import replace_text
+from .files import replace_text
 
 
 NOT_FINITE_BATCH = "nonfinite.json"  # below a run folder

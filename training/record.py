@@ -2,12 +2,13 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import subprocess
 from pathlib import Path
 from typing import Any
+
+from .files import replace_text
 
 
 RECORD = "run.json"
@@ -68,13 +69,3 @@ def record_start(folder: Path, start: dict[str, Any]) -> None:
     """Adds a start of the run, or a resumption, to the record of its folder; the rest follows when the run is done."""
     record = read_record(str(folder)) or {"schema_version": SCHEMA_VERSION}
     write_record(folder, record | {"starts": [*record.get("starts", []), start]})
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a small file that a crash leaves as it was or as it shall be."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)

@@ -16,9 +16,10 @@ from accelerate.utils import gather_object, is_tensorboard_available, is_trackio
 from tqdm import tqdm
 
 from .curves import draw_curves
+from .files import replace_text
 from .gather import gather
 from .losses import DualTextLoss
-from .record import read_record, replace_text
+from .record import read_record
 
 
 if TYPE_CHECKING:

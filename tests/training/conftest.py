@@ -4,8 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from modeling_lrsclip import LRSCLIPImageProcessor, LRSCLIPProcessor
+from tests.conftest import tower_configs
 
 
 COLOURS = ["red", "green", "blue", "white", "black", "yellow", "grey", "brown", "orange", "purple", "pink", "teal"]
@@ -46,6 +51,18 @@ def run_options(captioned_folder) -> list[str]:
         "precision": "fp32",
     }
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory, _tokenizer_folder):
+    """A stock CLIP of 77 positions, which a run stretches."""
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = CLIPTokenizer.from_pretrained(_tokenizer_folder)
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    LRSCLIPProcessor(LRSCLIPImageProcessor(**size), tokenizer).save_pretrained(folder)
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(**tower_configs(tokenizer))).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

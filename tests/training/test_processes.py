@@ -17,10 +17,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from modeling_lrsclip import LRSCLIPImageProcessor, LRSCLIPProcessor
-from tests.conftest import tower_configs
 from training.config import parse_config
 from training.data import CaptionedImages, load_pairs
 from training.loop import Trainer
@@ -188,18 +185,6 @@ def captions(captioned_folder):
     path = captioned_folder / "of_many_lengths.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory, _tokenizer_folder):
-    """A stock CLIP of 77 positions, which the run stretches."""
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = CLIPTokenizer.from_pretrained(_tokenizer_folder)
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    LRSCLIPProcessor(LRSCLIPImageProcessor(**size), tokenizer).save_pretrained(folder)
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(**tower_configs(tokenizer))).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from modeling_lrsclip import LRSCLIPImageProcessor, LRSCLIPModel, LRSCLIPProcessor
+from modeling_lrsclip import LRSCLIPModel
 from modeling_lrsclip.convert import load_published
-from tests.conftest import tower_configs
 from tests.modeling_lrsclip.references import published_state
 from tests.modeling_lrsclip.source_files import write_bpe_file, write_source
 from training.config import parse_config
@@ -21,18 +19,6 @@ from training.train import MODELS, describe_init, full_name, resolve_init, run
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 TABLE = "text_model.embeddings.position_embedding.weight"
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory, _tokenizer_folder):
-    """A stock CLIP of 77 positions."""
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = CLIPTokenizer.from_pretrained(_tokenizer_folder)
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    LRSCLIPProcessor(LRSCLIPImageProcessor(**size), tokenizer).save_pretrained(folder)
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(**tower_configs(tokenizer))).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

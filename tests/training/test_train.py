@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel
 
 from tests.conftest import tower_configs
-from training import train
+from training import devices, train
 from training.interruption import NOT_FINITE
 from training.model import ModelConfig, build_model
 from training.optim import OptimConfig, build_optimizer, build_scheduler
@@ -296,22 +296,22 @@ class TestErrors:
         chosen = [None]
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(6), raising=False)
         monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-        train.use_all_cores(SimpleNamespace(device=torch.device("cpu")))
+        devices.use_all_cores(SimpleNamespace(device=torch.device("cpu")))
         assert chosen[-1] == threads
 
     def test_emulated_bf16_is_refused(self, monkeypatch):
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False, raising=False)
         with pytest.raises(ValueError, match="no bf16 arithmetic"):
-            train.choose_precision("bf16", "cpu")
-        assert train.choose_precision("auto", "cpu") == train.choose_precision("fp32", "cpu") == "no"
+            devices.choose_precision("bf16", "cpu")
+        assert devices.choose_precision("auto", "cpu") == devices.choose_precision("fp32", "cpu") == "no"
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True, raising=False)
         for matrix_units, auto in (
             (False, "no"),
             (True, "bf16"),
         ):  # without them it is no faster, but can be asked for
             monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrix_units)  # noqa: B023
-            assert train.choose_precision("auto", "cpu") == auto
-            assert train.choose_precision("bf16", "cpu") == "bf16"
+            assert devices.choose_precision("auto", "cpu") == auto
+            assert devices.choose_precision("bf16", "cpu") == "bf16"
 
 
 class TestOptimizer:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from training.files import replace_text, sha256_of, sync
+
 from .rows import SPLITS, Row
-from .shards import SUFFIXES, ShardWriter, open_shard, read_shard, sha256_of, sync
+from .shards import SUFFIXES, ShardWriter, open_shard, read_shard
 
 
 MANIFEST, PROGRESS, WORK, DATA = "manifest.json", "progress.json", "work", "data"
@@ -161,11 +163,7 @@ def load_progress(folder: Path) -> Progress | None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replaces a file in one step, on disk before it has its name."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync(unfinished)
-    os.replace(unfinished, path)
-    sync(path.parent)
+    replace_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def totals(counts: dict[str, dict[str, int]]) -> dict[str, int]:

@@ -13,7 +13,6 @@ from .recipe import TextConfig, resolve
 
 
 FOLDER = Path(__file__).with_name("prompts")
-FIELDS = ("short_text", "short_texts", "long_text", "anchors", "class_name")  # and a source's own `fields`
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, Repositor
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
+from training.files import sha256_of
+
 from .card import CARD, is_own, write_card
 from .output import DATA, LISTS, MANIFEST
-from .shards import sha256_of
 from .statistics import STATISTICS, TABLES, read_manifest
 
 

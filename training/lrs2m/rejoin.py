@@ -19,10 +19,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from training.files import sha256_of
+
 from .images import IMAGE_SUFFIXES, Picture, Skip, read_picture
 from .output import LISTS, WORK, Output, Progress, totals
 from .rows import Row
-from .shards import read_shard, sha256_of
+from .shards import read_shard
 from .statistics import read_manifest
 
 

@@ -1,9 +1,7 @@
 """Files of the finished data set: parquet with embedded images, or WebDataset tars."""
 
-import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +9,8 @@ from typing import Protocol
 
 import pyarrow
 from pyarrow import parquet
+
+from training.files import sync
 
 from .rows import SCHEMA, Row
 
@@ -122,20 +122,3 @@ def row_size(row: Row) -> int:
     """Bytes of a row's image and texts."""
     image = len(row["image"]["bytes"]) if row["image"] else 0
     return image + len(row["long_text"]) + len(row["short_text"]) + 600
-
-
-def sync(path: Path) -> None:
-    """Forces a file or a folder to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
