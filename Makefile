@@ -28,7 +28,7 @@ $(READY): setup.py constraints.txt
 	@echo "== Making the environment $(VENV) (once, about two minutes)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable '.[train,eval,dev]'
+	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable '.[train,eval,lrs2m,geosearch,map,ray,onnx,dev]'
 	@touch $@
 
 test: $(READY)
@@ -45,11 +45,11 @@ soak: $(READY)
 	$(BIN)/python -m tests.soak --kills 20
 
 bench: $(READY)
-	$(BIN)/python -m tests.benchmarks.encoding
-	$(BIN)/python -m tests.benchmarks.recall
-	$(BIN)/python -m tests.benchmarks.localization
-	$(BIN)/python -m tests.benchmarks.large_batch loss
-	$(BIN)/python -m tests.benchmarks.training --batch 8 --layers 4
+	$(BIN)/python -m tests.speed.encoding
+	$(BIN)/python -m tests.speed.recall
+	$(BIN)/python -m tests.speed.localization
+	$(BIN)/python -m tests.speed.large_batch loss
+	$(BIN)/python -m tests.speed.training --batch 8 --layers 4
 
 # ---------------------------------------------------------------------------------------------------------------- demo
 # Table VII of the paper in small: the same scenes, architecture and number of steps for every row. An interrupted

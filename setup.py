@@ -12,7 +12,14 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     # The rooms training/, evaluation/ and model_cards/ are run from a clone: a global package named "training" helps nobody.
-    packages=["modeling_lrsclip"],
+    packages=[
+        "modeling_lrsclip",
+        "modeling_lrsclip.encoding",
+        "modeling_lrsclip.files",
+        "modeling_lrsclip.published",
+        "geosearch",
+    ],
+    entry_points={"console_scripts": ["geosearch = geosearch.__main__:main"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
@@ -45,10 +52,19 @@ setup(
             "tqdm",
         ],
         # The data set builder (training/lrs2m); it needs train and eval as well.
-        "lrs2m": ["aiohttp>=3.10", "filelock", "numpy>=2", "pyshp>=3"],
+        "lrs2m": ["filelock", "ijson", "numpy>=2", "openai", "pyogrio", "rasterio>=1.4"],
+        # Search over georeferenced imagery; `map` adds its page in the browser, `ray` its run on a cluster.
+        "geosearch": ["pyarrow", "pyogrio", "pyproj", "rasterio>=1.4", "rich", "shapely>=2", "tqdm"],
+        "map": ["gradio>=6"],
+        "ray": ["ray>=2.40"],
+        "onnx": ["onnx", "onnxruntime", "onnxscript"],
         "dev": [
             "aiohttp>=3.10",
+            "geopandas",
+            "hypothesis",
             "imagehash>=4.3",
+            "ipykernel",
+            "nbclient",
             "parameterized",
             "peft>=0.21",
             "pyshp>=3",
@@ -56,6 +72,7 @@ setup(
             "pytest-xdist",
             "regex",
             "ruff",
+            "sentence-transformers>=6",
             "setuptools>=77",
         ],
     },

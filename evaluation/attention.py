@@ -23,11 +23,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from modeling_lrsclip.encoding.encoder import embed_texts, load_encoder
 from modeling_lrsclip.image_processing_lrsclip import to_rgb
+from modeling_lrsclip.published.registry import label_models, resolve
 
-from .embedding import embed_texts, load_encoder
-from .figures import GREY, INK, Sheet
-from .models import label_models, resolve
+from .figures.retrieval import GREY, INK, Sheet
 from .run import check_device, prepare_output
 
 

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modeling_lrsclip.encoding.encoder import Encoder, encode_texts, hash_rows, share_truncated, token_lengths
+
 from .benchmarks.class_names import Templates, known_datasets, load_templates
 from .benchmarks.classification_data import ClassificationData, load_classification
-from .embedding import Encoder, encode_texts, hash_rows, share_truncated, token_lengths
 from .paper import ARXIV
-from .report import Aside, Column, Gap, Table
+from .results import Aside, Column, Gap, Table
 
 
 SEEN = "†"  # beside figures of a model that was trained on the data set

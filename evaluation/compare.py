@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .bootstrap import LEVEL, RESAMPLES, differences
-from .report import Column, Table, make_console, print_table
+from .results import Column, Table, make_console, print_table
 
 
 # What says that two results measured the same data, with what it is about.

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from modeling_lrsclip.encoding.encoder import Encoder, encode_texts, share_truncated, token_lengths
 from modeling_lrsclip.image_processing_lrsclip import to_rgb
+from modeling_lrsclip.published.registry import PAPER_ONLY
 
 from .benchmarks.localization_data import LocalizationData, load_localization
 from .benchmarks.tables import Unusable
-from .embedding import Encoder, encode_texts, share_truncated, token_lengths
 from .localization_windows import (
     Protocol,
     SceneWindows,
@@ -33,9 +34,8 @@ from .localization_windows import (
     probability_map,
 )
 from .metrics.semantic_localization.measures import localization_metrics
-from .models import PAPER_ONLY
 from .paper import ARXIV, dataset_key, paper_figures, paper_tables
-from .report import Aside, Column, Gap, Table
+from .results import Aside, Column, Gap, Table
 
 
 __all__ = ["LocalizationTask", "localization_metrics", "localization_table", "similarity_map"]

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .benchmarks.retrieval_data import RetrievalData, load_retrieval
-from .embedding import (
+from modeling_lrsclip.encoding.encoder import (
     Encoder,
     cut_tokens,
     embed_images,
@@ -24,6 +23,8 @@ from .embedding import (
     share_truncated,
     token_lengths,
 )
+
+from .benchmarks.retrieval_data import RetrievalData, load_retrieval
 
 
 KS = (1, 5, 10)

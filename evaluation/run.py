@@ -21,13 +21,14 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from modeling_lrsclip.encoding.cache import default_cache
+from modeling_lrsclip.encoding.encoder import load_encoder
+from modeling_lrsclip.published.registry import label_models, resolve
+
 from .benchmarks.class_names import WORDINGS
 from .bootstrap import intervals
-from .cache import default_cache
-from .embedding import load_encoder
-from .models import label_models, resolve
 from .paper import beside_paper
-from .report import (
+from .results import (
     SCHEMA_VERSION,
     Table,
     csv_lines,

@@ -13,11 +13,11 @@ from .benchmarks.localization_data import find_sources as find_localization
 from .benchmarks.retrieval_data import find_sources as find_retrieval
 from .benchmarks.tables import NotHere, Unusable
 from .classification import ClassificationTask, classification_table
-from .classification_figures import draw_confusion_matrix
-from .figures import draw_recall_vs_tokens, draw_retrieval_gallery, draw_token_lengths
+from .figures.classification import draw_confusion_matrix
+from .figures.localization import draw_localization
+from .figures.retrieval import draw_recall_vs_tokens, draw_retrieval_gallery, draw_token_lengths
 from .localization import LocalizationTask, localization_table
-from .localization_figures import draw_localization
-from .report import Table, retrieval_table, tokens_table
+from .results import Table, retrieval_table, tokens_table
 from .retrieval import RetrievalTask
 
 

@@ -25,8 +25,8 @@ if not __package__:  # run as a file: siblings and modeling_lrsclip are found fr
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from model_cards.checkpoint import ModelFacts, published_model, read_checkpoint
-from model_cards.measured import eval_results, paper_tables, results_section, select_model, tokens_section
-from model_cards.public import command_for, without_paths
+from model_cards.redaction import command_for, without_paths
+from model_cards.result_tables import eval_results, paper_tables, results_section, select_model, tokens_section
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")

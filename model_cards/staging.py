@@ -26,8 +26,8 @@ from modeling_lrsclip.convert import convert
 
 from .build_card import RECORD, build_card
 from .checkpoint import INDEX, WEIGHTS, read_checkpoint
-from .measured import select_model
-from .public import command_for, without_paths
+from .redaction import command_for, without_paths
+from .result_tables import select_model
 
 
 RESULTS, CARD, SUMS = "results.json", "README.md", "SHA256SUMS"

@@ -30,8 +30,8 @@ from .image_processing_lrsclip import LRSCLIPImageProcessor
 from .modeling_lrsclip import LRSCLIPModel
 from .position_stretching import stretch_position_embedding
 from .processing_lrsclip import LRSCLIPProcessor
-from .published_checkpoints import ACTIVATIONS, PRESETS, read_pretrained, read_published_checkpoint
-from .published_tokenizer import tokenizer_from_bpe
+from .published.checkpoints import ACTIVATIONS, PRESETS, read_pretrained, read_published_checkpoint
+from .published.tokenizer import tokenizer_from_bpe
 
 
 DEFAULT_TOKENIZER = "openai/clip-vit-base-patch16"

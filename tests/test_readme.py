@@ -15,10 +15,10 @@ from transformers import CLIPConfig, CLIPModel
 
 from evaluation import attention, compare
 from evaluation import run as evaluation_run
-from evaluation.models import MODELS
 from model_cards import build_card, push_to_hub
 from modeling_lrsclip import LRSCLIPModel, convert
-from modeling_lrsclip.published_checkpoints import PRESETS
+from modeling_lrsclip.published.checkpoints import PRESETS
+from modeling_lrsclip.published.registry import MODELS
 from tests.conftest import tower_configs
 from tests.modeling_lrsclip.references import published_state
 from tests.modeling_lrsclip.source_files import write_bpe_file, write_source

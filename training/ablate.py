@@ -27,21 +27,21 @@ import pyarrow.parquet
 from rich.console import Console
 from transformers.utils import logging
 
-from evaluation.benchmarks.aerial_scenes import CLASS_NAMES, write_dataset
+from evaluation.benchmarks.aerial_scenes.data_set import CLASS_NAMES, write_dataset
 from evaluation.benchmarks.scene_mosaics import write_mosaics
 from evaluation.bootstrap import LEVEL, RESAMPLES, Sums, draws, intervals, sums_of
-from evaluation.embedding import load_encoder
 from evaluation.paper import ARXIV, ablation_figures, paper_tables
-from evaluation.report import Column, Table, environment, make_console, markdown, print_table, write_file, write_json
+from evaluation.results import Column, Table, environment, make_console, markdown, print_table, write_file, write_json
 from evaluation.run import parse_arguments as evaluation_options
 from evaluation.tasks import choose_tasks, load_data
+from modeling_lrsclip.encoding.encoder import load_encoder
 
-from .ablation_figure import Point, draw_study
-from .ablation_models import PAPER_RECIPE, OwnModels, SmallModels
-from .ablation_options import WEIGHTS, parse_arguments, parse_seeds, parse_setting
-from .ablation_runs import Run, RunFolders, Source, Work, field_of, identify, read_recipe, with_starts
-from .ablation_studies import TASKS, Ladders, Ordering, Study, Verdict, choose_studies
-from .record import git_state
+from .ablations.figure import Point, draw_study
+from .ablations.models import PAPER_RECIPE, OwnModels, SmallModels
+from .ablations.options import WEIGHTS, parse_arguments, parse_seeds, parse_setting
+from .ablations.runs import Run, RunFolders, Source, Work, field_of, identify, read_recipe, with_starts
+from .ablations.studies import TASKS, Ladders, Ordering, Study, Verdict, choose_studies
+from .run_record import git_state
 
 
 IMAGE_SIZE = 96  # pixels along a drawn scene's side

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 
 from modeling_lrsclip import LRSCLIPModel, LRSCLIPProcessor
+from modeling_lrsclip.files.atomic import replace_text, sha256_of, sync
 
-from .files import replace_text, sha256_of, sync
 from .sharding import check_checkpoint, whole_model
 
 

@@ -11,14 +11,14 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_vali
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
-from .data import DataConfig
-from .interruption import EXIT_CODES
+from .data.pairs import DataConfig
 from .loop import LoopConfig
 from .losses import LossConfig
 from .model import ModelConfig
 from .optim import OptimConfig
 from .preflight import data_mistakes
 from .push import PushConfig
+from .signals import EXIT_CODES
 
 
 @dataclass(config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))

@@ -19,18 +19,18 @@ from torch.utils.data import DataLoader
 from modeling_lrsclip import LRSCLIPModel, LRSCLIPProcessor
 
 from .checkpoint import load_newest_state, newest_checkpoint, save_model, save_state
-from .data import CaptionedImages, Collator, count_workers
+from .data.pairs import CaptionedImages, Collator, count_workers
+from .data.skipped import SkippedRows
+from .data.visiting_order import VisitSampler
 from .gather import average_gradient, fewest, gather, gather_with_gradient
-from .interruption import Interrupted, Interruption, leave_signals_to_the_parent
 from .large_batch import cached_gradients, cut, plain_gradients
 from .losses import DualTextLoss, dual_text_loss
 from .model import compile_layers
 from .nonfinite import not_finite
-from .order import VisitSampler
-from .report import TRACKERS, RunLog
+from .run_log import TRACKERS, RunLog
 from .sharding import clamp_logit_scale, is_sharded, prepare, whole_model
-from .skipped import SkippedRows
-from .texts import (
+from .signals import Interrupted, Interruption, leave_signals_to_the_parent
+from .text_groups import (
     TextGroups,
     as_they_come,
     caption_numbers,

@@ -21,14 +21,14 @@ from modeling_lrsclip import (
     LRSCLIPVisionConfig,
 )
 from modeling_lrsclip.convert import load_published, prepare
-from modeling_lrsclip.published_checkpoints import ACTIVATIONS, PRESETS, read_published_checkpoint
+from modeling_lrsclip.published.checkpoints import ACTIVATIONS, PRESETS, read_published_checkpoint
 from modeling_lrsclip.train_tokenizer import train_tokenizer
 
 from .lora import LoRAConfig, add_adapters
 
 
 SCRATCH, TRAIN_TOKENIZER = "scratch", "train"
-# Short words for `init`, by names of the published models (evaluation/models.py); the other sizes go by those names.
+# Short words for `init`, by names of the published models (modeling_lrsclip/published/registry.py); the other sizes go by those names.
 SHORTHANDS = {"clip": "clip-vit-b-16", "longclip": "long-clip-vit-b-16", "lrsclip": "lrsclip-vit-b-16"}
 
 

@@ -8,8 +8,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from modeling_lrsclip.files.atomic import replace_text
+
 from .checkpoint import newest_checkpoint
-from .files import replace_text
 
 
 NOT_FINITE_BATCH = "nonfinite.json"  # below a run folder

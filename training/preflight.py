@@ -8,10 +8,10 @@ from accelerate.utils import broadcast_object_list
 from datasets.exceptions import DatasetsError
 from pydantic import TypeAdapter, ValidationError
 
-from .data import DataConfig, Pairs, load_pairs
+from .data.pairs import DataConfig, Pairs, load_pairs
+from .data.sources import SourceConfig, find_files
+from .data.visiting_order import VisitSampler
 from .losses import LossConfig
-from .order import VisitSampler
-from .sources import SourceConfig, find_files
 
 
 if TYPE_CHECKING:

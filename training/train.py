@@ -25,26 +25,28 @@ from PIL.Image import Image
 from pydantic import RootModel
 from transformers.utils import logging
 
-from evaluation.embedding import embed_images, weights_hash
-from evaluation.models import MODELS, resolve
 from evaluation.retrieval import evaluate_retrieval
 from modeling_lrsclip import LRSCLIPModel, LRSCLIPProcessor
+from modeling_lrsclip.encoding.encoder import embed_images, weights_hash
+from modeling_lrsclip.encoding.imagery import read_image
+from modeling_lrsclip.files.atomic import replace_text
+from modeling_lrsclip.published.registry import MODELS, resolve
 
 from .checkpoint import NotSavedError
 from .config import TrainConfig, parse_config
-from .data import CaptionedImages, Pairs, check_row, count_workers
+from .data.pairs import CaptionedImages, Pairs, check_row, count_workers
+from .data.rows import Row, caption_list
+from .data.skipped import SkippedFile, check_share, skipped_row
 from .devices import choose_precision, on_cpu, use_all_cores
-from .files import replace_text
 from .gather import keep_until_exit
-from .images import read_image
-from .interruption import ENDED_BY_SIGNAL, FAILED, NOT_FINITE, NOT_SAVED, Interrupted, end_with_the_launcher
 from .loop import Trainer, count_steps
 from .model import SCRATCH, SHORTHANDS, ModelConfig, build_model, build_processor
 from .nonfinite import NotFiniteError
 from .optim import build_optimizer, build_scheduler
 from .preflight import USER_ERRORS, MistakeError, first_process_first, open_data
 from .push import look_for_a_token, push
-from .record import (
+from .run_folder import check_run_folder, lock_run_folder
+from .run_record import (
     SCHEMA_VERSION,
     describe_data,
     describe_source,
@@ -54,10 +56,8 @@ from .record import (
     versions,
     write_record,
 )
-from .rows import Row, caption_list
-from .run_folder import check_run_folder, lock_run_folder
 from .sharding import make_accelerator
-from .skipped import SkippedFile, check_share, skipped_row
+from .signals import ENDED_BY_SIGNAL, FAILED, NOT_FINITE, NOT_SAVED, Interrupted, end_with_the_launcher
 
 
 MEASURED_CAPTIONS = 1000  # whose token lengths are told at the start

@@ -28,10 +28,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from evaluation.benchmarks.scene_canvas import Polygon, Query
-from evaluation.benchmarks.scene_captions import sentence, true_facts, with_article, write_short_text
-from evaluation.benchmarks.scene_drawing import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, draw_ground, draw_objects
-from evaluation.benchmarks.scene_layout import (
+from evaluation.benchmarks.aerial_scenes.canvas import Polygon, Query
+from evaluation.benchmarks.aerial_scenes.captions import sentence, true_facts, with_article, write_short_text
+from evaluation.benchmarks.aerial_scenes.drawing import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, draw_ground, draw_objects
+from evaluation.benchmarks.aerial_scenes.layout import (
     CLASS_NAMES,
     CLASS_OF,
     LINES,
@@ -41,7 +41,7 @@ from evaluation.benchmarks.scene_layout import (
     plan_scene,
     scene_random,
 )
-from evaluation.benchmarks.scene_sprites import BORDER_GRAIN, draw_line, smooth_noise
+from evaluation.benchmarks.aerial_scenes.sprites import BORDER_GRAIN, draw_line, smooth_noise
 
 
 TILES, TILE_PIXELS = 8, 256  # scenes along each side of a mosaic, and pixels along each side of a scene

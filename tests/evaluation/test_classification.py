@@ -17,10 +17,10 @@ from evaluation.classification import (
     classify,
     confusion_matrix,
 )
-from evaluation.classification_figures import draw_confusion_matrix
-from evaluation.embedding import Encoder, embed_images, embed_texts
+from evaluation.figures.classification import draw_confusion_matrix
 from evaluation.paper import beside_paper
-from evaluation.report import markdown, write_json
+from evaluation.results import markdown, write_json
+from modeling_lrsclip.encoding.encoder import Encoder, embed_images, embed_texts
 
 
 TASK = ClassificationTask("zic", "Zero-shot classification (ZIC)")

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from evaluation.benchmarks import class_names
-from evaluation.benchmarks.aerial_scenes import CLASS_NAMES, write_dataset
+from evaluation.benchmarks.aerial_scenes.data_set import CLASS_NAMES, write_dataset
 from evaluation.benchmarks.class_names import (
     derive_wording,
     find_dataset,

@@ -8,8 +8,8 @@ import torch
 
 import evaluation.embedding
 from evaluation.benchmarks.image_files import ImageFiles
-from evaluation.cache import SharedWork
-from evaluation.embedding import encode_texts, load_encoder
+from modeling_lrsclip.encoding.cache import SharedWork
+from modeling_lrsclip.encoding.encoder import encode_texts, load_encoder
 
 
 SCRIPT = """

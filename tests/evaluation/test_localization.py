@@ -10,9 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from evaluation.benchmarks.aerial_scenes.canvas import draw_canvas
 from evaluation.benchmarks.localization_data import LocalizationData
-from evaluation.benchmarks.scene_canvas import draw_canvas
-from evaluation.embedding import Encoder, embed_images, embed_texts
 from evaluation.localization import (
     LocalizationTask,
     localization_metrics,
@@ -31,7 +30,8 @@ from evaluation.localization_windows import (
     near_windows,
     probability_map,
 )
-from evaluation.report import make_console, markdown, print_table
+from evaluation.results import make_console, markdown, print_table
+from modeling_lrsclip.encoding.encoder import Encoder, embed_images, embed_texts
 
 
 SMALL = {"v1": Protocol("v1", (48, 80)), "v2": Protocol("v2", (64,))}

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from evaluation.benchmarks.aerial_scenes import write_dataset
+from evaluation.benchmarks.aerial_scenes.data_set import write_dataset
 from evaluation.benchmarks.localization_data import AIR_SLT_COUNTS, find_sources, load_localization
 from evaluation.benchmarks.tables import NotHere
 

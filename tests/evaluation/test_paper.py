@@ -19,7 +19,7 @@ from evaluation.paper import (
     paper_tables,
     seen_in_training,
 )
-from evaluation.report import markdown, retrieval_table
+from evaluation.results import markdown, retrieval_table
 
 
 # --------------------------------------------------------------------------------------------------- the file itself

@@ -11,11 +11,11 @@ from PIL import Image
 from rich.console import Console
 
 from evaluation import run
-from evaluation.benchmarks import aerial_scenes
-from evaluation.embedding import embed_images, embed_texts
-from evaluation.models import MODELS, ModelSource, label_models
-from evaluation.report import Column, Table, make_console, markdown, print_table, write_json
+from evaluation.benchmarks.aerial_scenes import data_set as aerial_scenes
+from evaluation.results import Column, Table, make_console, markdown, print_table, write_json
 from evaluation.retrieval import retrieval_recall
+from modeling_lrsclip.encoding.encoder import embed_images, embed_texts
+from modeling_lrsclip.published.registry import MODELS, ModelSource, label_models
 from tests.modeling_lrsclip.references import published_state
 from tests.modeling_lrsclip.source_files import write_source
 

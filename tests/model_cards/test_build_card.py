@@ -16,14 +16,14 @@ from huggingface_hub import DatasetCard, DatasetCardData, ModelCard
 from transformers import AutoModel
 
 from evaluation import run as evaluation_run
-from evaluation.embedding import weights_hash
-from evaluation.models import MODELS
 from evaluation.paper import beside_paper, paper_figures, paper_tables
 from model_cards.build_card import build_card, main
 from model_cards.checkpoint import PUBLISHED, read_checkpoint
-from model_cards.measured import NOT_YET, TASKS, paper_rows
-from model_cards.public import command_for
+from model_cards.redaction import command_for
+from model_cards.result_tables import NOT_YET, TASKS, paper_rows
 from modeling_lrsclip import LRSCLIPModel
+from modeling_lrsclip.encoding.encoder import weights_hash
+from modeling_lrsclip.published.registry import MODELS
 from training import train
 
 

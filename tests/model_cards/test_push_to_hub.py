@@ -16,8 +16,8 @@ from transformers.utils import hub as transformers_hub
 from evaluation import run as evaluation_run
 from model_cards import push_to_hub
 from model_cards.checkpoint import read_checkpoint
-from model_cards.public import without_paths
 from model_cards.push_to_hub import MESSAGE, main
+from model_cards.redaction import without_paths
 from modeling_lrsclip import LRSCLIPModel
 from tests.hub_server import Fault, HubServer
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from modeling_lrsclip.convert import load_published, main
-from modeling_lrsclip.published_checkpoints import PRESETS, _choose_activation, _choose_heads
-from modeling_lrsclip.published_keys import Architecture
-from modeling_lrsclip.published_tokenizer import tokenizer_from_bpe
+from modeling_lrsclip.published.checkpoints import PRESETS, _choose_activation, _choose_heads
+from modeling_lrsclip.published.state_dict_keys import Architecture
+from modeling_lrsclip.published.tokenizer import tokenizer_from_bpe
 from tests.modeling_lrsclip.references import published_state
 from tests.modeling_lrsclip.source_files import write_bpe_file, write_source
 

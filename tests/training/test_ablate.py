@@ -13,11 +13,11 @@ from PIL import Image
 from evaluation.bootstrap import differences
 from evaluation.paper import ablation_figures, paper_tables
 from training.ablate import Outcome, draw_data, judge, main
-from training.ablation_figure import draw_study
-from training.ablation_models import PAPER_RECIPE, OwnModels, SmallModels
-from training.ablation_options import WEIGHTS, parse_arguments, parse_seeds, parse_setting
-from training.ablation_runs import Run, RunFolders, Source, checked, field_of, identify, with_starts
-from training.ablation_studies import Ladders, Ordering, choose_studies
+from training.ablations.figure import draw_study
+from training.ablations.models import PAPER_RECIPE, OwnModels, SmallModels
+from training.ablations.options import WEIGHTS, parse_arguments, parse_seeds, parse_setting
+from training.ablations.runs import Run, RunFolders, Source, checked, field_of, identify, with_starts
+from training.ablations.studies import Ladders, Ordering, choose_studies
 
 
 SCENES, GENERAL = Source("scenes", "scenes 1", 9600), Source("general", "general 1", 9000)

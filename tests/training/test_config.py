@@ -6,7 +6,7 @@ import pytest
 
 from training.config import parse_config
 from training.preflight import open_data
-from training.report import TRACKERS
+from training.run_log import TRACKERS
 
 
 def test_file_and_overrides(tmp_path):

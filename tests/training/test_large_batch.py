@@ -11,7 +11,7 @@ from tests.conftest import tower_configs
 from training.large_batch import Embedder, cached_gradients, cut, plain_gradients
 from training.losses import LossConfig, dual_text_loss
 from training.model import compile_layers
-from training.texts import as_they_come, group_by_length
+from training.text_groups import as_they_come, group_by_length
 
 
 PAIRS = 7

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from training.config import parse_config
-from training.data import CaptionedImages, load_pairs
+from training.data.pairs import CaptionedImages, load_pairs
 from training.loop import Trainer
 from training.model import build_model, build_processor
 from training.optim import build_optimizer, build_scheduler

@@ -19,8 +19,9 @@ from PIL import Image
 
 from tests.soak import ROOT, Attempt, Kill, has_reached, leave_alone, make_data, run_arguments, survive
 from tests.training.test_processes import SHARDED
-from training import interruption, train
-from training.interruption import FAILED, NOT_FINITE, NOT_SAVED, Interruption, end_with_the_launcher
+from training import signals as interruption
+from training import train
+from training.signals import FAILED, NOT_FINITE, NOT_SAVED, Interruption, end_with_the_launcher
 
 
 PATIENCE = 300  # seconds for what should take a few, on a busy machine

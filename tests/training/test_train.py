@@ -17,10 +17,10 @@ from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel
 
 from tests.conftest import tower_configs
 from training import devices, train
-from training.interruption import NOT_FINITE
 from training.model import ModelConfig, build_model
 from training.optim import OptimConfig, build_optimizer, build_scheduler
 from training.run_folder import check_run_folder
+from training.signals import NOT_FINITE
 
 
 ROOT = Path(__file__).parents[2]

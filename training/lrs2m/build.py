@@ -23,21 +23,21 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from training.record import git_state, versions
+from training.run_record import git_state, versions
 
-from .captioners import Captioner, CaptionerDown, Gate, build_captioner
-from .images import Skip
-from .join import JoinedCaptions, Unmatched
-from .journal import Journal
-from .labels import LabelReader
+from .captioners.answer_journal import Journal
+from .captioners.captioner import Captioner, CaptionerDown, Gate, build_captioner
+from .data_row import Record, split_of
 from .output import LISTS, MANIFEST, PROGRESS, WORK, Output, Progress, load_progress, totals, write_json
 from .pipeline import Duplicate, Outcome, Pipeline, Written
 from .provenance import load_prompts, public_recipe, recipe_hash
 from .recipe import Recipe, SourceConfig, read_recipe, recipe_values, resolve
 from .routes import Failed, Item, Writer
-from .rows import Record, split_of
-from .sources import read_source
-from .table_rows import RowMaker, TokenCounter
+from .row_builder import RowMaker, TokenCounter
+from .sources.captions_by_key import JoinedCaptions, Unmatched
+from .sources.images import Skip
+from .sources.labels import LabelReader
+from .sources.records import read_source
 
 
 # After so many rows, so many times the cap, or half of the rows where that is less, stop a build before a source's end.
@@ -240,7 +240,7 @@ class Build:
         (self.folder / WORK).mkdir(parents=True, exist_ok=True)
         if not config.inside and not against:
             return None
-        from .duplicates import DuplicateFinder
+        from .duplicates.guard import DuplicateFinder
 
         store = self.folder / WORK / "duplicates.sqlite"
         return DuplicateFinder(against, config.inside, config.distance, config.crops, store)
@@ -248,7 +248,7 @@ class Build:
     def _build_chooser(self) -> Any:
         if self.recipe.candidates is None:
             return None
-        from .candidates import CandidateChooser
+        from .captioners.candidates import CandidateChooser
 
         config = self.recipe.candidates
         return CandidateChooser(config.model, config.rotations, config.stability)

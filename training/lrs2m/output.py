@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from training.files import replace_text, sha256_of, sync
+from modeling_lrsclip.files.atomic import replace_text, sha256_of, sync
 
-from .rows import SPLITS, Row
+from .data_row import SPLITS, Row
 from .shards import SUFFIXES, ShardWriter, open_shard, read_shard
 
 

@@ -9,13 +9,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from .captioners import Gate
-from .images import Skip, read_picture
-from .join import Unmatched
-from .labels import LabelReader
+from .captioners.captioner import Gate
+from .data_row import Record
 from .recipe import SourceConfig
 from .routes import Failed, Item, Text, Writer
-from .rows import Record
+from .sources.captions_by_key import Unmatched
+from .sources.images import Skip, read_picture
+from .sources.labels import LabelReader
 
 
 CHUNK = 32  # records that a thread prepares at a time

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .prompts import Prompt, load_prompt
+from .captioners.prompts import Prompt, load_prompt
 from .recipe import Recipe, SourceConfig, TextConfig, recipe_values
 from .routes import missing_places
 

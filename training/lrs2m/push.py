@@ -21,7 +21,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, Repositor
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from training.files import sha256_of
+from modeling_lrsclip.files.atomic import sha256_of
 
 from .card import CARD, is_own, write_card
 from .output import DATA, LISTS, MANIFEST

@@ -19,12 +19,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from training.files import sha256_of
+from modeling_lrsclip.files.atomic import sha256_of
 
-from .images import IMAGE_SUFFIXES, Picture, Skip, read_picture
+from .data_row import Row
 from .output import LISTS, WORK, Output, Progress, totals
-from .rows import Row
 from .shards import read_shard
+from .sources.images import IMAGE_SUFFIXES, Picture, Skip, read_picture
 from .statistics import read_manifest
 
 

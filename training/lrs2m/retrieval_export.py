@@ -22,7 +22,7 @@ from pyarrow import parquet
 from evaluation.benchmarks.image_files import plain
 from evaluation.benchmarks.retrieval_data import PUBLISHED_SPLITS, PublishedSplit
 
-from .rows import Row
+from .data_row import Row
 from .shards import read_shard
 from .statistics import read_manifest
 

@@ -8,15 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .anchors import Label, anchor_text, anchors_json, labels_caption
-from .answers import Checks, clean_answer, find_fault
-from .captioners import Captioner, NoAnswer, Request, Sampling
-from .images import Picture, Skip
-from .journal import Journal
-from .prompts import Prompt
+from .captioners.answer_checks import Checks, clean_answer, find_fault
+from .captioners.answer_journal import Journal
+from .captioners.captioner import Captioner, NoAnswer, Request, Sampling
+from .captioners.prompts import Prompt
+from .data_row import GIVEN, Record
 from .recipe import Recipe, SourceConfig, TextConfig
-from .rows import GIVEN, Record
-from .tables import garbled
+from .sources.anchors import Label, anchor_text, anchors_json, labels_caption
+from .sources.images import Picture, Skip
+from .sources.tables import garbled
 
 
 TEMPLATE = "template"
@@ -75,7 +75,7 @@ class Writer:
 
         Raises:
             [`Failed`]: when a captioner brought none that passes the checks.
-            [`~training.lrs2m.images.Skip`]: for a given text that is empty or garbled, or a template without its fields.
+            [`~training.lrs2m.sources.images.Skip`]: for a given text that is empty or garbled, or a template without its fields.
         """
         if self.source.long.captioner:
             short = None if self.source.short.captioner else self._own("short", item)
@@ -105,7 +105,7 @@ class Writer:
             return Text(check_given(text, which))
         if config.template == "labels":
             return Text(labels_caption(item.labels), TEMPLATE)
-        from .metadata_captions import metadata_caption
+        from .captioners.metadata import metadata_caption
 
         text = metadata_caption(metadata_of(item.record), config.template)
         if not text.strip():
@@ -194,7 +194,7 @@ def check_given(text: str | None, which: str) -> str:
     A given caption without outer white space.
 
     Raises:
-        [`~training.lrs2m.images.Skip`]: for one that is empty or not of the file's encoding.
+        [`~training.lrs2m.sources.images.Skip`]: for one that is empty or not of the file's encoding.
     """
     if text is None or not text.strip():
         raise Skip(f"empty {which} caption", "the source has none for it")

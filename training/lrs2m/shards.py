@@ -10,9 +10,9 @@ from typing import Protocol
 import pyarrow
 from pyarrow import parquet
 
-from training.files import sync
+from modeling_lrsclip.files.atomic import sync
 
-from .rows import SCHEMA, Row
+from .data_row import SCHEMA, Row
 
 
 SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}

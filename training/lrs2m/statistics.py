@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from evaluation.paper import paper_tables
 
+from .data_row import GIVEN
 from .output import LISTS, MANIFEST, write_json
-from .rows import GIVEN
 from .shards import read_shard
 from .statistics_figures import draw_map, draw_token_lengths
 

@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from evaluation.figures import CLIP_POSITIONS, DPI, FAINT, GREY, INK, LINES, LONG_POSITIONS
+from evaluation.figures.retrieval import CLIP_POSITIONS, DPI, FAINT, GREY, INK, LINES, LONG_POSITIONS
 
 
 BIN = 5  # tokens

@@ -11,10 +11,11 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from evaluation.benchmarks import aerial_scenes, scene_captions
-from evaluation.benchmarks.scene_canvas import GRID
-from evaluation.benchmarks.scene_captions import NOUNS, NUMBERS, PLACES, with_article
-from evaluation.benchmarks.scene_layout import CLASS_OF, CLASSES, COLOURS, KINDS, plan_scene, scene_random
+from evaluation.benchmarks.aerial_scenes import captions as scene_captions
+from evaluation.benchmarks.aerial_scenes import data_set as aerial_scenes
+from evaluation.benchmarks.aerial_scenes.canvas import GRID
+from evaluation.benchmarks.aerial_scenes.captions import NOUNS, NUMBERS, PLACES, with_article
+from evaluation.benchmarks.aerial_scenes.layout import CLASS_OF, CLASSES, COLOURS, KINDS, plan_scene, scene_random
 
 
 SIDE = 64

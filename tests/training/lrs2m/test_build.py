@@ -27,11 +27,11 @@ from tests.training.lrs2m.small_builds import (
 )
 from training.lrs2m import build as build_module
 from training.lrs2m import output
-from training.lrs2m.captioners import Gate
-from training.lrs2m.join import Unmatched
-from training.lrs2m.journal import Journal
+from training.lrs2m.captioners.answer_journal import Journal
+from training.lrs2m.captioners.captioner import Gate
 from training.lrs2m.pipeline import Pipeline
 from training.lrs2m.recipe import ReadConfig, SourceConfig, TextConfig
+from training.lrs2m.sources.captions_by_key import Unmatched
 
 
 GERMAN = "Das Bild zeigt eine graue Straße und viele kleine Häuser mit roten Dächern, daneben liegt ein Feld. " * 2

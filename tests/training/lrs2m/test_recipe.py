@@ -3,11 +3,11 @@
 import pytest
 import yaml
 
+from training.lrs2m.data_row import SCHEMA, split_of
 from training.lrs2m.provenance import load_prompts, public_recipe, recipe_hash
 from training.lrs2m.recipe import read_recipe
-from training.lrs2m.rows import SCHEMA, split_of
-from training.lrs2m.sources import normalise_key
-from training.lrs2m.tables import table_rows
+from training.lrs2m.sources.records import normalise_key
+from training.lrs2m.sources.tables import table_rows
 
 
 def written(tmp_path, name, **fields):

@@ -73,8 +73,8 @@ def test_mistakes_are_sentences(folders, tiles, tmp_path, capsys):
 
 
 def test_a_key_does_not_lead_out_of_the_folder(tmp_path):
-    from training.lrs2m.images import Skip
     from training.lrs2m.rejoin import LocalImages
+    from training.lrs2m.sources.images import Skip
 
     (tmp_path / "inside").mkdir()
     picture(0).save(tmp_path / "secret.png")

@@ -22,10 +22,10 @@ from tests.training.lrs2m.small_builds import (
     short_caption,
     source,
 )
-from training.lrs2m.images import Skip
-from training.lrs2m.labels import LabelReader
+from training.lrs2m.data_row import Record
 from training.lrs2m.recipe import LabelsConfig
-from training.lrs2m.rows import Record
+from training.lrs2m.sources.images import Skip
+from training.lrs2m.sources.labels import LabelReader
 
 
 def png(image: Image.Image) -> bytes:

@@ -13,8 +13,8 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from training.lrs2m.captioners import Request
-from training.lrs2m.transformers_captioner import Engine
+from training.lrs2m.captioners.captioner import Request
+from training.lrs2m.captioners.transformers_model import Engine
 
 
 SPECIAL = [

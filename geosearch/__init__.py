@@ -1,0 +1,1 @@
+"""Search by description over georeferenced imagery of one's own."""

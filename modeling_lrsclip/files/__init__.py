@@ -1,0 +1,1 @@
+"""Reading and writing files: in one step, and never half."""

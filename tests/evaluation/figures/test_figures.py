@@ -1,0 +1,35 @@
+"""Figures of unusual results: one model, nothing found, many equal curves, texts with odd signs."""
+
+import pytest
+from PIL import Image
+
+from evaluation.figures.retrieval import draw_recall_vs_tokens, draw_retrieval_gallery
+
+
+def curve(**points):
+    return [{"tokens": int(tokens[1:]), "text_to_image_R@1": value} for tokens, value in points.items()]
+
+
+@pytest.mark.parametrize(
+    "curves",
+    [
+        {"one": curve(t77=94.2)},
+        {"zero": curve(t20=0.0, t77=0.0), "longer": curve(t20=0.0, t77=0.0, t305=0.0)},
+        {f"model {index}": curve(t20=100.0, t248=100.0) for index in range(10)},
+    ],
+    ids=["one point", "nothing found", "ten equal curves"],
+)
+def test_curves_of_any_shape_are_drawn_inside_the_picture(curves, tmp_path):
+    image = Image.open(draw_recall_vs_tokens(curves, tmp_path / "curve.png", "scenes", longest=200)).convert("L")
+    assert image.width > image.height > 500
+    frame = [image.crop((0, y, image.width, y + 1)).getextrema()[0] for y in (0, image.height - 1)]
+    assert frame == [255, 255]  # labels that are pushed apart stay on the page
+
+
+@pytest.mark.parametrize("found", [[0], [3, 2, 1], [1, 2, 0]])
+def test_galleries_of_few_images_and_texts_with_dollars_are_drawn(found, images, tmp_path):
+    text = "A $5 and $6 road with 100% _sand_ \\alpha " + "verylongword" * 12
+    words = list(range(1, 1 + len(text.split())))
+    example = {"text": text, "word_tokens": words, "image": 0, "rank": 3, "found": found}
+    path = draw_retrieval_gallery([example] * 2, images, tmp_path / "gallery.png", "a_model$", positions=77)
+    assert Image.open(path).width > 1000

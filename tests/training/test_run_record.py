@@ -1,0 +1,69 @@
+"""`run.json` says what a model was trained on, and belongs to the weights it lies beside."""
+
+import json
+import subprocess
+
+import pytest
+from transformers import AutoModel
+
+from modeling_lrsclip.encoding.encoder import weights_hash
+from training import train
+from training.run_record import git_state, versions
+
+
+def test_a_run_leaves_its_record(run_arguments, captioned_folder, tmp_path):
+    train.main([*run_arguments, "--data.validation", str(captioned_folder), "--data.validation_pairs", "8"])
+    folder = tmp_path / "run"
+    record = json.loads((folder / "final" / "run.json").read_text())
+    assert record == json.loads((folder / "run.json").read_text())
+    assert record["init"] is None and record["init_run"] is None
+    data = record["data"]
+    assert (data["name"], data["kind"], data["pairs"]) == (str(captioned_folder), "local", 12)
+    assert data["captions"].keys() == {"long_text", "short_text"}
+    assert data["captions"]["long_text"]["mean_tokens"] > data["captions"]["short_text"]["mean_tokens"] > 2
+    assert data["captions"]["long_text"]["share_truncated"] == 0
+    assert record["validation"]["pairs"] == 8
+    assert (record["steps"], record["processes"], record["device"], record["precision"]) == (4, 1, "cpu", "fp32")
+    assert record["seconds"] > 0 and record["versions"] == versions()
+    assert record["config"]["optim"]["learning_rate"] == 1e-3
+
+    best = json.loads((folder / "best" / "run.json").read_text())
+    assert best["best"] == record["best"] and best["weights"]["step"] == record["best"]["step"]
+    for told in (record, best):
+        weights = folder / ("final" if told is record else "best")
+        assert told["weights"]["sha256"] == weights_hash(AutoModel.from_pretrained(weights))
+    assert not list(folder.rglob(".run.json*"))
+
+
+def test_a_run_that_starts_from_another_carries_its_record(run_arguments, tmp_path):
+    train.main(run_arguments)
+    first = json.loads((tmp_path / "run" / "final" / "run.json").read_text())
+    assert first["validation"] is None and first["best"] is None and not (tmp_path / "run" / "best").exists()
+    more = ["--output_dir", str(tmp_path / "second"), "--model.init", str(tmp_path / "run" / "final")]
+    unset = {"--model.tokenizer", "--model.text", "--model.vision"}
+    again = [word for pair in zip(run_arguments[::2], run_arguments[1::2]) if pair[0] not in unset for word in pair]
+    train.main([*again, *more])
+    second = json.loads((tmp_path / "second" / "run.json").read_text())
+    assert second["init"] == {"name": str(tmp_path / "run" / "final"), "kind": "local"}
+    assert second["init_run"] == first
+    assert second["weights"]["sha256"] != first["weights"]["sha256"]
+
+
+def test_git_state(tmp_path):
+    assert git_state(tmp_path) is None
+
+    def git(*words):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *identity, "-C", str(tmp_path), *words], check=True, capture_output=True)
+
+    try:
+        git("init")
+    except FileNotFoundError:
+        pytest.skip("git is not installed")
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-m", "first")
+    state = git_state(tmp_path)
+    assert len(state["commit"]) == 40 and state["modified"] is False
+    (tmp_path / "file").write_text("2")
+    assert git_state(tmp_path) == state | {"modified": True}

@@ -1,0 +1,1 @@
+"""What the ablation command is made of."""

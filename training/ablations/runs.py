@@ -1,0 +1,344 @@
+"""
+The training runs of an ablation: each named by all that decides its weights, trained once whichever studies share it,
+gone on with after an interruption.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock
+from pydantic import RootModel
+
+from ..config import TrainConfig, parse_config
+from ..run_record import RECORD, read_record
+from .studies import Arm
+
+
+CLONE = Path(__file__).parents[2]  # where the package `training` is
+PATIENCE = 300  # seconds that an interrupted run gets to save its state
+POLL = 1.0  # seconds between two looks at a run's log
+CAPTION_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".tar")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Training data: `data.train`, what tells it from other data, and how many pairs, where known."""
+
+    train: str | list[dict[str, Any]]
+    identity: str
+    pairs: int | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of `training.train`: the values of its recipe, its data, and the run whose final model it starts from."""
+
+    label: str
+    values: dict[str, Any]
+    source: Source
+    start: "Run | None" = None
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of all that decides the weights; raises as [`checked`] for a recipe with mistakes."""
+        told = {
+            "values": checked(self.values, self.source.train),
+            "data": self.source.identity,
+            "start": self.start and self.start.key,
+        }
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        return f"{re.sub(r'[^a-z0-9]+', '-', self.label.lower()).strip('-')}-{self.key[:10]}"
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps to come, where the number of pairs is known."""
+        loop = self.values.get("loop", {})
+        if loop.get("steps"):
+            return loop["steps"]
+        if self.source.pairs is None or not loop.get("batch_size"):
+            return None
+        return max(1, round(loop.get("epochs", 1.0) * (self.source.pairs // loop["batch_size"])))
+
+    @property
+    def samples(self) -> int:
+        """Pairs seen; one, where it is not known, so that runs count alike."""
+        return (self.steps or 1) * (self.values["loop"]["batch_size"] if self.steps else 1)
+
+
+def checked(values: dict[str, Any], train: Any) -> dict[str, Any]:
+    """
+    A recipe as `training.train` reads it, without its data and what is at its default, so that equal ones look equal.
+
+    Raises:
+        `ValueError`: with all of its mistakes.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(
+            yaml.safe_dump(with_fields(values, {"output_dir": folder, "data.train": train})), encoding="utf-8"
+        )
+        try:
+            config = parse_config(["--config", str(path)])
+        except SystemExit as mistakes:
+            raise ValueError(str(mistakes)) from None
+    told = RootModel[TrainConfig](config).model_dump(mode="json", exclude_defaults=True)
+    del told["output_dir"], told["data"]["train"]
+    return told
+
+
+def with_starts(runs: Sequence[Run]) -> list[Run]:
+    """Each run once, after the one that it starts from."""
+    ordered: dict[str, Run] = {}
+    for run in runs:
+        chain = [run]
+        while chain[-1].start:
+            chain.append(chain[-1].start)
+        ordered |= {each.key: each for each in reversed(chain) if each.key not in ordered}
+    return list(ordered.values())
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"the recipe {path} cannot be read ({error}); the recipes are in training/configs/."
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(f"the recipe {path} holds a {type(values).__name__}; it must hold sections with fields.")
+    return values
+
+
+def with_fields(values: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a recipe with some fields, by dotted names, set otherwise."""
+    values = copy.deepcopy(values)
+    for name, value in fields.items():
+        *sections, last = name.split(".")
+        place = values
+        for section in sections:
+            if place.get(section) is None:
+                place[section] = {}
+            place = place[section]
+            if not isinstance(place, dict):
+                raise ValueError(f"{name}: {section} is a single value in the recipe and has no field {last}.")
+        place[last] = value
+    return values
+
+
+def field_of(values: dict[str, Any], name: str, default: Any = None) -> Any:
+    for part in name.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return default if values is None else values
+
+
+def arm_fields(arm: Arm, values: dict[str, Any]) -> dict[str, Any]:
+    """
+    What an arm changes in a recipe. Another batch size sees as many pairs in all; a part of the data is the first
+    part of one epoch's permutation, which is a random choice of pairs, each seen once.
+
+    Raises:
+        `ValueError`: for a part of the data in a recipe of more than one epoch.
+    """
+    fields = dict(arm.fields)
+    steps, batch = field_of(values, "loop.steps"), field_of(values, "loop.batch_size", 512)
+    epochs = field_of(values, "loop.epochs", 1.0)
+    if steps and "loop.batch_size" in fields:
+        fields["loop.steps"] = max(1, round(steps * batch / fields["loop.batch_size"]))
+    if arm.share != 1:
+        if epochs > 1 and not steps:
+            raise ValueError(
+                f"the study subset_size shows each pair once, as the paper does, and the recipe has loop.epochs "
+                f"{epochs:g}; add --set loop.epochs=1."
+            )
+        fields |= {"loop.steps": max(1, round(steps * arm.share))} if steps else {"loop.epochs": epochs * arm.share}
+    return fields
+
+
+def identify(source: str | list[dict[str, Any]]) -> str:
+    """What tells a user's data from other data: its name, and size and time of change of its caption files."""
+    if not isinstance(source, str):
+        return "\n".join(f"{json.dumps(each, sort_keys=True)} {identify(str(each.get('path')))}" for each in source)
+    path = Path(source)
+    if not path.exists():
+        return source
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in CAPTION_FILES)
+    stamps = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    return "\n".join([str(path.resolve()), *stamps])
+
+
+class Pace:
+    """How long runs take, from those that are done: seconds a pair."""
+
+    def __init__(self):
+        self.samples, self.seconds = 0, 0.0
+
+    def add(self, samples: int, seconds: float) -> None:
+        self.samples += samples
+        self.seconds += seconds
+
+    def expected(self, runs: Sequence[Run]) -> float | None:
+        """Seconds for runs to come; None before anything is known."""
+        return sum(run.samples for run in runs) * self.seconds / self.samples if self.samples else None
+
+
+def in_words(seconds: float | None) -> str:
+    if seconds is None:
+        return "an unknown time"
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+class RunFolders:
+    """
+    Where the runs lie, a folder each, and how they are trained.
+
+    Args:
+        root: folder of the runs' folders.
+        launch: words in front of `-m training.train`, for example `accelerate launch --num_processes 2`.
+    """
+
+    def __init__(self, root: Path, launch: Sequence[str]):
+        self.root, self.launch = root, list(launch)
+
+    def folder(self, run: Run) -> Path:
+        return self.root / run.name
+
+    def model(self, run: Run) -> Path:
+        return self.folder(run) / "final"
+
+    def finished(self, run: Run) -> bool:
+        """`run.json` is the last that training writes."""
+        return (self.folder(run) / RECORD).is_file() and (self.model(run) / "config.json").is_file()
+
+    def train(self, run: Run, watch: Callable[[dict[str, Any]], None] = lambda entry: None) -> None:
+        """
+        Trains a run to its end, from its newest checkpoint where it was interrupted; a finished one is left as it is.
+
+        Args:
+            watch: called now and then with the newest entry of the run's `log.jsonl`.
+
+        Raises:
+            `ValueError`: when training fails, with its last words and where the rest of them is.
+            `KeyboardInterrupt`: after the run, interrupted too, had time to save its state.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.root / f".{run.name}.lock"):  # another command may be at the same run
+            if self.finished(run):
+                return
+            recipe, log = self.root / f"{run.name}.yaml", self.root / f"{run.name}.log"
+            recipe.write_text(yaml.safe_dump(self._values(run), sort_keys=False), encoding="utf-8")
+            with log.open("ab") as output:
+                command = [*self.launch, "-m", "training.train", "--config", str(recipe.resolve())]
+                # In a session of its own, so that Ctrl-C reaches it once, through here.
+                process = subprocess.Popen(
+                    command, env=_environment(), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                )
+                try:
+                    while process.poll() is None:
+                        if entry := _newest_entry(self.folder(run) / "log.jsonl"):
+                            watch(entry)
+                        time.sleep(POLL)
+                finally:
+                    _end(process)
+            if process.returncode or not self.finished(run):
+                raise ValueError(
+                    f"training {run.label!r} ended with exit status {process.returncode}: {_last_words(log)} (all of it: {log}); "
+                    "what is finished stays, the same command goes on from here."
+                )
+            shutil.rmtree(self.folder(run) / "checkpoints", ignore_errors=True)  # of use to unfinished runs only
+
+    def _values(self, run: Run) -> dict[str, Any]:
+        fields = {"output_dir": str(self.folder(run).resolve()), "data.train": run.source.train, "resume": True}
+        if run.start:
+            fields["model.init"] = str(self.model(run.start).resolve())
+        return with_fields(run.values, fields)
+
+    def seconds(self, run: Run) -> float:
+        """Of training, as the run recorded them."""
+        return (read_record(str(self.folder(run))) or {}).get("seconds", 0.0)
+
+
+class Work:
+    """Trains runs, each once, and tells how far it is."""
+
+    def __init__(self, folders: RunFolders, say: Callable[[str], None], runs: Sequence[Run]):
+        self.folders, self.say, self.pace = folders, say, Pace()
+        self.pending = [run for run in runs if not folders.finished(run)]
+        self.count = len(self.pending)
+        for run in runs:
+            if folders.finished(run):
+                self.pace.add(run.samples, folders.seconds(run))
+        say(f"{len(runs)} runs in all, {len(runs) - self.count} of them finished before")
+
+    def train(self, run: Run) -> None:
+        if run not in self.pending:
+            return
+        wait = self.pace.expected(self.pending)
+        expected = f"about {in_words(wait)} to go" if wait else "no run is done yet to tell the wait from"
+        self.say(f"run {self.count - len(self.pending) + 1} of {self.count}: {run.label}; {expected}")
+        started, told = time.perf_counter(), wait is not None
+
+        def watch(entry: dict[str, Any]) -> None:
+            nonlocal told
+            if not told and run.steps and entry["step"] >= run.steps / 10:
+                told, pace = True, Pace()
+                pace.add(entry["step"] * run.values["loop"]["batch_size"], entry["seconds"])
+                whole, rest = (in_words(pace.expected(runs)) for runs in ([run], self.pending))
+                self.say(f"  step {entry['step']} of {run.steps}; this run takes about {whole}, all of them {rest}")
+
+        self.folders.train(run, watch)
+        self.pending.remove(run)
+        self.pace.add(run.samples, time.perf_counter() - started)
+
+
+def _newest_entry(log: Path) -> dict[str, Any] | None:
+    """The last line of `log.jsonl` that tells the time; one that is being written is left out."""
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.is_file() else []
+    entries = (json.loads(line) for line in reversed(lines) if line.endswith("\n"))
+    return next((entry for entry in entries if "seconds" in entry), None)
+
+
+def _environment() -> dict[str, str]:
+    """With the clone on Python's path, wherever the command is given."""
+    path = [str(CLONE), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(part for part in path if part)}
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Asks a run that is still there, with all its processes, to save its state and stop; waits until it has."""
+    if process.poll() is not None:
+        return
+    for number, patience in ((signal.SIGTERM, PATIENCE), (signal.SIGKILL, None)):
+        os.killpg(process.pid, number)
+        try:
+            process.wait(patience)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _last_words(log: Path) -> str:
+    """What training said last, without its progress bar."""
+    text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("training:")]
+    if "The configuration has mistakes:" in lines:
+        at = len(lines) - 1 - lines[::-1].index("The configuration has mistakes:")
+        return " ".join(lines[at:])
+    return lines[-1].removeprefix("error: ") if lines else "it said nothing"

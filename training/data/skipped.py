@@ -1,0 +1,115 @@
+"""Rows that cannot be used: counted, named once each in a file, and capped for all processes together."""
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from modeling_lrsclip.encoding.imagery import ImageError, image_name
+
+from ..gather import cpu_group, largest
+from .rows import Row
+
+
+SKIPPED = "skipped.jsonl"  # below a run folder
+FEW = 10  # rows that may always be skipped: a share of the first few batches says nothing yet
+
+
+class SkippedFile:
+    """
+    `skipped.jsonl` in a run folder: one line for each row that could not be used, with its `id`, the `file` it lies in
+    and the `reason`. A later epoch, a resumed run or a validation that meets the row again adds nothing.
+    """
+
+    def __init__(self, folder: Path):
+        self.path, self._named, self._size = folder / SKIPPED, set(), 0
+
+    def add(self, rows: list[dict[str, str]]) -> None:
+        self._read()
+        with self.path.open("a", encoding="utf-8") as file:
+            for row in rows:
+                if row["id"] not in self._named:
+                    self._named.add(row["id"])
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._size = self.path.stat().st_size
+
+    def _read(self) -> None:
+        """Looks again if another has written since; a line that a kill fell into is taken out."""
+        if not self.path.exists() or self.path.stat().st_size == self._size:
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        if whole != lines:
+            self.path.write_text("".join(whole), encoding="utf-8")
+        self._named = {json.loads(line)["id"] for line in whole}
+
+
+def skipped_row(row: Row, location: str, reason: Exception) -> dict[str, str]:
+    """What `skipped.jsonl` says of a row; `location` is the file that the row itself, maybe with its image, lies in."""
+    file = image_name(row.image) if isinstance(reason, ImageError) else None
+    return {"id": row.id, "file": file or location, "reason": str(reason)}
+
+
+def check_share(skipped: int, visited: int, allowed: float, last: dict[str, str]) -> None:
+    """
+    Raises `ValueError` when more than the share `allowed` of the rows `visited` was `skipped`, and more than `FEW`; if
+    none is allowed, for a single one. `last` is told as an example.
+    """
+    if skipped > allowed * visited and (skipped > FEW or allowed == 0):
+        raise ValueError(
+            f"{skipped} of {visited} rows visited cannot be used ({skipped / visited:.1%}), more than "
+            f"data.max_skipped_fraction={allowed:g} allows; the last one is {last['id']}: {last['reason']} "
+            f"All of them are in {SKIPPED} of the run folder; mend or remove them, or raise data.max_skipped_fraction."
+        )
+
+
+class SkippedRows:
+    """
+    The rows that a run could not use, on all of its processes: written to [`SkippedFile`], and the run ended for all
+    when they are too many (see [`check_share`]). The place in the batch is taken by the row after it (training/data.py).
+
+    Args:
+        folder: the run folder.
+        allowed: `data.max_skipped_fraction`, from 0 to 1, of the rows visited so far.
+        writes: whether this is the process that writes the file.
+        longest_wait: of a process for the others, while the first one validates.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        allowed: float,
+        writes: bool,
+        longest_wait: datetime.timedelta = datetime.timedelta(hours=6),
+    ):
+        self.file, self.allowed, self.writes = SkippedFile(folder), allowed, writes
+        self._group = cpu_group(longest_wait)
+
+    def take(self, batch: dict[str, Any], before: int, used: int) -> int:
+        """
+        Notes what the reading of a batch left out; every process must call it for every batch. While nothing is left
+        out, that costs one number sent between the processes' CPUs.
+
+        Args:
+            batch: of this process, with `skipped` and, where no row at all could be found, `fault`.
+            before: visits of unusable rows before this batch.
+            used: pairs that the run has been given, those of this global batch included.
+
+        Returns:
+            Visits of unusable rows so far.
+
+        Raises:
+            `ValueError`: past the cap, or without a usable row, on every process.
+        """
+        if not largest(len(batch["skipped"]), self._group):
+            return before
+        found = gather_object(batch["skipped"])
+        faults = gather_object([batch["fault"]] if "fault" in batch else [])
+        if self.writes:
+            self.file.add(found)
+        if faults:
+            raise ValueError(f"{faults[0]} All of them are in {self.file.path}.")
+        check_share(before + len(found), before + len(found) + used, self.allowed, found[-1])
+        return before + len(found)

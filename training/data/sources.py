@@ -1,0 +1,270 @@
+"""Where captioned images come from: files, folders, shards, tars and data sets on the Hub, each opened as [`Rows`]."""
+
+import difflib
+import glob
+import itertools
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datasets import Dataset, load_dataset, load_dataset_builder
+from datasets import Image as ImageFeature
+from fsspec.core import url_to_fs
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from tqdm import tqdm
+
+from .rows import GroupCache, LineRows, ParquetRows, Rows, TableRows, filled
+from .tars import IMAGE_SUFFIXES, TarRows
+
+
+if TYPE_CHECKING:
+    from .pairs import DataConfig
+
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".tar": "tar"}
+# What a folder's caption file may be called, the first found is read; {split} is data.train_split.
+FOLDER_FILES = tuple(
+    f"{stem}{suffix}"
+    for stem in ("{split}", "captions", "metadata")
+    for suffix in (".parquet", ".jsonl", ".json", ".csv")
+)
+# Else its shards, all that the first of these finds.
+FOLDER_SHARDS = tuple(
+    f"{stem}{suffix}"
+    for stem in ("{split}-*", "data/{split}-*", "*-{split}-*", "*", "data/*")
+    for suffix in (".parquet", ".tar")
+)
+KINDS = ("image", "long", "short")
+_LISTED = 3  # offenders named in an error
+
+
+@dataclass(config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
+class SourceConfig:
+    path: str  # file, folder, glob, {000..127} or {a,b} pattern, or Hub data set
+    split: str | None = None  # by default data.train_split (of validation data, data.validation_split)
+    weight: float | None = Field(None, gt=0)  # share of the visits beside the other sources'; all have one or none
+    columns: dict[str, str] = Field(default_factory=dict)  # of image, long, short, where named unlike data.*_column
+
+    def __post_init__(self):
+        unknown = [kind for kind in self.columns if kind not in KINDS]
+        if unknown:
+            raise ValueError(f"columns of {self.path} names {', '.join(unknown)}; it may name {', '.join(KINDS)}")
+
+
+def open_source(
+    source: SourceConfig, split: str, columns: Mapping[str, str], config: "DataConfig", streaming: bool
+) -> list[Rows]:
+    """
+    The rows of a source, a [`Rows`] for each of its files (in memory, tables together).
+
+    Args:
+        split: where the source does not name its own.
+        columns: by kind, as `data.image_column`, `data.long_column`, `data.short_column` name them.
+        streaming: read no more than what says how many rows there are, and look at the first row only.
+
+    Raises:
+        `ValueError`: for a source that is neither file, folder nor Hub id, a missing column; in memory also for an empty
+            caption, or for more missing image files than `data.max_skipped_fraction` (counted, the first few named).
+    """
+    split, columns = source.split or split, dict(columns) | {k: c for k, c in source.columns.items() if k in columns}
+    files = find_files(source.path, split)
+    if not files:
+        return _open_hub(source.path, split, columns, config, streaming)
+    suffix = files[0].suffix
+    if suffix not in FORMATS:
+        raise ValueError(f"{files[0]} is not a caption file; its name must end in one of {', '.join(FORMATS)}.")
+    others = [file for file in files if file.suffix != suffix]
+    if others:
+        raise ValueError(
+            f"{source.path} names files of several kinds, {files[0]} and {others[0]}; name each kind apart."
+        )
+    if suffix == ".tar":
+        quiet = len(files) < 10  # beyond, the tables of contents may take a while
+        tars = [
+            TarRows(file, columns) for file in tqdm(files, desc=f"{source.path}: index", unit="tar", disable=quiet)
+        ]
+        return _checked(source.path, tars, lambda rows: [*rows.suffixes, *rows.fields(0)])
+    if streaming and suffix == ".parquet":
+        return _open_parquet(source.path, [(None, str(file)) for file in files], columns, config)
+    if streaming and suffix != ".json":  # which is one value, and comes memory-mapped
+        return _checked(source.path, [LineRows(file, columns) for file in files], lambda rows: list(rows.values(0)))
+    options = {"sep": "\t"} if suffix == ".tsv" else {}
+    if suffix == ".parquet":
+        counts = [(file.name, pq.read_metadata(file).num_rows) for file in files]
+        tables = [(load_dataset("parquet", data_files=[str(file) for file in files], split="train"), counts, files[0])]
+    else:
+        tables = [(load_dataset(FORMATS[suffix], data_files=str(f), split="train", **options), None, f) for f in files]
+    return [
+        _open_table(str(file), table, columns, config, counts or [(file.name, len(table))], file.parent)
+        for table, counts, file in tables
+    ]
+
+
+def find_files(source: str, split: str) -> list[Path]:
+    """
+    The files that `source` names: itself, what its pattern matches, or in a folder the first of `FOLDER_FILES`, else all
+    of the first of `FOLDER_SHARDS` that is there. Empty for what looks like an id on the Hub.
+
+    Raises:
+        `ValueError`: for a path or pattern that names nothing, and a folder without such files.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        names = [name.format(split=split) for name in FOLDER_FILES]
+        for name in names:
+            if (path / name).exists():
+                return [path / name]
+        for pattern in FOLDER_SHARDS:
+            found = sorted(path.glob(pattern.format(split=split)))
+            if found:
+                return found
+        raise ValueError(
+            f"The folder {source} holds no caption file; name it one of {', '.join(names)}, or put parquet or tar shards "
+            "into it."
+        )
+    patterns = list(expand_braces(str(path)))
+    found = [Path(name) for pattern in patterns for name in (sorted(glob.glob(pattern)) or [pattern])]
+    absent = [str(name) for name in found if not name.is_file()]
+    if len(patterns) == 1 and absent and not glob.has_magic(source):
+        if path.suffix in FORMATS or source.startswith((".", "/", "~")):
+            raise ValueError(
+                f"{source} does not exist; give a caption file, a folder, a pattern of files, or the id of a data set on "
+                "the Hub."
+            )
+        return []
+    refuse(source, "files that do not exist", absent)
+    return found
+
+
+def expand_braces(pattern: str) -> Iterator[str]:
+    """`{000..127}` counts with its leading zeros, `{a,b}` lists, as in a shell and in WebDataset."""
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if match is None:
+        yield pattern
+        return
+    first, last, listed = match.groups()
+    if listed is None:
+        options = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    else:
+        options = listed.split(",")
+    for option in options:
+        yield from expand_braces(pattern[: match.start()] + option + pattern[match.end() :])
+
+
+def _open_hub(
+    source: str, split: str, columns: Mapping[str, str], config: "DataConfig", streaming: bool
+) -> list[Rows]:
+    if not streaming:
+        table = load_dataset(source, split=split)
+        return [_open_table(source, table, columns, config, [(source, len(table))], None)]
+    files = (load_dataset_builder(source).config.data_files or {}).get(split, [])
+    if not files or any(not str(file).endswith(".parquet") for file in files):
+        raise ValueError(
+            f"{source} cannot be streamed: of its split {split}, not all files are parquet; set data.streaming to false."
+        )
+    return _open_parquet(source, [url_to_fs(str(file)) for file in files], columns, config)
+
+
+def _open_parquet(
+    source: str, files: list[tuple[Any, str]], columns: Mapping[str, str], config: "DataConfig"
+) -> list[Rows]:
+    """Parquet files, each with its `fsspec` file system or None for the local disk, of which row groups are read."""
+    cache = GroupCache()
+    quiet = len(files) < 100
+    told = tqdm(files, desc=f"{source}: footers", unit="file", disable=quiet)
+    parts = [ParquetRows(path, columns, cache, filesystem) for filesystem, path in told]
+    largest = max(int(rows.chunks.max(initial=0)) for rows in parts)
+    cache.rows = config.shuffle_buffer + 2 * largest
+    if largest > config.shuffle_buffer:
+        warnings.warn(
+            f"{source} has row groups of {largest} rows, and data.shuffle_buffer={config.shuffle_buffer} mixes rows of one "
+            "group only: write it anew with smaller groups, or raise data.shuffle_buffer.",
+            stacklevel=2,
+        )
+    return _checked(source, parts, lambda rows: rows.file.schema_arrow.names)
+
+
+def _open_table(
+    source: str, table: Dataset, columns: Mapping[str, str], config: "DataConfig", files: list, folder: Path | None
+) -> TableRows:
+    check_columns(source, columns, table.column_names)
+    for kind, name in columns.items():
+        if kind != "image":
+            refuse(source, f"rows with an empty {name}", _empty_rows(table, name))
+    image = columns["image"]
+    if isinstance(table.features[image], ImageFeature):
+        table = table.cast_column(image, ImageFeature(decode=False))
+    elif _is_text(table, image):
+        names = enumerate(table[image])
+        absent = [
+            number if name is None else str(folder / name) if folder else name
+            for number, name in names
+            if name is None or not ((folder or Path()) / name).is_file()
+        ]
+        unnamed = [number for number in absent if isinstance(number, int)]
+        refuse(source, "rows without an image path", unnamed)
+        if len(absent) > config.max_skipped_fraction * len(table):
+            refuse(source, "images that do not exist", absent)
+    elif not pa.types.is_binary(table.features.arrow_schema.field(image).type):
+        raise ValueError(f"Column {image!r} of {source} holds neither images nor their paths; set data.image_column.")
+    return TableRows(table, columns, files, folder)
+
+
+def _empty_rows(table: Dataset, name: str) -> list[int]:
+    """Rows whose caption is missing or blank, or, where several are stored, has none or a blank one among them."""
+    if len(table) and _is_text(table, name):
+        empty = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(table.data.column(name)), ""), True)
+        return np.flatnonzero(empty.to_numpy()).tolist()
+    return [number for number, stored in enumerate(table[name]) if not filled(stored)]
+
+
+def _is_text(table: Dataset, name: str) -> bool:
+    kind = table.features.arrow_schema.field(name).type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _checked(source: str, parts: list[Rows], names_of) -> list[Rows]:
+    """The parts that have rows, their first one looked at."""
+    parts = [rows for rows in parts if rows.chunks.sum()]
+    if not parts:
+        raise ValueError(f"{source} has no rows.")
+    first = parts[0]
+    try:
+        names = names_of(first)
+    except ValueError as error:
+        raise ValueError(f"The first row of {first.name} cannot be read ({error}); mend or remove it.") from error
+    columns = dict(first.columns)
+    if isinstance(first, TarRows) and columns["image"] == "image" and set(first.suffixes) & set(IMAGE_SUFFIXES):
+        del columns["image"]
+    check_columns(source, columns, names)
+    return parts
+
+
+def check_columns(source: str, columns: Mapping[str, str], names: Iterable[str]) -> None:
+    """Raises `ValueError` for columns that are not among `names`, with the most similar ones."""
+    names = list(dict.fromkeys(names))
+    missing = list(dict.fromkeys(name for name in columns.values() if name not in names))
+    if not missing:
+        return
+    nearest = [difflib.get_close_matches(name, names, n=1, cutoff=0.4) for name in missing]
+    hint = [f"{near[0]!r} for {name!r}" for name, near in zip(missing, nearest) if near]
+    raise ValueError(
+        f"{source} has no column {', '.join(map(repr, missing))}; it has {', '.join(names)}. "
+        "Set data.image_column, data.long_column or data.short_column to the names used there"
+        + (f" (did you mean {', '.join(hint)}?)." if hint else ".")
+    )
+
+
+def refuse(source: str, what: str, offenders: list) -> None:
+    """Raises `ValueError` if there are offenders, with their number and the first few."""
+    if offenders:
+        first = ", ".join(map(str, itertools.islice(offenders, _LISTED)))
+        raise ValueError(f"{source} has {len(offenders)} {what}, the first: {first}; mend or remove them.")

@@ -1,0 +1,76 @@
+"""Prompts: files with a name, a version and a hash, so that a row tells which words made its caption."""
+
+import hashlib
+import json
+import string
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import yaml
+
+from ..recipe import TextConfig, resolve
+
+
+FOLDER = Path(__file__).parents[1] / "prompts"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    name: str
+    version: int
+    system: str
+    user: str  # with places such as {short_text}
+    image: bool  # whether the captioner sees the image
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}@{self.version}"
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over all that decides what a captioner reads."""
+        content = json.dumps([self.name, self.version, self.system, self.user, self.image])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @cached_property
+    def places(self) -> set[str]:
+        return {field for _, field, _, _ in string.Formatter().parse(self.user) if field}
+
+    def fill(self, values: dict[str, str]) -> str:
+        """The user's words with `values` in their places."""
+        return self.user.format(**{place: values[place] for place in self.places})
+
+
+def load_prompt(text: TextConfig, root: Path) -> Prompt:
+    """
+    The prompt that a text of a recipe names: `name@version` of this package, or a YAML file.
+
+    Raises:
+        `ValueError`: for a prompt that is not there, of another version, or with fields missing.
+    """
+    assert text.prompt is not None
+    if text.prompt.endswith((".yaml", ".yml")):
+        path, wanted = resolve(text.prompt, root), None
+    else:
+        name, _, wanted = text.prompt.partition("@")
+        path = FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(f"{_read(file).id}" for file in FOLDER.glob("*.yaml")))
+        raise ValueError(f"prompt {text.prompt} does not exist; there are {known}, or give a YAML file.")
+    prompt = _read(path)
+    if wanted is not None and wanted != str(prompt.version):
+        raise ValueError(
+            f"prompt {text.prompt} was asked for and {prompt.id} is here; name {prompt.id} in the recipe."
+        )
+    return prompt
+
+
+def _read(path: Path) -> Prompt:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        prompt = Prompt(**values)
+        prompt.places  # noqa: B018  malformed braces show here
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a prompt of name, version, image, system and user: {error}") from error
+    return prompt

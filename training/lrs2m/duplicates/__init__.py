@@ -1,0 +1,1 @@
+"""Near-duplicates of images, inside a set and against evaluation images."""

@@ -1,0 +1,100 @@
+"""Rows of the data set from what the pipeline wrote: texts, their provenance and their lengths."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from modeling_lrsclip.processing_lrsclip import clean_text
+
+from .data_row import Row
+from .pipeline import Written
+from .recipe import Recipe, SourceConfig, resolve
+from .routes import Text, Writer
+
+
+class TokenCounter:
+    """
+    CLIP's tokens of texts, start and end included, as the processor counts them.
+
+    Raises:
+        `ValueError`: for a tokenizer that is not there.
+    """
+
+    def __init__(self, name: str, root: Path):
+        path = resolve(name, root)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
+            self.tokenizer.backend_tokenizer.no_truncation()
+            self.tokenizer.backend_tokenizer.no_padding()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"tokenizer {name} is neither a folder nor a tokenizer of the Hub in reach.") from error
+
+    def count(self, texts: Iterable[str]) -> list[int]:
+        rows = self.tokenizer.backend_tokenizer.encode_batch_fast([clean_text(text) for text in texts])
+        return [len(row) for row in rows]
+
+    def count_one(self, text: str) -> int:
+        return len(self.tokenizer.backend_tokenizer.encode(clean_text(text)))
+
+
+class RowMaker:
+    """Rows of one source."""
+
+    def __init__(self, recipe: Recipe, source: SourceConfig, writer: Writer, counter: TokenCounter):
+        self.recipe, self.source, self.writer, self.counter = recipe, source, writer, counter
+        self.embed = (source.images or recipe.images) == "embed"
+
+    def rows(self, batch: list[Written]) -> Iterator[Row]:
+        if not batch:
+            return
+        long_tokens = self._tokens([one.long for one in batch])
+        short_tokens = self._tokens([one.short for one in batch])
+        for one, long_count, short_count in zip(batch, long_tokens, short_tokens, strict=True):
+            yield self._row(one) | {"long_tokens": long_count, "short_tokens": short_count}
+
+    def _tokens(self, texts: list[Text]) -> list[int]:
+        """Of written texts as their check counted them; given ones are counted together."""
+        counted = iter(self.counter.count(text.text for text in texts if text.tokens is None))
+        return [next(counted) if text.tokens is None else text.tokens for text in texts]
+
+    def _row(self, one: Written) -> Row:
+        record, picture = one.item.record, one.item.picture
+        image = {"bytes": picture.content, "path": f"{record.id}{picture.suffix}"} if self.embed else None
+        sampling = {
+            which: text.sampling for which, text in (("long", one.long), ("short", one.short)) if text.sampling
+        }
+        return {
+            "id": record.id,
+            "image": image,
+            "image_key": record.image_key,
+            "long_text": one.long.text,
+            "short_text": one.short.text,
+            "short_texts": record.short_texts,
+            "source": self.source.name,
+            "licence": self.source.licence,
+            "route": self.source.route,
+            "class_name": record.class_name,
+            **_provenance("long", one.long),
+            **_provenance("short", one.short),
+            "sampling": json.dumps(sampling) if sampling else None,
+            "seed": self.recipe.seed,
+            "short_words": len(one.short.text.split()),
+            "image_sha256": picture.sha256,
+            "width": picture.size[0],
+            "height": picture.size[1],
+            "longitude": record.longitude,
+            "latitude": record.latitude,
+            "gsd": record.gsd,
+            "anchors": self.writer.anchors(one.item),
+        }
+
+
+def _provenance(which: str, text: Text) -> dict[str, Any]:
+    return {
+        f"{which}_captioner": text.captioner,
+        f"{which}_prompt": text.prompt.id if text.prompt else None,
+        f"{which}_prompt_hash": text.prompt.hash if text.prompt else None,
+    }

@@ -1,0 +1,145 @@
+"""Route merge: captions of one table looked up for the images of another by their key, on disk, at any size."""
+
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data_row import Record
+from ..recipe import SourceConfig
+from .records import caption_of, join_key, read_rows, read_source
+from .tables import TableRow
+
+
+_BATCH = 4096  # rows a transaction
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """A row without a partner, or without a key (None)."""
+
+    side: str  # images or captions
+    key: str | None
+    position: int  # of the row in its table, from 0
+
+
+class JoinedCaptions:
+    """
+    The captions of a source's `join` table by key, in a SQLite file that is made once and read on a restart.
+
+    Args:
+        source: of route merge.
+        root: where relative paths of the recipe start.
+        file: where the index is kept.
+
+    Raises:
+        `ValueError`: for a table that cannot be read, or of whose rows none has a key and a caption.
+    """
+
+    def __init__(self, source: SourceConfig, root: Path, file: Path):
+        self.source, self.root, self.file = source, root, file
+        if not file.exists():
+            self._index()
+        self.database = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
+        self.database.execute("PRAGMA query_only = true")
+        self.database.execute("PRAGMA cache_size = -65536")  # KiB
+
+    def close(self) -> None:
+        self.database.close()
+
+    def _index(self) -> None:
+        assert self.source.join is not None
+        unfinished = self.file.with_suffix(".unfinished")
+        unfinished.unlink(missing_ok=True)
+        database = sqlite3.connect(unfinished, isolation_level=None)
+        # What is lost by a crash is made again, so nothing needs to be safe before the rename.
+        database.executescript(
+            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -65536;"
+            "CREATE TABLE captions (key TEXT, position INTEGER, long_text TEXT, short_text TEXT);"
+            "CREATE TABLE images (key TEXT);"
+            "CREATE TABLE nameless (side TEXT, position INTEGER);"
+        )
+        count = _insert(database, "INSERT INTO captions VALUES (?, ?, ?, ?)", self._captions(database))
+        if not count:
+            raise ValueError(f"none of the rows of {self.source.join.path} has a key; set join.columns.key.")
+        _insert(database, "INSERT INTO images VALUES (?)", self._image_keys(database))
+        # Indexed at the end: sorting is sequential on disk, inserting keys in their random order is not.
+        database.executescript(
+            "CREATE INDEX by_key ON captions (key, position); CREATE INDEX by_image ON images (key);"
+        )
+        database.close()
+        unfinished.replace(self.file)
+
+    def _captions(self, database: sqlite3.Connection) -> Iterator[tuple[Any, ...]]:
+        join = self.source.join
+        for position, row in enumerate(read_rows(join, self.root)):
+            key = join_key(row, join)
+            if key is None:
+                database.execute("INSERT INTO nameless VALUES ('captions', ?)", (position,))
+                continue
+            yield key, position, _first(row, "long_text"), _first(row, "short_text")
+            if join.limit is not None and position + 1 >= join.limit:
+                return
+
+    def _image_keys(self, database: sqlite3.Connection) -> Iterator[tuple[str]]:
+        read = self.source.read
+        for position, row in enumerate(read_rows(read, self.root)):
+            key = join_key(row, read)
+            if key is None:
+                database.execute("INSERT INTO nameless VALUES ('images', ?)", (position,))
+            else:
+                yield (key,)
+            if read.limit is not None and position + 1 >= read.limit:
+                return
+
+    def records(self) -> Iterator[Record | Unmatched]:
+        """
+        Records of the images' table with both captions, a record for every pair of the same key; among them, where they
+        come up, images without a caption, and at the end captions without an image and rows without a key.
+        """
+        position = 0
+        for record in read_source(self.source, self.root):
+            key = join_key({"key": record.image_key}, self.source.read)
+            found = self._look_up(key) if key is not None else []
+            if not found and key is not None:
+                yield Unmatched("images", key, record.position)
+            for long_text, short_text in found:
+                values = vars(record) | {"position": position}
+                if long_text is not None:
+                    values["long_text"] = long_text
+                if short_text is not None:
+                    values["short_text"] = short_text
+                position += 1
+                yield Record(**values)
+        query = "SELECT key, position FROM captions WHERE key NOT IN (SELECT key FROM images) ORDER BY position"
+        for key, row in self.database.execute(query):
+            yield Unmatched("captions", key, row)
+        for side, row in self.database.execute("SELECT side, position FROM nameless ORDER BY side, position"):
+            yield Unmatched(side, None, row)
+
+    def _look_up(self, key: str) -> list[tuple[str | None, str | None]]:
+        query = "SELECT long_text, short_text FROM captions WHERE key = ? ORDER BY position"
+        return self.database.execute(query, (key,)).fetchall()
+
+
+def _first(row: TableRow, column: str) -> str | None:
+    return caption_of(row[column])[0] if column in row else None
+
+
+def _insert(database: sqlite3.Connection, statement: str, rows: Iterator[tuple[Any, ...]]) -> int:
+    count, batch = 0, []
+    for row in rows:
+        batch.append(row)
+        count += 1
+        if len(batch) == _BATCH:
+            _write(database, statement, batch)
+            batch = []
+    _write(database, statement, batch)
+    return count
+
+
+def _write(database: sqlite3.Connection, statement: str, batch: list[tuple[Any, ...]]) -> None:
+    database.execute("BEGIN")
+    database.executemany(statement, batch)
+    database.execute("COMMIT")

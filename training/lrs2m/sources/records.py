@@ -1,0 +1,235 @@
+"""What a source of a recipe holds, as a stream of records in a stable order."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..data_row import Record
+from ..recipe import KeyConfig, ReadConfig, SourceConfig, resolve
+from .images import IMAGE_SUFFIXES
+from .tables import TableRow, hub_rows, table_rows, tar_rows
+
+
+# What other people's files call a column; the first that a row has is taken where the recipe names none.
+USUAL_COLUMNS = {
+    "image": ("image", "img_content", "filename", "file_name", "filepath", "img_name"),
+    "key": ("key", "img_name", "image_key", "__key__"),
+    "long_text": ("long_text", "conversations"),
+    "short_text": ("short_text", "short_texts", "caption", "captions", "sentences", "title", "text", "txt"),
+    "class_name": ("class_name", "label", "class"),
+    "longitude": ("longitude", "lon"),
+    "latitude": ("latitude", "lat"),
+    "gsd": ("gsd",),
+    "date": ("date", "timestamp"),
+    "labels": ("objects",),
+    "bounds": ("bounds",),
+}
+Plan = list[tuple[str, tuple[str, ...]]]
+NUMBERS = ("longitude", "latitude", "gsd")
+
+
+def read_source(source: SourceConfig, root: Path) -> Iterator[Record]:
+    """
+    Records of a source in a stable order; positions count them from 0. A row with several short captions becomes
+    several records (`captions: each`), one with all of them (`together`) or one with the first.
+
+    Raises:
+        `ValueError`: for a path that is not there, a missing column, or a file that cannot be read.
+    """
+    position = 0
+    for row in read_rows(source.read, root):
+        for record in _records(source, row, root):
+            record.position = position
+            position += 1
+            yield record
+            if source.read.limit is not None and position >= source.read.limit:
+                return
+
+
+def read_rows(read: ReadConfig, root: Path) -> Iterator[TableRow]:
+    """Rows with the columns of `USUAL_COLUMNS` that are there, others as they are called, filtered by `where`."""
+    if read.kind in ("images", "class_folders"):
+        yield from _image_files(resolve(read.path, root), read.kind == "class_folders")
+        return
+    if read.kind == "table":
+        rows = table_rows(resolve(read.path, root), read.split, read.encoding)
+    elif read.kind == "webdataset":
+        rows = tar_rows(resolve(read.path, root))
+    else:
+        rows = hub_rows(read.path, read.split)
+    plans: dict[tuple[str, ...], Plan] = {}  # rows of a table mostly have the same columns
+    for number, row in enumerate(rows, start=1):
+        if number == 1:
+            _check_columns(read, row)
+        if all(_fits(_get(row, column), wanted) for column, wanted in read.where.items()):
+            columns = tuple(row)
+            if columns not in plans:
+                plans[columns] = _plan(read, row)
+            yield _named(plans[columns], row)
+
+
+def join_key(row: TableRow, read: ReadConfig) -> str | None:
+    """The key a row is joined on: its `key` column, or else the image's name, after the recipe's steps."""
+    stored = row.get("key") or row.get("image")
+    if isinstance(stored, dict):
+        stored = stored.get("path")
+    return normalise_key(stored, read.key) if isinstance(stored, str) and stored else None
+
+
+def normalise_key(name: str, config: KeyConfig) -> str:
+    """`config`'s steps on a name; folders are separated by a slash whatever the source wrote."""
+    name = name.replace("\\", "/")
+    if config.basename:
+        name = name.rpartition("/")[2]
+    if config.stem:
+        folder, slash, file = name.rpartition("/")
+        name = folder + slash + (file.rpartition(".")[0] or file)
+    if config.lower:
+        name = name.lower()
+    for pattern, replacement in config.replace:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def caption_of(stored: Any) -> list[str]:
+    """
+    The captions in a stored value: a string, a list of strings, Karpathy's sentences (`{"raw": …}`), or the answer in a
+    conversation as LLaVA and VHM write it (`{"from": "gpt", "value": …}`). Other values count as one empty caption.
+    """
+    if isinstance(stored, str) or stored is None:
+        return [stored or ""]
+    if not isinstance(stored, list | tuple):
+        return [""]
+    if stored and isinstance(stored[0], dict) and ("from" in stored[0] or "role" in stored[0]):
+        said = [turn.get("value") or turn.get("content") or "" for turn in stored if _answered(turn)]
+        return said[:1] or [""]
+    return [(entry.get("raw") or "") if isinstance(entry, dict) else str(entry or "") for entry in stored] or [""]
+
+
+def _answered(turn: dict[str, Any]) -> bool:
+    return turn.get("from", turn.get("role")) in ("gpt", "assistant")
+
+
+def _image_files(folder: Path, class_folders: bool) -> Iterator[TableRow]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; read.path of kind images or class_folders must be one.")
+    count = 0
+    for path in _sorted_files(folder):
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        key = path.relative_to(folder).as_posix()
+        if class_folders and "/" not in key:
+            continue
+        count += 1
+        row: TableRow = {"image": path, "key": key}
+        yield row | ({"class_name": path.parent.name} if class_folders else {})
+    if not count:
+        raise ValueError(f"{folder} holds no images{' in class folders' if class_folders else ''}.")
+
+
+def _sorted_files(folder: Path) -> Iterator[Path]:
+    """Files below a folder in the order of their names, folder by folder, so that only one is listed at a time."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from _sorted_files(path)
+        else:
+            yield path
+
+
+def _check_columns(read: ReadConfig, row: TableRow) -> None:
+    for name, column in read.columns.items():
+        if _get(row, column) is None and column.split(".")[0] not in row:
+            raise ValueError(f"{read.path} has no column {column} (for {name}); it has {', '.join(map(str, row))}.")
+
+
+def _plan(read: ReadConfig, row: TableRow) -> Plan:
+    """Which columns of a row may fill which name, in order: the recipe's one, else the usual ones that are there."""
+    plan = [(name, (column,)) for name, column in read.columns.items()]
+    for name, usual in USUAL_COLUMNS.items():
+        there = tuple(column for column in usual if column in row)
+        if name not in read.columns and there and there != (name,):
+            plan.append((name, there))
+    return plan
+
+
+def _named(plan: Plan, row: TableRow) -> TableRow:
+    named = dict(row)
+    for name, columns in plan:
+        named[name] = next((value for column in columns if (value := _get(row, column)) is not None), None)
+        if named[name] is None and name in USUAL_COLUMNS and name not in row:
+            del named[name]
+    return named
+
+
+def _get(row: TableRow, column: str) -> Any:
+    if column in row:
+        return row[column]
+    value: Any = row
+    for part in column.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    wanted = wanted if isinstance(wanted, list) else [wanted]
+    return value in wanted or str(value) in map(str, wanted)
+
+
+def _records(source: SourceConfig, row: TableRow, root: Path) -> Iterator[Record]:
+    read = source.read
+    image, key = row.get("image"), row.get("key")
+    if key is None:
+        key = image.get("path") if isinstance(image, dict) else image
+    key = str(key) if isinstance(key, str | Path) else ""
+    if isinstance(image, str):
+        image = _image_folder(read, root) / image
+    elif isinstance(image, dict) and not image.get("bytes") and image.get("path"):
+        image = _image_folder(read, root) / image["path"]
+    constants = source.fields
+    numbers = {name: _number(row.get(name, constants.get(name))) for name in NUMBERS}
+    base = {
+        "source": source.name,
+        "position": 0,
+        "image": image,
+        "image_key": key,
+        "class_name": row.get("class_name") if isinstance(row.get("class_name"), str) else None,
+        "date": row.get("date") if isinstance(row.get("date"), str) else constants.get("date"),
+        "labels": row.get("labels"),
+        "bounds": _bounds(row.get("bounds")),
+        "fields": {name: value for name, value in row.items() if isinstance(value, str | int | float)} | constants,
+        **numbers,
+    }
+    long_texts = caption_of(row["long_text"]) if "long_text" in row else [None]
+    shorts = caption_of(row["short_text"]) if "short_text" in row else [None]
+    if read.captions == "together" and "short_text" in row:
+        kept = [text for text in dict.fromkeys(shorts) if text.strip()]
+        yield Record(**base, long_text=long_texts[0], short_text=(kept or [""])[0], short_texts=shorts)
+        return
+    # An image whose captions repeat becomes one record a distinct caption, as Table I counts UC Merced's.
+    chosen = shorts[:1] if read.captions == "first" else list(dict.fromkeys(shorts))
+    for short in chosen:
+        yield Record(**base, long_text=long_texts[0], short_text=short)
+
+
+def _image_folder(read: ReadConfig, root: Path) -> Path:
+    if read.images:
+        return resolve(read.images, root)
+    path = resolve(read.path, root)
+    return path if path.is_dir() else path.parent
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _bounds(value: Any) -> tuple[float, float, float, float] | None:
+    if isinstance(value, str):
+        value = re.split(r"[,\s]+", value.strip("[]() "))
+    if not isinstance(value, list | tuple) or len(value) != 4:
+        return None
+    numbers = tuple(_number(part) for part in value)
+    return None if None in numbers else numbers

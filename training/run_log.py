@@ -1,0 +1,164 @@
+"""What a run tells while it trains: progress bar, `log.jsonl`, trackers (TensorBoard, trackio, Weights & Biases), curves."""
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, is_tensorboard_available, is_trackio_available, is_wandb_available
+from tqdm import tqdm
+
+from modeling_lrsclip.files.atomic import replace_text
+
+from .curves import draw_curves
+from .gather import gather
+from .losses import DualTextLoss
+from .run_record import read_record
+
+
+if TYPE_CHECKING:
+    from .loop import TrainState
+
+LOG, CURVES = "log.jsonl", "curves.png"  # below a run folder
+TRACKERS = {"tensorboard": is_tensorboard_available, "trackio": is_trackio_available, "wandb": is_wandb_available}
+_GIB = 2**30
+
+
+class RunLog:
+    """
+    Lines of `log.jsonl` have a `kind` (train, validation, batch), a `step` and numbers; the trackers get the same.
+
+    Args:
+        accelerator: made with `log_with` naming the trackers.
+        folder: the run folder.
+        steps: of the whole run.
+        batch_size: pairs a step.
+        log_ids: whether each batch's sample ids are written too.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, steps: int, batch_size: int, log_ids: bool = False):
+        self.accelerator, self.folder, self.steps, self.batch_size = accelerator, folder, steps, batch_size
+        self.log_ids, self.path, self.bar = log_ids, folder / LOG, None
+        self.counts = Counter()  # of this process since the last line
+        self.since = (0, 0.0)  # step and seconds of that line
+
+    @contextmanager
+    def running(self, state: "TrainState") -> Iterator[None]:
+        """Takes up the log where `state` stands, with the progress bar on the main process."""
+        self._rewind(state)
+        self.since = (state.step, state.seconds)
+        name, begun = self.folder.resolve().name, (read_record(str(self.folder)) or {}).get("starts", [{}])[0]
+        identity = hashlib.sha256(f"{name} {begun.get('created')}".encode()).hexdigest()[:16]  # kept when resumed
+        options = {
+            "tensorboard": {"purge_step": state.step + 1},
+            "trackio": {"name": name, "resume": "allow"},
+            "wandb": {"id": identity, "name": name, "dir": str(self.folder), "resume": "allow"},
+        }
+        self.accelerator.init_trackers("lrsclip", init_kwargs=options)
+        self.bar = tqdm(
+            total=self.steps,
+            initial=state.step,
+            unit="step",
+            desc="training",
+            dynamic_ncols=True,
+            disable=not self.accelerator.is_main_process,
+            mininterval=0.5,
+        )
+        with self.bar:
+            yield
+
+    def _rewind(self, state: "TrainState") -> None:
+        """Takes out of `log.jsonl` what a killed run wrote after the checkpoint that it goes on from."""
+        if not self.accelerator.is_main_process or not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines(keepends=True):
+            if not line.endswith("\n"):
+                continue  # the kill fell into it
+            told = json.loads(line)
+            if told["step"] <= (state.validated if told["kind"] == "validation" else state.step):
+                kept.append(line)
+        replace_text(self.path, "".join(kept))
+
+    def say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+
+    def batch(self, step: int, ids: list[str]) -> None:
+        """The sample ids of this process' share of the batch, where they are to be logged."""
+        if self.log_ids:
+            self._append([{"kind": "batch", "step": step, "ids": gather_object(ids)}])
+
+    def count(self, name: str, number: int) -> None:
+        """Adds to what the next line says of all processes together."""
+        self.counts[name] += number
+
+    def losses(self, state: "TrainState", losses: DualTextLoss, numbers: dict[str, Any], write: bool) -> None:
+        """
+        One step's losses, what else is known of it (`numbers`) and how fast it was.
+
+        Args:
+            write: whether to write a line; numbers are read off the device only then. Every process must give the same.
+        """
+        self.bar.update()
+        if not write:
+            return
+        parts = {name: value.item() for name, value in losses._asdict().items() if value is not None}
+        self.bar.set_postfix({name: f"{value:.3f}" for name, value in parts.items()}, refresh=False)
+        numbers = parts | {name: float(value) for name, value in numbers.items()}
+        self._write(
+            "train", state.step, numbers | self._totals(state) | {"skipped": state.skipped, "seconds": state.seconds}
+        )
+
+    def _totals(self, state: "TrainState") -> dict[str, float]:
+        """Of all processes since the last line; peak memory is that of the process with most, since its start."""
+        step, seconds = self.since
+        self.since = (state.step, state.seconds)
+        names = sorted(self.counts)
+        mine = torch.tensor([*(self.counts[name] for name in names), peak_memory(self.accelerator.device)])
+        told = gather(mine.to(self.accelerator.device)[None]).cpu()  # (W, counts + 1)
+        self.counts = Counter(dict.fromkeys(names, 0))
+        rate = self.batch_size * (state.step - step) / max(state.seconds - seconds, 1e-9)
+        totals = dict(zip(names, told[:, :-1].sum(dim=0).tolist()))
+        return {"samples_per_second": rate} | totals | {"peak_memory_gib": told[:, -1].max().item() / _GIB}
+
+    def validation(self, state: "TrainState", numbers: dict[str, float]) -> None:
+        shown = ", ".join(f"{name} {value:.1f}" for name, value in numbers.items() if "mR" in name or "R@1" in name)
+        self.say(f"step {state.step}: validation {shown}")
+        self._write("validation", state.step, numbers)
+        self.draw()
+
+    def draw(self) -> Path | None:
+        """The curves of the log so far, on the main process."""
+        if not self.accelerator.is_main_process or not self.path.exists():
+            return None
+        records = [json.loads(line) for line in self.path.read_text().splitlines()]
+        return draw_curves(records, self.folder / CURVES)
+
+    def _write(self, kind: str, step: int, numbers: dict[str, float]) -> None:
+        self.accelerator.log({f"{kind}/{name}": value for name, value in numbers.items()}, step=step)
+        self._append([{"kind": kind, "step": step} | numbers])
+
+    def _append(self, records: list[dict]) -> None:
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as log:
+                log.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: allocated on a CUDA device at most, elsewhere the process' largest resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
