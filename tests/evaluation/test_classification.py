@@ -175,13 +175,11 @@ def test_templates_and_wording_change_the_prompts_and_are_recorded(encoder, fold
 
 
 def test_images_are_encoded_once_whatever_the_prompts(encoder, folder, monkeypatch):
-    import evaluation.embedding
+    import modeling_lrsclip.encoding.encoder as encoding
 
     calls = []
-    original = evaluation.embedding.embed_images
-    monkeypatch.setattr(
-        evaluation.embedding, "embed_images", lambda *given: calls.append(len(given[2])) or original(*given)
-    )
+    original = encoding.embed_images
+    monkeypatch.setattr(encoding, "embed_images", lambda *given: calls.append(len(given[2])) or original(*given))
     data = TASK.load(str(folder))
     for templates in ("paper", "plain", "ensemble"):
         TASK.evaluate(encoder, data, templates)

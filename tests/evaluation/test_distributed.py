@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-import evaluation.embedding
+import modeling_lrsclip.encoding.encoder as encoding
 from evaluation.benchmarks.image_files import ImageFiles
 from modeling_lrsclip.encoding.cache import SharedWork
 from modeling_lrsclip.encoding.encoder import encode_texts, load_encoder
@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-import evaluation.embedding
+import modeling_lrsclip.encoding.encoder as encoding
 from tests.evaluation.test_distributed import encode, image_files
 
 folder, state = Path(sys.argv[1]), PartialState(cpu=True)
-evaluation.embedding.PART = 2
+encoding.PART = 2
 found = encode(folder, distributed=True, cache_dir=folder / "kept")
 try:
     encode(folder, distributed=True, broken=True)
@@ -60,7 +60,7 @@ def folder(tiny_model, tiny_processor, tmp_path, images, long_texts, short_texts
 
 
 def test_two_processes_give_what_one_gives(folder, monkeypatch):
-    monkeypatch.setattr(evaluation.embedding, "PART", 2)
+    monkeypatch.setattr(encoding, "PART", 2)
     alone = encode(folder)
     monkeypatch.setenv("PYTHONPATH", ".")
     command = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]

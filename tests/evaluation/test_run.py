@@ -78,13 +78,11 @@ def test_two_models_on_both_tasks(
 
 
 def test_images_are_encoded_once_for_both_tasks(tiny_checkpoint, data, tmp_path, monkeypatch):
-    import evaluation.embedding
+    import modeling_lrsclip.encoding.encoder as encoding
 
     calls = []
-    original = evaluation.embedding.embed_images
-    monkeypatch.setattr(
-        evaluation.embedding, "embed_images", lambda *given: calls.append(len(given[2])) or original(*given)
-    )
+    original = encoding.embed_images
+    monkeypatch.setattr(encoding, "embed_images", lambda *given: calls.append(len(given[2])) or original(*given))
     assert run.main(arguments([tiny_checkpoint], data, tmp_path / "out", "--tokens-kept", "none")) == 0
     assert calls == [4]
     assert not (tmp_path / "out" / "recall_vs_tokens.png").exists()

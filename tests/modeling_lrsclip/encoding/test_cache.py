@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-import evaluation.embedding
+import modeling_lrsclip.encoding.encoder as encoding
 from evaluation.benchmarks.image_files import ImageFiles
 from modeling_lrsclip.encoding.cache import EmbeddingCache, default_cache
 from modeling_lrsclip.encoding.encoder import Encoder, embed_images, embed_texts, encode_texts
@@ -29,12 +29,10 @@ def computed(monkeypatch):
     counts = {"embed_images": [], "embed_token_rows": []}
 
     def count(name, original):
-        monkeypatch.setattr(
-            evaluation.embedding, name, lambda *given: counts[name].append(len(given[2])) or original(*given)
-        )
+        monkeypatch.setattr(encoding, name, lambda *given: counts[name].append(len(given[2])) or original(*given))
 
     for name in counts:
-        count(name, getattr(evaluation.embedding, name))
+        count(name, getattr(encoding, name))
     return counts
 
 
@@ -48,7 +46,7 @@ def encoder(tiny_model, tiny_processor, tmp_path):
 
 @pytest.fixture(autouse=True)
 def parts_of_two(monkeypatch):
-    monkeypatch.setattr(evaluation.embedding, "PART", 2)
+    monkeypatch.setattr(encoding, "PART", 2)
 
 
 def test_a_second_run_reads_what_the_first_computed(encoder, computed, files, long_texts):
