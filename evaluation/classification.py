@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modeling_lrsclip.encoding.encoder import Encoder, encode_texts, hash_rows, share_truncated, token_lengths
+from modeling_lrsclip.encoding.ties import SCORE_TIE
 
 from .benchmarks.class_names import Templates, known_datasets, load_templates
 from .benchmarks.classification_data import ClassificationData, load_classification
@@ -40,7 +41,7 @@ def classify(image_embeds: Any, class_embeds: Any, labels: Any) -> Predictions:
     The most similar class of each image by dot product.
 
     Ties count against the model: where another class scores as high as the right one, the first such class is the
-    prediction. Scores are summed in float64 and rounded to float32, so that equal embeddings tie exactly.
+    prediction. Scores are summed in float64 and tie within `SCORE_TIE`, so that equal embeddings tie on every processor.
 
     Args:
         image_embeds: (M, D) tensor or array, unit rows.
@@ -52,11 +53,12 @@ def classify(image_embeds: Any, class_embeds: Any, labels: Any) -> Predictions:
             classes.
     """
     images, classes, labels = _check(image_embeds, class_embeds, labels)
-    scores = (images.double() @ classes.double().T).float()  # (M, C)
+    scores = images.double() @ classes.double().T  # (M, C)
     own = scores.gather(1, labels[:, None]).squeeze(1)  # (M,)
     scores.scatter_(1, labels[:, None], -torch.inf)
-    rival_score, rival = scores.max(dim=1)  # (M,) the best of the wrong classes
-    correct = own > rival_score
+    rival_score = scores.amax(dim=1)  # (M,) the best of the wrong classes
+    rival = (scores >= rival_score[:, None] - SCORE_TIE).int().argmax(dim=1)  # (M,) the first that scores as high
+    correct = own > rival_score + SCORE_TIE
     return Predictions(torch.where(correct, labels, rival), correct)
 
 

@@ -16,6 +16,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from modeling_lrsclip.encoding.ties import best_first
+
 
 WINDOW_PIXELS = 256  # every window is resized to this side before the model's own preprocessing
 MEDIAN_SIDE = 251  # of the filter over a map of v1, pixels
@@ -90,8 +92,12 @@ def grid_windows(height: int, width: int, protocol: Protocol) -> list[Window]:
 
 
 def best_windows(scores: np.ndarray) -> np.ndarray:
-    """Indices of the windows that v2 looks at more closely: the best 15 % and one more, of equal ones the last."""
-    return np.argsort(scores, kind="stable")[-(int(len(scores) * KEPT_SHARE) + 1) :]
+    """
+    Indices of the windows that v2 looks at more closely, by rising score: the best 15 % and one more, of equal ones the
+    last.
+    """
+    last_first = len(scores) - 1 - best_first(scores[::-1])
+    return last_first[int(len(scores) * KEPT_SHARE) :: -1]
 
 
 def near_windows(window: Window, height: int, width: int) -> list[Window]:

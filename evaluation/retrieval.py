@@ -23,6 +23,7 @@ from modeling_lrsclip.encoding.encoder import (
     share_truncated,
     token_lengths,
 )
+from modeling_lrsclip.encoding.ties import SCORE_TIE, best_first
 
 from .benchmarks.retrieval_data import RetrievalData, load_retrieval
 
@@ -50,8 +51,8 @@ def retrieval_ranks(
     Ranks of the right candidates by dot product, without the full (N, M) matrix of scores.
 
     Ties count against the model: a wrong candidate with the very score of the right one stands before it. An image's
-    own further texts never count against it. Scores are summed in float64 and rounded to float32, so that equal
-    embeddings tie exactly wherever they stand in a block, and the result does not depend on the block's size.
+    own further texts never count against it. Scores are summed in float64 and tie within `SCORE_TIE`, so that equal
+    embeddings tie wherever they stand in a block, on every processor, and the result does not depend on the block's size.
 
     Args:
         image_embeds: (M, D) tensor or array, unit rows.
@@ -71,16 +72,16 @@ def retrieval_ranks(
             (texts[start : start + size].double() * images[own_image[start : start + size]]).sum(dim=1)
             for start in range(0, len(texts), size)
         ]
-    ).float()  # (N,) score of each text with its image
-    best_own = torch.full((len(images),), -math.inf, device=images.device)
+    )  # (N,) score of each text with its image
+    best_own = torch.full((len(images),), -math.inf, dtype=own.dtype, device=images.device)
     best_own.scatter_reduce_(0, own_image, own, "amax")  # (M,) score of each image with the best of its texts
     text_ranks, image_ranks = [], torch.zeros(len(images), dtype=torch.int64, device=images.device)
     for start in range(0, len(texts), size):
         rows = slice(start, start + size)
-        scores = (texts[rows].double() @ images.T).float()  # (block, M)
+        scores = texts[rows].double() @ images.T  # (block, M)
         scores.scatter_(1, own_image[rows, None], -math.inf)  # the right pairs do not compete
-        text_ranks.append((scores >= own[rows, None]).sum(dim=1))  # (block,)
-        image_ranks += (scores >= best_own).sum(dim=0)  # (M,)
+        text_ranks.append((scores >= own[rows, None] - SCORE_TIE).sum(dim=1))  # (block,)
+        image_ranks += (scores >= best_own - SCORE_TIE).sum(dim=0)  # (M,)
     return RetrievalRanks(torch.cat(text_ranks).cpu(), image_ranks.cpu())
 
 
@@ -270,8 +271,8 @@ def _examples(
     """Queries spread evenly over the texts, not picked, with the images found for each: what the gallery shows."""
     count = min(EXAMPLES, len(data.texts))
     indices = [int((position + 0.5) * len(data.texts) / count) for position in range(count)]
-    scores = text_embeds[indices] @ image_embeds.T  # (count, M)
-    found = scores.topk(min(SHOWN_IMAGES, len(data.images)), dim=1).indices  # (count, shown)
+    scores = (text_embeds[indices].double() @ image_embeds.double().T).numpy()  # (count, M)
+    found = [best_first(row)[:SHOWN_IMAGES] for row in scores]
     examples = []
     for position, index in enumerate(indices):
         words = data.texts[index].split()

@@ -41,6 +41,7 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 IN_A_FOLDER = ("test.parquet", "test-*.parquet", "data/test-*.parquet", "dataset_*.json", "*_test.csv")
 IN_A_FOLDER += tuple(f"{stem}{suffix}" for stem in ("test", "captions") for suffix in SUFFIXES)
 KS = (1, 5, 10)
+TIE = 2.0**-24  # scores no further apart are equal, as `modeling_lrsclip.encoding.ties` has it
 SUMS = "SHA256SUMS"
 
 
@@ -371,11 +372,11 @@ def recall(images: torch.Tensor, texts: torch.Tensor, text_to_image: Sequence[in
     one stands before it; an image's further texts never count against it.
     """
     own = torch.tensor(text_to_image)
-    scores = (texts.double() @ images.double().T).float()  # (N, M)
+    scores = texts.double() @ images.double().T  # (N, M)
     right = scores.gather(1, own[:, None])  # (N, 1)
-    best = torch.full((len(images),), -torch.inf).scatter_reduce_(0, own, right[:, 0], "amax")  # (M,)
+    best = torch.full((len(images),), -torch.inf).double().scatter_reduce_(0, own, right[:, 0], "amax")  # (M,)
     scores.scatter_(1, own[:, None], -torch.inf)  # right pairs do not compete
-    ranks = {"text_to_image": (scores >= right).sum(1), "image_to_text": (scores >= best).sum(0)}
+    ranks = {"text_to_image": (scores >= right - TIE).sum(1), "image_to_text": (scores >= best - TIE).sum(0)}
     figures = {f"{way}_R@{k}": 100 * (each < k).sum().item() / len(each) for way, each in ranks.items() for k in KS}
     return figures | {"mR": sum(figures.values()) / len(figures)}
 

@@ -28,7 +28,7 @@ TASK = ClassificationTask("zic", "Zero-shot classification (ZIC)")
 
 def classify_scores(scores, labels):
     """For a matrix of scores (M images, C classes), by way of embeddings that have it as their product."""
-    scores = torch.tensor(scores, dtype=torch.float32)
+    scores = torch.as_tensor(scores)
     predicted, correct = classify(scores, torch.eye(scores.shape[1]), labels)
     return predicted.tolist(), correct.tolist()
 
@@ -60,6 +60,13 @@ def test_equal_embeddings_tie_exactly_wherever_they_stand(images, classes):
     assert classify(image_embeds, class_embeds, best).correct.all()
     doubled = torch.cat([class_embeds, class_embeds, class_embeds[:1]])  # float32 sums differ between the copies
     assert not classify(image_embeds, doubled, best).correct.any()
+
+
+def test_last_bits_do_not_break_a_tie():
+    boundary = 0.75 + 2.0**-25  # between two numbers of float32: one score below it, one above
+    for bits in ([1e-15, 0, -1e-15], [-1e-15, 0, 1e-15]):
+        predicted, correct = classify_scores(torch.tensor([bits], dtype=torch.float64) + boundary, [0])
+        assert (predicted, correct) == ([1], [False])
 
 
 def test_metrics_and_confusion_by_hand():

@@ -101,6 +101,9 @@ def test_the_best_sixth_is_looked_at_again():
     assert best_windows(np.array([0.3])).tolist() == [0]
     assert best_windows(np.array([5.0, 1, 9, 2, 7, 3])).tolist() == [2]  # 0.9 -> 0 and one more
     assert sorted(best_windows(np.arange(14.0)[::-1]).tolist()) == [0, 1, 2]  # 2.1 -> 2 and one more
+    for noise in (0.0, 1e-7):  # of equal ones the last, though equal windows were encoded in batches of two shapes
+        scores = np.array([0.25] * 6 + [0.5] * 8) + noise * np.arange(14)[::-1]
+        assert best_windows(scores).tolist() == [11, 12, 13]
 
 
 # ----------------------------------------------------------------------------------------------------------------- maps

@@ -96,6 +96,14 @@ def test_equal_embeddings_tie_in_whatever_block_they_stand():
         assert text_ranks.tolist() == image_ranks.tolist() == [1] * 80
 
 
+def test_last_bits_do_not_break_a_tie():
+    boundary = 0.75 + 2.0**-25  # between two numbers of float32: one score below it, one above
+    images = torch.tensor([[boundary - 1e-15], [boundary + 1e-15]], dtype=torch.float64)
+    for image_embeds in (images, images.flip(0)):
+        ranks = retrieval_ranks(image_embeds, torch.ones(2, 1), [0, 1])
+        assert ranks.text_to_image.tolist() == ranks.image_to_text.tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_equal_to_sorting_everything_in_blocks_of_any_size(seed):
     image_embeds, text_embeds, owners = random_embeds(seed)

@@ -152,3 +152,8 @@ def test_recall_is_that_of_evaluation():
     owners = [*range(40), *torch.randint(40, (50,), generator=generator).tolist()]
     images, texts = (torch.nn.functional.normalize(rows, dim=-1) for rows in (images, texts))
     assert evaluate_checkpoint.recall(images, texts, owners) == retrieval_recall(images, texts, owners)
+    boundary = 0.75 + 2.0**-25  # between two numbers of float32: one score below it, one above, and yet a tie
+    for bits in ([-1e-15, 1e-15], [1e-15, -1e-15]):
+        images, texts = torch.tensor(bits, dtype=torch.float64)[:, None] + boundary, torch.ones(2, 1)
+        found = evaluate_checkpoint.recall(images, texts, [0, 1])
+        assert found == retrieval_recall(images, texts, [0, 1]) and found["text_to_image_R@1"] == 0

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from modeling_lrsclip.encoding.encoder import Encoder, embed_images, embed_texts, load_encoder
+from modeling_lrsclip.encoding.ties import best_first
 from modeling_lrsclip.published.registry import resolve
 
 
@@ -29,6 +30,22 @@ def stable_scores(similarities: Tensor, stability: float = 1.0) -> Tensor:
         (N,): mean over the turns minus `stability` times the standard deviation.
     """
     return similarities.mean(dim=0) - stability * similarities.std(dim=0, unbiased=False)
+
+
+def best_candidate(images: Tensor, candidates: Tensor, stability: float = 1.0) -> int:
+    """
+    Index of the candidate with the best [`stable_scores`]; of equal candidates the first, on every processor.
+
+    Args:
+        images: (R, D) unit embeddings of the turns of an image.
+        candidates: (N, D) unit embeddings of its candidate captions.
+        stability: weight of the deviation over the turns.
+
+    Returns:
+        `int`, 0 to N - 1.
+    """
+    similarities = images.double() @ candidates.double().T  # (R, N)
+    return int(best_first(stable_scores(similarities, stability).numpy())[0])
 
 
 class CandidateChooser:
@@ -55,10 +72,10 @@ class CandidateChooser:
         self._lock = threading.Lock()
 
     def __call__(self, image: Image.Image, texts: Sequence[str]) -> int:
-        """The index of the best candidate; of equals, the first."""
+        """Index of the best of `texts` for an image; of equal ones, the first."""
         turned = [image if turn is None else image.transpose(turn) for turn in _TURNS[: self.rotations]]
         model, processor = self.encoder.model, self.encoder.processor
         with self._lock:
             images = embed_images(model, processor, turned)  # (R, D)
             candidates = embed_texts(model, processor, list(texts))  # (N, D)
-        return int(stable_scores(images @ candidates.T, self.stability).argmax())
+        return best_candidate(images, candidates, self.stability)

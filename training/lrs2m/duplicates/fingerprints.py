@@ -27,6 +27,9 @@ TURNS = {
     "turned by 90 counterclockwise": (True, True, False),
     "mirrored along the other diagonal": (True, True, True),
 }
+# Low frequencies that are 0 of an image with stripes or a mirror axis come out as up to 0.06, in another way for every
+# processor and number of thumbnails; a frequency this little above the median does not count as above it.
+NOISE = 0.25
 FLAT = 1.5  # grey levels of deviation below which a thumbnail shows noise rather than the image
 FAR = 0.6  # correlation at whole pixels below which a pair is not looked at closer
 SMALLEST = 0.76  # share of a side that a crop keeps, where placements are tried
@@ -71,7 +74,7 @@ def coefficients(thumbs: np.ndarray) -> np.ndarray:
 def hashes(coefficients: np.ndarray) -> np.ndarray:
     """
     64-bit perceptual hashes: which low frequencies are above their median. Of whole images they are the numbers that
-    `imagehash.phash` writes in hexadecimal.
+    `imagehash.phash` writes in hexadecimal, but for frequencies within `NOISE` of the median.
 
     Args:
         coefficients (…, K * K).
@@ -79,8 +82,12 @@ def hashes(coefficients: np.ndarray) -> np.ndarray:
     Returns:
         (…) uint64.
     """
-    above = coefficients > np.median(coefficients, axis=-1, keepdims=True)
-    return np.packbits(above, axis=-1).view(">u8")[..., 0].astype(np.uint64)
+    return np.packbits(margins(coefficients) > 0, axis=-1).view(">u8")[..., 0].astype(np.uint64)
+
+
+def margins(coefficients: np.ndarray) -> np.ndarray:
+    """By how much low frequencies (…, K * K) are above the median and `NOISE`: positive where a hash has a 1."""
+    return coefficients - (np.median(coefficients, axis=-1, keepdims=True) + NOISE)
 
 
 def likeness(one: np.ndarray, other: np.ndarray) -> np.ndarray:

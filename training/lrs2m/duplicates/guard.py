@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from evaluation.benchmarks.image_files import ImageFiles
+from modeling_lrsclip.encoding.ties import best_first
 
 from .evaluation_images import evaluation_images
 from .fingerprints import PARTS, SIDE, TURNS, coefficients, correlation, hashes, is_flat, likeness, thumbnail, turned
@@ -152,17 +153,16 @@ class DuplicateFinder:
         theirs = coefficients(thumbs)[np.arange(len(thumbs)), np.where(contains, 0, part)]
         alike = likeness(theirs, turns[turn, np.where(contains, part, 0)])
         views, best = turned(thumb), None
-        for place in np.argsort(-alike, kind="stable")[:LAID]:
+        for place in best_first(alike)[:LAID]:
             if alike[place] < LIKE:
                 break
             laid, kind = _lay(thumbs[place], views[turn[place]], int(part[place]), bool(contains[place]))
+            laid = round(float(laid), 4)  # last bits of a correlation are the processor's: of equal ones the first
             if laid >= SAME and (best is None or laid > best.correlation):
                 kind = "copy" if part[place] == 0 and bits[place] <= self.distance else kind
                 query = "SELECT owner, id FROM images WHERE number = ?"
                 owner, name = self._store.execute(query, (int(numbers[place]),)).fetchone()
-                best = Match(
-                    row_id, name, owner, kind, list(TURNS)[turn[place]], int(bits[place]), round(float(laid), 4)
-                )
+                best = Match(row_id, name, owner, kind, list(TURNS)[turn[place]], int(bits[place]), laid)
         return best
 
     def _thumb(self, number: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .fingerprints import LOW
+from .fingerprints import LOW, margins
 
 
 TABLES, KEY_BITS, LOWEST, WEAK = 4, 20, 44, 6
@@ -41,10 +41,9 @@ def probe_keys(coefficients: np.ndarray) -> np.ndarray:
     Returns:
         (TABLES, Q, 2 ** WEAK) int64.
     """
-    margins = coefficients - np.median(coefficients, axis=-1, keepdims=True)
-    margins = margins[:, _BITS].transpose(1, 0, 2)  # (TABLES, Q, KEY_BITS)
-    keys = (margins > 0) @ _WEIGHTS  # (TABLES, Q)
-    weak = np.argpartition(np.abs(margins), WEAK, axis=-1)[..., :WEAK]
+    distances = margins(coefficients)[:, _BITS].transpose(1, 0, 2)  # (TABLES, Q, KEY_BITS)
+    keys = (distances > 0) @ _WEIGHTS  # (TABLES, Q)
+    weak = np.argpartition(np.abs(distances), WEAK, axis=-1)[..., :WEAK]
     flips = (1 << weak) @ _MASKS.T.astype(np.int64)  # (TABLES, Q, probes)
     return keys[..., None] ^ flips
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling_lrsclip.encoding.encoder import embed_images, embed_texts, load_encoder
-from training.lrs2m.captioners.candidates import CandidateChooser, stable_scores
+from training.lrs2m.captioners.candidates import CandidateChooser, best_candidate, stable_scores
 
 
 def test_similarity_and_stability_by_hand():
@@ -14,6 +14,16 @@ def test_similarity_and_stability_by_hand():
     assert torch.allclose(stable_scores(similarities, 0.0), torch.tensor([0.30, 0.28, 0.20]))
     best_upright = torch.tensor([[0.30, 0.40], [0.30, 0.24]])
     assert stable_scores(best_upright, 0.0).argmax() == 1 and stable_scores(best_upright, 1.0).argmax() == 0
+
+
+@pytest.mark.parametrize("turns", [1, 4])
+def test_of_equal_candidates_the_first_is_chosen_on_every_processor(turns):
+    images = torch.nn.functional.normalize(torch.randn(turns, 24, generator=torch.Generator().manual_seed(0)), dim=1)
+    best = torch.nn.functional.normalize(images.mean(dim=0), dim=0).double()
+    worse = -best
+    last_bits = best * (1 + 1e-15)  # a product that rounds the second of two equal captions up
+    assert best_candidate(images, torch.stack([worse, best, last_bits, worse])) == 1
+    assert best_candidate(images, torch.stack([last_bits, best])) == 0
 
 
 @pytest.mark.parametrize("rotations", [1, 2, 4])
