@@ -1,0 +1,483 @@
+"""
+The index on disk: a folder of GeoParquet parts, `index.json` that says what they hold, and a flat copy of the vectors.
+
+    INDEX/parts/part-00000.parquet …   one row a window, over all parts in the order of a Hilbert curve
+    INDEX/index.json                   version, model, windows, bands, sources, parts
+    INDEX/skipped.jsonl                scenes and windows that could not be read, and why
+    INDEX/vectors.f16, vectors.json    the vectors alone, row by row (a cache: made again when missing or stale)
+
+Shapes: N windows, D width of the shared space.
+"""
+
+import datetime
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import shapely
+
+from modeling_lrsclip.files.atomic import replace_text, sha256_of, sync
+
+from .footprints import hilbert_order
+
+
+VERSION = 1  # of the layout; an index of another is refused
+ROWS_PER_PART = 2**17  # 128 MB of vectors at 512 dimensions, one row group
+METADATA, NEXT_METADATA = "index.json", "index.next.json"
+PARTS, NEXT_PARTS, REPLACED_PARTS = "parts", "parts.next", "parts.replaced"
+VECTORS, VECTORS_STAMP = "vectors.f16", "vectors.json"
+WGS84_BOUNDS = (-180.0, -90.0, 180.0, 90.0)
+STAC_EXTENSION = "https://stac-extensions.github.io/embeddings/v0.0.1/schema.json"
+
+
+class IndexProblem(ValueError):
+    """An index that cannot be used, and why."""
+
+
+# ------------------------------------------------------------------------------------------------------------- rows
+
+
+def row_schema(dimensions: int) -> pa.Schema:
+    """
+    Columns of an index. `unique_id`, `embedding`, `timestamp`, `geometry`, `centre_lat` and `centre_lon` are named and
+    mean as in Major TOM's embedding tables; `pixel_box` differs from its `pixel_bbox` (width and height, not the right
+    and bottom edge).
+    """
+    corner = pa.struct([(side, pa.float64()) for side in ("xmin", "ymin", "xmax", "ymax")])
+    return pa.schema(
+        [
+            ("unique_id", pa.string()),  # 16 hexadecimal digits
+            ("scene", pa.string()),  # path
+            ("pixel_box", pa.list_(pa.int32(), 4)),  # left, top, width, height
+            ("scale", pa.float32()),  # side of a window of this scale in pixels of the scene
+            ("gsd", pa.float32()),  # metres a pixel; null without coordinates
+            ("timestamp", pa.timestamp("us", tz="UTC")),  # acquisition; null where not known
+            ("crs", pa.string()),  # of the scene: EPSG:… or WKT; null: pixels
+            ("centre_lat", pa.float32()),
+            ("centre_lon", pa.float32()),
+            ("bbox", corner),
+            ("geometry", pa.binary()),  # WKB: the window's four corners in WGS84, or in pixels
+            ("embedding", pa.list_(pa.float16(), dimensions)),  # unit length
+        ]
+    )
+
+
+def row_table(
+    scene: str,
+    pixel_boxes: np.ndarray,
+    scales: np.ndarray,
+    outlines: np.ndarray,
+    middles: np.ndarray,
+    embeddings: np.ndarray,
+    **scene_facts: Any,
+) -> pa.Table:
+    """
+    Rows of an index for windows of one scene.
+
+    Args:
+        scene: path.
+        pixel_boxes (`(N, 4)` integers): left, top, width, height.
+        scales (`(N,)`): side in pixels of the windows of each one's scale.
+        outlines, middles: `(N,)` polygons and `(N, 2)` longitudes, latitudes of [`~geosearch.footprints.footprints`].
+        embeddings (`(N, D)`): unit vectors, kept as float16.
+        scene_facts: `gsd` (metres), `timestamp` (`datetime` with a time zone), `crs`; each may be None.
+
+    Returns:
+        Table with the columns of [`row_schema`].
+    """
+    count, dimensions = embeddings.shape
+    schema = row_schema(dimensions)
+    boxes = np.ascontiguousarray(pixel_boxes, dtype=np.int32).reshape(count, 4)
+    identities = [unique_id(scene, box) for box in boxes.tolist()]
+    sides = shapely.bounds(outlines).astype(np.float64).reshape(count, 4)
+    flat = pa.array(np.ascontiguousarray(embeddings, dtype=np.float16).ravel())
+
+    def same(name: str) -> pa.Array:
+        return pa.array([scene_facts.get(name)] * count, schema.field(name).type)
+
+    columns = {
+        "unique_id": pa.array(identities, pa.string()),
+        "scene": pa.array([scene] * count, pa.string()),
+        "pixel_box": pa.FixedSizeListArray.from_arrays(pa.array(boxes.ravel()), 4),
+        "scale": pa.array(np.asarray(scales, dtype=np.float32)),
+        "gsd": same("gsd"),
+        "timestamp": same("timestamp"),
+        "crs": same("crs"),
+        "centre_lat": pa.array(middles[:, 1].astype(np.float32)),
+        "centre_lon": pa.array(middles[:, 0].astype(np.float32)),
+        "bbox": pa.StructArray.from_arrays(
+            [pa.array(np.ascontiguousarray(side)) for side in sides.T], fields=list(schema.field("bbox").type)
+        ),
+        "geometry": pa.array(shapely.to_wkb(outlines).tolist(), pa.binary()),
+        "embedding": pa.FixedSizeListArray.from_arrays(flat, dimensions),
+    }
+    return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def unique_id(scene: str, pixel_box: Sequence[int]) -> str:
+    """Name of a window: 16 hexadecimal digits that follow from its scene's path and its pixel box."""
+    text = f"{scene}\n{','.join(str(int(value)) for value in pixel_box)}"
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+class Index:
+    """
+    A finished index, opened by [`open_index`].
+
+    Attributes:
+        folder: where it lies.
+        metadata: the content of its `index.json`: `model` (`id`, `weights_sha256`, `dimensions`), `windows`,
+            `coordinates` (`wgs84` or `pixels`), `sources` (facts of each scene by its path), `parts`, `rows`.
+    """
+
+    def __init__(self, folder: Path, metadata: dict[str, Any]):
+        self.folder, self.metadata = folder, metadata
+
+    def __len__(self) -> int:
+        return self.metadata["rows"]
+
+    @property
+    def dimensions(self) -> int:
+        """Width D of the vectors."""
+        return self.metadata["model"]["dimensions"]
+
+    @property
+    def part_files(self) -> list[Path]:
+        """GeoParquet files, in the order of the rows."""
+        return [self.folder / PARTS / part["name"] for part in self.metadata["parts"]]
+
+    def check_model(self, weights_sha256: str) -> None:
+        """
+        Refuses other weights than the index was made with.
+
+        Raises:
+            [`IndexProblem`]: naming both.
+        """
+        model = self.metadata["model"]
+        if weights_sha256 != model["weights_sha256"]:
+            raise IndexProblem(
+                f"{self.folder} was made with the weights {model['weights_sha256'][:12]}… of {model['id']}, and the model "
+                f"given has the weights {weights_sha256[:12]}…: name the model it was made with, or index again with this one."
+            )
+
+    def rows(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Columns other than the vectors, all of them by default, row by row as in [`Index.vectors`]."""
+        names = [name for name in row_schema(1).names if name != "embedding"] if columns is None else list(columns)
+        return pa.concat_tables([pq.read_table(path, columns=names, partitioning=None) for path in self.part_files])
+
+    def vectors(self) -> np.ndarray:
+        """
+        All vectors, `(N, D)` float16, memory-mapped from `vectors.f16`, which is made first where it is missing or of
+        another state of the index. Where the folder takes no file, they are read into memory.
+        """
+        if not self._vectors_are_current():
+            try:
+                self._write_vectors()
+            except OSError:
+                return np.concatenate(list(self._vector_blocks()))
+        return np.memmap(self.folder / VECTORS, dtype=np.float16, mode="r", shape=(len(self), self.dimensions))
+
+    def _vectors_are_current(self) -> bool:
+        path = self.folder / VECTORS
+        if not path.is_file() or path.stat().st_size != len(self) * self.dimensions * 2:
+            return False
+        try:
+            stamp = json.loads((self.folder / VECTORS_STAMP).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return stamp == self._vectors_stamp
+
+    @cached_property
+    def _vectors_stamp(self) -> dict[str, Any]:
+        return {"parts": self.metadata["parts"], "dimensions": self.dimensions}
+
+    def _write_vectors(self) -> None:
+        unfinished = self.folder / f".{VECTORS}.{uuid.uuid4().hex}"  # several readers may make it at once
+        try:
+            with unfinished.open("wb") as file:
+                for block in self._vector_blocks():
+                    block.tofile(file)
+            (self.folder / VECTORS_STAMP).unlink(missing_ok=True)
+            os.replace(unfinished, self.folder / VECTORS)
+            replace_text(self.folder / VECTORS_STAMP, json.dumps(self._vectors_stamp))
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def _vector_blocks(self) -> Iterator[np.ndarray]:
+        for path in self.part_files:
+            for batch in pq.ParquetFile(path).iter_batches(16_384, columns=["embedding"]):
+                yield vectors_of(batch.column("embedding"))
+
+
+def vectors_of(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """`(N, D)` float16 of an `embedding` column."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), array.type.list_size)
+
+
+def open_index(folder: str | Path) -> Index:
+    """
+    Opens an index that `geosearch index` has finished.
+
+    Raises:
+        [`IndexProblem`]: one sentence for a folder that is none, is unfinished, damaged, empty or of another version.
+    """
+    folder = Path(folder)
+    path = folder / METADATA
+    if not path.is_file():
+        if (folder / "blocks").is_dir() or (folder / "shards").is_dir() or (folder / NEXT_METADATA).is_file():
+            raise IndexProblem(f"{folder} holds an unfinished index: run the same geosearch index (or merge) again.")
+        raise IndexProblem(
+            f"{folder} is no index (no {METADATA} in it); make one with geosearch index SCENES --output {folder}."
+        )
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        version = metadata["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IndexProblem(f"{path} cannot be read ({error!r}): index the scenes again into a new folder.") from error
+    if version != VERSION:
+        raise IndexProblem(
+            f"{folder} is an index of version {version}, and this program reads version {VERSION}: "
+            f"index the scenes again, or use the version of lrsclip that made it."
+        )
+    index = Index(folder, metadata)
+    for part, file in zip(metadata["parts"], index.part_files):
+        size = file.stat().st_size if file.is_file() else None
+        if size != part["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise IndexProblem(
+                f"{file} {found} where {METADATA} says {part['bytes']} bytes: the index is being written, or was "
+                f"interrupted or changed; run geosearch index with the same scenes again."
+            )
+    if not len(index):
+        raise IndexProblem(
+            f"{folder} is an index without windows: add scenes with geosearch index SCENES --output {folder}."
+        )
+    return index
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def write_index(folder: str | Path, tables: Iterable[pa.Table], metadata: dict[str, Any]) -> Index:
+    """
+    Writes a whole index from tables in memory, in place of one that is there.
+
+    Args:
+        folder: is made.
+        tables: with the columns of [`row_schema`].
+        metadata: as in [`publish`].
+
+    Returns:
+        The index, opened.
+    """
+    folder = Path(folder)
+    given = folder / ".given"
+    shutil.rmtree(given, ignore_errors=True)
+    given.mkdir(parents=True)
+    files = []
+    for number, table in enumerate(tables):
+        files.append(given / f"{number:05d}.parquet")
+        pq.write_table(table, files[-1])
+    publish(folder, files, metadata)
+    shutil.rmtree(given)
+    return open_index(folder)
+
+
+def publish(folder: Path, files: Sequence[Path], metadata: dict[str, Any]) -> dict[str, Any]:
+    """
+    Unites parquet files into the parts of an index, in the order of a Hilbert curve, and puts them in the place of the
+    parts before in one step: a kill at any moment leaves the index before or the one after ([`finish_publishing`]).
+    The same rows give the same bytes, in whatever files and order they come.
+
+    Args:
+        folder: of the index.
+        files: with the columns of [`row_schema`]; parts of the index itself may be among them.
+        metadata: the content of `index.json`; `model` with `id`, `weights_sha256` and `dimensions`, and `coordinates`
+            (`wgs84` or `pixels`) are needed. A row is left out when `sources` is there and lacks its scene.
+            `format`, `version`, `rows` and `parts` are filled in.
+
+    Returns:
+        The content of `index.json` as written.
+    """
+    finish_publishing(folder)
+    following = folder / NEXT_PARTS
+    shutil.rmtree(following, ignore_errors=True)
+    following.mkdir(parents=True)
+    order = _Order(files, metadata)
+    unsorted = folder / f".{VECTORS}.next"
+    try:
+        vectors = order.sorted_vectors(unsorted)
+        parts = []
+        for number, start in enumerate(range(0, len(order), ROWS_PER_PART)):
+            rows = order.rows(start, start + ROWS_PER_PART)
+            flat = pa.array(np.ascontiguousarray(vectors[start : start + len(rows)]).ravel())
+            rows = rows.append_column("embedding", pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]))
+            path = following / f"part-{number:05d}.parquet"
+            _write_part(path, rows.select(row_schema(1).names), metadata)
+            parts.append(
+                {"name": path.name, "rows": len(rows), "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            )
+        sync(following)
+        content = {"format": "geosearch index", "version": VERSION, **metadata, "rows": len(order), "parts": parts}
+        del vectors
+        replace_text(folder / NEXT_METADATA, json.dumps(content, indent=1, ensure_ascii=False, default=str))
+    finally:
+        unsorted.unlink(missing_ok=True)
+    finish_publishing(folder)
+    return content
+
+
+def finish_publishing(folder: Path) -> None:
+    """Puts new parts in their place where [`publish`] had written them all; does nothing otherwise."""
+    if not (folder / NEXT_METADATA).is_file():
+        return
+    if (folder / NEXT_PARTS).is_dir():
+        if (folder / PARTS).is_dir():
+            shutil.rmtree(folder / REPLACED_PARTS, ignore_errors=True)
+            os.replace(folder / PARTS, folder / REPLACED_PARTS)
+        os.replace(folder / NEXT_PARTS, folder / PARTS)
+    os.replace(folder / NEXT_METADATA, folder / METADATA)
+    sync(folder)
+    shutil.rmtree(folder / REPLACED_PARTS, ignore_errors=True)
+
+
+class _Order:
+    """Rows of several files in the order of a Hilbert curve, without their vectors until they are asked for."""
+
+    def __init__(self, files: Sequence[Path], metadata: dict[str, Any]):
+        self.files, self.dimensions = list(files), metadata["model"]["dimensions"]
+        names = [name for name in row_schema(1).names if name != "embedding"]
+        tables, self.kept = [], []
+        sources = pa.array(list(metadata["sources"]), pa.string()) if "sources" in metadata else None
+        for path in self.files:
+            table = pq.read_table(path, columns=names, partitioning=None)
+            kept = np.ones(len(table), dtype=bool)
+            if sources is not None:
+                kept = np.asarray(pc.is_in(table["scene"], sources))
+            self.kept.append(kept)
+            tables.append(table.filter(pa.array(kept)))
+        schema = pa.schema([row_schema(1).field(name) for name in names])
+        self.table = pa.concat_tables(tables) if tables else schema.empty_table()
+        self.order = self._sort(metadata["coordinates"])
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def _sort(self, coordinates: str) -> np.ndarray:
+        middles = np.stack([self.table[name].to_numpy() for name in ("centre_lon", "centre_lat")], axis=1)
+        boxes = vectors_of(self.table["pixel_box"])
+        if coordinates == "wgs84":
+            keys = hilbert_order(middles.astype(np.float64), WGS84_BOUNDS)
+        else:  # pixels of one scene have nothing to do with those of another
+            keys = np.zeros(len(self.table), dtype=np.uint64)
+        scenes = self.table["scene"].combine_chunks().dictionary_encode()
+        names = np.array(scenes.dictionary.to_pylist() or [""], dtype=object)
+        ranks = np.empty(len(names), dtype=np.int64)
+        ranks[np.argsort(names)] = np.arange(len(names))
+        scene_ranks = ranks[scenes.indices.to_numpy()] if len(scenes) else np.zeros(0, dtype=np.int64)
+        if coordinates != "wgs84" and len(boxes):
+            inner = hilbert_order(middles.astype(np.float64), (0, 0, 2.0**31, 2.0**31))
+            return np.lexsort((*boxes.T[::-1], inner, scene_ranks))
+        return np.lexsort((*boxes.T[::-1], scene_ranks, keys))
+
+    def rows(self, start: int, stop: int) -> pa.Table:
+        return self.table.take(pa.array(self.order[start:stop])).combine_chunks()
+
+    def sorted_vectors(self, path: Path) -> np.ndarray:
+        """(N, D) float16 in the order of the curve, memory-mapped from a file made for it."""
+        if not len(self):
+            return np.zeros((0, self.dimensions), dtype=np.float16)
+        vectors = np.memmap(path, dtype=np.float16, mode="w+", shape=(len(self), self.dimensions))
+        places = np.empty(len(self), dtype=np.int64)
+        places[self.order] = np.arange(len(self))
+        done = 0
+        for file, kept in zip(self.files, self.kept):
+            row = 0
+            for batch in pq.ParquetFile(file).iter_batches(16_384, columns=["embedding"]):
+                block = vectors_of(batch.column("embedding"))[kept[row : row + len(batch)]]
+                vectors[places[done : done + len(block)]] = block
+                row, done = row + len(batch), done + len(block)
+        return vectors
+
+
+def _write_part(path: Path, rows: pa.Table, metadata: dict[str, Any]) -> None:
+    described = {"geo": json.dumps(_geo(rows, metadata)), "emb": json.dumps(_emb(rows, metadata))}
+    pq.write_table(
+        rows.replace_schema_metadata(described),
+        path,
+        compression="zstd",
+        compression_level=3,
+        row_group_size=ROWS_PER_PART,
+        use_dictionary=["scene", "crs", "scale", "gsd", "timestamp"],
+        write_statistics=[name for name in rows.column_names if name != "embedding"],
+    )
+    sync(path)
+
+
+def _geo(rows: pa.Table, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Metadata of GeoParquet 1.1."""
+    kinds = {wkb[1] for wkb in rows["geometry"].to_pylist()}  # of little-endian WKB
+    column: dict[str, Any] = {
+        "encoding": "WKB",
+        "geometry_types": sorted({3: "Polygon", 6: "MultiPolygon"}[kind] for kind in kinds),
+        "orientation": "counterclockwise",
+        "edges": "planar",
+        "covering": {"bbox": {side: ["bbox", side] for side in ("xmin", "ymin", "xmax", "ymax")}},
+    }
+    if metadata["coordinates"] != "wgs84":
+        column["crs"] = None  # pixels; left out it would mean longitude and latitude
+    if len(rows):
+        box = rows["bbox"].combine_chunks()
+        sides = [(pc.min, "xmin"), (pc.min, "ymin"), (pc.max, "xmax"), (pc.max, "ymax")]
+        column["bbox"] = [function(box.field(side)).as_py() for function, side in sides]
+    return {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": column}}
+
+
+def _emb(rows: pa.Table, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Metadata of the STAC embeddings extension, under the key that geoembeddings.org recommends for GeoParquet."""
+    model, windows = metadata["model"], metadata.get("windows", {})
+    scenes = pc.unique(rows["scene"]).to_pylist()
+    gsd, times = rows["gsd"].drop_null(), rows["timestamp"].drop_null()
+    span = [moment.isoformat() for moment in pc.min_max(times).as_py().values()] if len(times) else [None, None]
+    scales = sorted(pc.unique(rows["scale"]).to_pylist())
+    layout: dict[str, Any] = {"layout_type": "regular_grid" if len(scales) == 1 else "variable_grid"}
+    if len(scales) == 1 and scales[0] == int(scales[0]):
+        step = max(1, round(scales[0] * windows.get("stride", 0.5)))
+        layout |= {"chip_size": [int(scales[0])] * 2, "stride": [step, step]}
+    properties = {
+        "datetime": span[0] if span[0] == span[1] else None,
+        "start_datetime": span[0],
+        "end_datetime": span[1],
+        "emb:type": "chip",
+        "emb:dimensions": model["dimensions"],
+        "data_type": "float16",
+        "emb:chip_layout": layout,
+        "emb:quantization": {"method": "none", "original_dtype": "float32", "quantized_dtype": "float16"},
+        "emb:runtime_parameters": {"windows": windows, "model": model},
+        "emb:preprocessing": metadata.get("preprocessing", {}),
+        "emb:postprocessing": {"format": "text", "expression": "scaled to unit length"},
+    }
+    if len(gsd):
+        properties["gsd"] = round(pc.mean(gsd).as_py(), 4)
+    links = [{"rel": "emb:model", "href": model["id"], "weights_sha256": model["weights_sha256"]}]
+    links += [{"rel": "emb:source-data", "href": scene} for scene in sorted(scenes)]
+    return {"stac_version": "1.1.0", "stac_extensions": [STAC_EXTENSION], "properties": properties, "links": links}
+
+
+def now() -> str:
+    """This moment in UTC, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
