@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from .torchscript_archive import read_torchscript
+
 
 TORCHSCRIPT, TORCH_ZIP, TORCH_LEGACY = "TorchScript archive", "torch.save file", "torch.save file of the old format"
 SAFETENSORS = "safetensors file"
@@ -39,7 +41,8 @@ def read_published_file(path: str | Path) -> PublishedFile:
     """
     Reads a state dict, bare or under `state_dict`, with `module.` before its keys or without.
 
-    No code of the file runs: pickles are read with `weights_only=True`, a TorchScript archive is loaded but not called.
+    No code of the file runs: pickles are read with `weights_only=True`, of a TorchScript archive the
+    tensors alone are read, its module is never built ([`read_torchscript`]).
 
     Args:
         path (`str` or `Path`): TorchScript archive, torch.save file (zip or old format) or safetensors.
@@ -52,7 +55,7 @@ def read_published_file(path: str | Path) -> PublishedFile:
     form = recognise(path)
     activation = None
     if form == TORCHSCRIPT:
-        content = _load(path, lambda: torch.jit.load(str(path), map_location="cpu").state_dict())
+        content = _load(path, lambda: read_torchscript(path))
         activation = _activation_in_code(path)
     elif form == SAFETENSORS:
         content = _load(path, lambda: load_file(path))

@@ -13,8 +13,9 @@ from modeling_lrsclip.convert import load_published, main
 from modeling_lrsclip.published.checkpoints import PRESETS, _choose_activation, _choose_heads
 from modeling_lrsclip.published.state_dict_keys import Architecture
 from modeling_lrsclip.published.tokenizer import tokenizer_from_bpe
+from modeling_lrsclip.published.torchscript_archive import read_torchscript
 from tests.modeling_lrsclip.references import published_state
-from tests.modeling_lrsclip.source_files import write_bpe_file, write_source
+from tests.modeling_lrsclip.source_files import as_openai_stores_it, write_bpe_file, write_source
 
 
 BLOCK = "visual.transformer.resblocks.1."
@@ -322,3 +323,42 @@ class TestTokenizer:
         path.write_text("heading\n" + "a b\n" * 48894)
         with pytest.raises(ValueError, match="repeats 48893 of its merges"):
             tokenizer_from_bpe(path, 248)
+
+
+class _Writer(torch.nn.Module):
+    """A module whose archive writes a file when `torch.jit.load` builds it."""
+
+    def __init__(self, victim: str):
+        super().__init__()
+        self.weight, self.victim = torch.nn.Parameter(torch.ones(3)), victim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    @torch.jit.export
+    def __getstate__(self):
+        return (self.weight, self.victim, self.training)
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, str, bool]):
+        file = torch.from_file(state[1], True, 4, dtype=torch.uint8).fill_(65)
+        self.weight, self.victim, self.training = state[0] + file.sum(), state[1], state[2]
+
+
+def test_code_in_an_archive_does_not_run(refused, tmp_path):
+    victim = tmp_path / "victim"
+    torch.jit.script(_Writer(str(victim))).save(tmp_path / "model.pt")
+    victim.write_text("safe")
+    assert "is restored by code of the file, which is not run" in refused(tmp_path / "model.pt")
+    assert victim.read_text() == "safe"
+    torch.jit.load(tmp_path / "model.pt")  # the archive does what it is made for
+    assert victim.read_text() == "AAAA"
+
+
+def test_the_tensors_of_an_archive_are_those_of_torch(tmp_path):
+    source = write_source("torchscript", as_openai_stores_it(published_state(700)), tmp_path)
+    by_torch = torch.jit.load(source).state_dict()
+    tensors = read_torchscript(source)
+    assert tensors.keys() == by_torch.keys()
+    for name, tensor in tensors.items():
+        assert tensor.dtype == by_torch[name].dtype and torch.equal(tensor, by_torch[name]), name
