@@ -19,8 +19,8 @@ from modeling_lrsclip.encoding.ties import SCORE_TIE
 
 from .benchmarks.class_names import Templates, known_datasets, load_templates
 from .benchmarks.classification_data import ClassificationData, load_classification
-from .paper import ARXIV
-from .results import Aside, Column, Gap, Table
+from .paper import paper_note
+from .results import Aside, Column, Gap, Table, rows_beside
 
 
 SEEN = "†"  # beside figures of a model that was trained on the data set
@@ -238,14 +238,21 @@ def _mean(cells: Sequence[Any]) -> float | None:
 
 
 def _paper_rows(own: dict[str, dict[str, Any]], datasets: Sequence[str], averaged: Sequence[str]) -> list[list[Any]]:
-    """The paper's figures of one model and the gaps to them; nothing where it has none."""
+    """The paper's and others' figures of one model and the gaps to them; nothing where there are none."""
+    beside: dict[tuple[str, type[Aside]], dict[str, Any]] = {}
+    for dataset, result in own.items():
+        of = "paper"
+        for name, kind, figures in rows_beside(result):
+            of = name if kind is Aside else of  # a gap is that to the row above it
+            beside.setdefault((of, kind), {})[dataset] = kind(figures["accuracy"])
     rows = []
-    for name, kind in (("paper", Aside), ("gap", Gap)):
-        cells = {dataset: kind(result[name]["accuracy"]) for dataset, result in own.items() if name in result}
-        if cells:
-            mean = _mean([cells.get(dataset) for dataset in averaged]) if len(datasets) > 1 else None
-            mean = None if mean is None else kind(mean)
-            rows.append([f"  {name}", *(cells.get(dataset, "") for dataset in datasets), "" if mean is None else mean])
+    for (name, kind), cells in sorted(
+        beside.items(), key=lambda row: (row[0][0] != "paper", row[0][0], row[0][1] is Gap)
+    ):
+        mean = _mean([cells.get(dataset) for dataset in averaged]) if len(datasets) > 1 else None
+        label = name if kind is Aside else "gap"
+        shown = "" if mean is None else kind(mean)
+        rows.append([f"  {label}", *(cells.get(dataset, "") for dataset in datasets), shown])
     return rows
 
 
@@ -260,8 +267,6 @@ def _note(results: Sequence[dict[str, Any]], datasets: Sequence[str], averaged: 
     parts = [result["dataset"] for result in results if result["data"]["expected"] and not result["data"]["whole"]]
     if parts:
         lines.append(f"Only a part of {', '.join(dict.fromkeys(parts))} was here.")
-    if any("paper" in result for result in results):
-        lines.append(f"paper: as printed in {ARXIV}; gap: measured minus paper.")
-    lines += dict.fromkeys(text for result in results for text in result.get("remarks", []))
+    lines += paper_note(results)
     lines += dict.fromkeys(f"{SEEN} seen, not zero-shot: {result['seen']}." for result in results if "seen" in result)
     return "\n".join(lines)

@@ -1,12 +1,14 @@
 """
-The paper's own figures, and what was measured here beside them.
+The paper's own figures and others' figures of the same models, and what was measured here beside them.
 
-`paper_tables.json` holds Tables I to X of arXiv:2503.19311 as printed, with the misprints found in them. It is a file
-so that `model_cards/`, which imports nothing from here, can read it too.
+`paper_tables.json` holds Tables I to X of arXiv:2503.19311 (version 1) as printed, with the misprints found in them; what
+is known of version 2, whose models are called DGTRS-CLIP; and figures that others printed, by their source. It is a
+file so that `model_cards/`, which imports nothing from here, can read it too.
 """
 
 import json
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 
 PAPER_FILE = Path(__file__).with_name("paper_tables.json")
 ARXIV = "arXiv:2503.19311"
+VERSION_2 = "v2"  # key of `sources`
 _WEIGHT_FILES = re.compile(r"\.(pt|pth|bin|safetensors)$")
 _HUB_SIZES = {"vitbasepatch": "vitb", "vitlargepatch": "vitl", "vithugepatch": "vith"}  # openai/clip-vit-base-patch32
 
@@ -26,27 +29,45 @@ def paper_tables() -> dict[str, Any]:
 
 def paper_figures(model: str, task: str, dataset: str) -> dict[str, float] | None:
     """
-    One row of Tables II to V, as printed.
+    One row of Tables II to V of version 1, as printed; for DGTRS-CLIP what is known of version 2.
 
     Args:
-        model: key such as `lrsclip-vit-b-16`, `clip-vit-l-14`, `selo-v1`.
+        model: key such as `lrsclip-vit-b-16`, `dgtrs-clip-vit-b-16`, `clip-vit-l-14`, `selo-v1`.
         task: `zcrl`, `zcrs`, `zic` or `selo`.
         dataset: key such as `rsitmd-l`, `rsicd`, `resisc45`, `air-slt`; for `zic` also `mean`, of the six sets.
 
     Returns:
         `dict` by the names of our metrics, in percent (`selo`: 0 to 1), or None where the paper has no such row.
     """
-    for table in paper_tables()["tables"].values():
-        if table["task"] != task:
-            continue
-        if "columns" in table:  # Table IV has a column per data set
-            row = table["rows"].get(model)
-            values = [row[table["columns"].index(dataset)]] if row and dataset in table["columns"] else None
-        else:
-            values = table["rows"].get(dataset, {}).get(model)
-        if values:
-            return dict(zip(paper_tables()["metrics"][task], values, strict=True))
-    return None
+    second = [table for table in paper_tables()["further"] if table["source"] == VERSION_2]
+    found = (_row(table, model, task, dataset) for table in [*paper_tables()["tables"].values(), *second])
+    return next(filter(None, found), None)
+
+
+def other_figures(model: str, task: str, dataset: str) -> dict[str, dict[str, float]]:
+    """
+    What others than the paper's authors printed for a model on a data set, in percent.
+
+    Args:
+        model, task, dataset: as for [`paper_figures`].
+
+    Returns:
+        `dict`: key of `sources` in `paper_tables.json` -> figures by the names of our metrics.
+    """
+    others = [table for table in paper_tables()["further"] if table["source"] != VERSION_2]
+    found = {table["source"]: _row(table, model, task, dataset) for table in others}
+    return {source: figures for source, figures in found.items() if figures}
+
+
+def _row(table: dict[str, Any], model: str, task: str, dataset: str) -> dict[str, float] | None:
+    if table["task"] != task:
+        return None
+    if "columns" in table:  # Table IV has a column per data set
+        row = table["rows"].get(model)
+        values = [row[table["columns"].index(dataset)]] if row and dataset in table["columns"] else None
+    else:
+        values = table["rows"].get(dataset, {}).get(model)
+    return dict(zip(paper_tables()["metrics"][task], values, strict=True)) if values else None
 
 
 def ablation_figures(study: str) -> dict[str, dict[str, float]] | None:
@@ -79,7 +100,8 @@ def model_key(label: str) -> str | None:
 def dataset_key(task: str, name: str) -> str | None:
     """`RSITMD` -> `rsitmd-l` for `zcrl` and `rsitmd` for `zcrs`, whichever of the two it is called; None: not there."""
     seen = (key for family in paper_tables()["seen"].values() for key in family["datasets"])
-    keys = {_squeeze(key): key for key in (*paper_tables()["datasets"], *seen)}
+    columns = (key for table in paper_tables()["further"] for key in table.get("columns", ()) if key != "mean")
+    keys = {_squeeze(key): key for key in (*paper_tables()["datasets"], *seen, *columns)}
     key = keys.get(_squeeze(name))
     if key and task in ("zcrl", "zcrs"):
         key = keys.get(_squeeze(key.removesuffix("-l") + ("-l" if task == "zcrl" else "")))
@@ -101,7 +123,8 @@ def beside_paper(result: dict[str, Any]) -> dict[str, Any]:
     Returns:
         `dict`, each left out when empty: `seen` (why it is not zero-shot, in the paper or not), `paper_model` (its key
         there), `paper` (figures as printed), `gap` (measured minus paper), `remarks` (sentences on what to mind in
-        comparing the two).
+        comparing the two), `others` (a `dict` for each source that printed figures too: `source`, `figures`, and `gap`
+        where it measured the same way on as many images).
     """
     model, task = model_key(result["model"]), result["task"]
     dataset = dataset_key(task, result["dataset"])
@@ -117,7 +140,37 @@ def beside_paper(result: dict[str, Any]) -> dict[str, Any]:
         beside["paper"] = figures
         beside["gap"] = {name: round(ours[name] - value, 4) for name, value in figures.items() if name in ours}
         beside["remarks"] = _remarks(model, task, dataset)
+    beside["others"] = [
+        _beside_other(result, dataset, source, figures)
+        for source, figures in other_figures(model, task, dataset).items()
+    ]
     return {name: value for name, value in beside.items() if value}
+
+
+def _beside_other(result: dict[str, Any], dataset: str, source: str, figures: dict[str, float]) -> dict[str, Any]:
+    described = paper_tables()["sources"][source]
+    beside: dict[str, Any] = {"source": described["name"], "figures": figures, "remark": described["read_in"]}
+    known = {**paper_tables()["datasets"].get(dataset, {}), **described.get("datasets", {}).get(dataset, {})}
+    same_counts = all(result.get(noun, known[noun]) == known[noun] for noun in ("images", "texts") if noun in known)
+    templates = described.get("template_set")
+    if same_counts and (templates is None or result.get("prompts", {}).get("template_set") == templates):
+        ours = result["metrics"]
+        beside["gap"] = {name: round(ours[name] - value, 4) for name, value in figures.items() if name in ours}
+    else:
+        beside["remark"] += "; not the same images or prompts as here, so no gap is shown"
+    return beside
+
+
+def paper_note(results: Sequence[dict[str, Any]]) -> list[str]:
+    """The lines below a table that say where its rows of others come from, and what to mind in comparing."""
+    lines = []
+    if any("paper" in result for result in results):
+        second = any(result.get("paper_model", "").startswith("dgtrs") for result in results)
+        version = f"; DGTRS-CLIP: {paper_tables()['sources'][VERSION_2]['read_in']}" if second else ""
+        lines.append(f"paper: as printed in {ARXIV}{version}; gap: measured minus paper.")
+    lines += dict.fromkeys(text for result in results for text in result.get("remarks", []))
+    others = [other for result in results for other in result.get("others", [])]
+    return lines + list(dict.fromkeys(f"{other['source']}: {other['remark']}." for other in others))
 
 
 def seen_in_training(model: str, dataset: str) -> str | None:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from .paper import ARXIV
+from .paper import paper_note
 
 
 SCHEMA_VERSION = 1
@@ -130,6 +130,14 @@ def _format(value: Any, column: Column, extra_digits: int) -> str:
     return f"{value:{sign}.{column.digits + extra_digits}f}" if column.digits is not None else str(value)
 
 
+def rows_beside(result: dict[str, Any]) -> list[tuple[str, type[Aside], dict[str, float]]]:
+    """(name, kind, figures) of the rows below a result: the paper's and others', each with the gap where there is one."""
+    entries = [("paper", result["paper"], result["gap"])] if "paper" in result else []
+    entries += [(other["source"], other["figures"], other.get("gap")) for other in result.get("others", [])]
+    rows = [(name, kind, values) for name, *both in entries for kind, values in zip((Aside, Gap), both) if values]
+    return [(name if kind is Aside else "gap", kind, values) for name, kind, values in rows]
+
+
 def retrieval_table(title: str, results: Sequence[dict[str, Any]], models: Sequence[dict[str, Any]]) -> Table:
     """One row per model, in the order of the paper's Tables II and III; below it the paper's row and the gap."""
     positions = {model["label"]: model["positions"] for model in models}
@@ -146,18 +154,15 @@ def retrieval_table(title: str, results: Sequence[dict[str, Any]], models: Seque
         label = result["model"]
         mark = " †" if "seen" in result else ""
         table.rows.append([label + mark, positions[label], *values, 100 * result["share_truncated"]])
-        for name, kind in (("paper", Aside), ("gap", Gap)):
-            if name in result:
-                row = [kind(result[name][key]) if key in result[name] else None for key in [*keys, "mR"]]
-                table.rows.append([f"  {name}", "", *row, ""])
+        for name, kind, figures in rows_beside(result):
+            row = [kind(figures[key]) if key in figures else None for key in [*keys, "mR"]]
+            table.rows.append([f"  {name}", "", *row, ""])
     tokens = results[0]["tokens"]
     lines = [
         f"Recall in %; guessing: R@1 {100 / images:.2g}. "
         f"Tokens a text: {tokens['mean']:.0f} on average, {tokens['longest']} at most."
     ]
-    if any("paper" in result for result in results):
-        lines.append(f"paper: as printed in {ARXIV}; gap: measured minus paper.")
-    lines += dict.fromkeys(text for result in results for text in result.get("remarks", []))
+    lines += paper_note(results)
     lines += dict.fromkeys(f"† seen, not zero-shot: {result['seen']}." for result in results if "seen" in result)
     table.note = "\n".join(lines)
     return table

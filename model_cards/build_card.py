@@ -33,7 +33,7 @@ TEMPLATE = Path(__file__).with_name("model_card_template.md")
 CONVERSION = "conversion.json"  # what modeling_lrsclip.convert leaves there
 RECORD = "run.json"  # what training.train leaves beside the weights
 TAGS = ["remote-sensing", "clip", "lrsclip", "long-text", "image-text-retrieval"]
-CODE_REPO = "MitsuiChen14/LRSCLIP"  # the authors', on GitHub
+CODE_REPO = "MitsuiChen14/DGTRS"  # the authors', on GitHub
 UNKNOWN = "unknown"  # the Hub's identifier of a licence that is not stated
 RECORDED = {"data", "steps", "weights", "config", "processes", "device", "precision", "seconds", "versions"}
 
@@ -118,6 +118,7 @@ def build_card(
         commands=_commands(address, description, training, results),
         versions_section=_versions(results, measured, own, training),
         arxiv=paper_tables()["source"]["arxiv"],
+        second=paper_tables()["sources"]["v2"],
         **_origin(description, training),
     )
     return ModelCard(re.sub(r"\n{3,}", "\n\n", card.content))

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from modeling_lrsclip import LRSCLIPConfig, LRSCLIPModel
+from modeling_lrsclip.published.registry import MODELS
 
 
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
@@ -100,7 +101,10 @@ def published_model(key: str) -> tuple[dict[str, Any], ModelFacts]:
     """
     if key not in PUBLISHED:
         raise ValueError(f"no published model {key!r} is described here; there are {', '.join(PUBLISHED)}.")
-    config = LRSCLIPConfig(**PUBLISHED[key]["config"])
+    described = PUBLISHED.get(PUBLISHED[key].get("like"), {}) | {"version": 1} | PUBLISHED[key]
+    config = LRSCLIPConfig(**described["config"])
     with torch.device("meta"):
         parameters = sum(weight.numel() for weight in LRSCLIPModel(config).parameters())
-    return PUBLISHED[key] | {"key": key}, ModelFacts(config, parameters)
+    row = MODELS[key]
+    weights = {"name": row.title, "weights_repo": row.repo, "weights_file": row.file, "revision": row.revision}
+    return described | weights | {"key": key, "licence": row.licence}, ModelFacts(config, parameters)

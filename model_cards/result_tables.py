@@ -41,11 +41,17 @@ def paper_tables() -> dict[str, Any]:
 
 def paper_rows(model: str | None, task: str) -> dict[str, dict[str, float]]:
     """Data set -> figures by metric, for one model (a key such as `lrsclip-vit-b-16`) and task, in the paper's order."""
-    (table,) = [table for table in paper_tables()["tables"].values() if table["task"] == task]
-    metrics, rows = paper_tables()["metrics"][task], table["rows"]
-    if "columns" in table:
-        return {name: {metrics[0]: value} for name, value in zip(table["columns"], rows.get(model, ()))}
-    return {name: dict(zip(metrics, models[model])) for name, models in rows.items() if model in models}
+    second = [table for table in paper_tables()["further"] if table["source"] == "v2"]  # of the paper
+    metrics, found = paper_tables()["metrics"][task], {}
+    for table in [*paper_tables()["tables"].values(), *second]:
+        if table["task"] != task:
+            continue
+        if "columns" in table:
+            found |= {name: {metrics[0]: value} for name, value in zip(table["columns"], table["rows"].get(model, ()))}
+        else:
+            rows = table["rows"].items()
+            found |= {name: dict(zip(metrics, models[model])) for name, models in rows if model in models}
+    return found
 
 
 def select_model(document: dict[str, Any], weights_sha256: str, folder: Path) -> tuple[dict[str, Any], list[Any]]:

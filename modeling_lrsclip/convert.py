@@ -30,6 +30,7 @@ from .image_processing_lrsclip import LRSCLIPImageProcessor
 from .modeling_lrsclip import LRSCLIPModel
 from .position_stretching import stretch_position_embedding
 from .processing_lrsclip import LRSCLIPProcessor
+from .published import registry
 from .published.checkpoints import ACTIVATIONS, PRESETS, read_pretrained, read_published_checkpoint
 from .published.tokenizer import tokenizer_from_bpe
 
@@ -336,9 +337,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description="Writes a published CLIP checkpoint as an LRSCLIP folder for from_pretrained.",
     )
     parser.add_argument(
-        "source", help="checkpoint file (.pt, .safetensors), or folder or Hub id in HuggingFace format"
+        "source", nargs="?", help="checkpoint file (.pt, .safetensors), or folder or Hub id in HuggingFace format"
     )
-    parser.add_argument("output_dir", help="folder to write; an earlier conversion there is replaced")
+    parser.add_argument("output_dir", nargs="?", help="folder to write; an earlier conversion there is replaced")
     parser.add_argument(
         "--tokenizer",
         help=f"Hub id, folder, or bpe_simple_vocab_16e6.txt.gz (the source's own; for files {DEFAULT_TOKENIZER})",
@@ -354,7 +355,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stretch", action="store_true", help="stretch the text position table, 77 -> 248")
     parser.add_argument("--kept-positions", type=int, help="with --stretch: first rows kept as they are (20)")
     parser.add_argument("--stretch-ratio", type=int, help="with --stretch: rows that stand for each later one (4)")
+    parser.add_argument(
+        "--check-published", action="store_true", help="ask the Hub whether every published model is where it was"
+    )
     options = parser.parse_args(argv)
+    if not options.check_published and options.output_dir is None:
+        parser.error("give SOURCE and OUTPUT_DIR, or --check-published.")
     if not options.stretch and (options.kept_positions is not None or options.stretch_ratio is not None):
         parser.error("--kept-positions and --stretch-ratio say how to stretch; add --stretch.")
     return options
@@ -362,6 +368,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse_arguments(argv)
+    if options.check_published:
+        _list_published()
+        return
     stretching = {"stretch_ratio": 4} if options.stretch else {}
     for name in ("kept_positions", "stretch_ratio"):
         if getattr(options, name) is not None:
@@ -386,6 +395,16 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         logger.removeHandler(handler)
     print(f"{options.source} -> {options.output_dir}: {record['text_positions']} text positions")
+
+
+def _list_published() -> None:
+    """A line for each published model as it is answered; exits with a sentence where some are missing."""
+    checks = []
+    for model in registry.MODELS.values():
+        checks += registry.check_published([model])
+        print(checks[-1].line, flush=True)
+    if missing := [check for check in checks if check.problem]:
+        sys.exit(f"error: {len(missing)} of {len(checks)} published models are missing, moved or out of reach.")
 
 
 if __name__ == "__main__":

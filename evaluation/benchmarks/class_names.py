@@ -77,6 +77,7 @@ def known_datasets() -> dict[str, Dataset]:
     """The data sets of `classes/` by key; those of the paper's Table IV first, in its order."""
     found = {path.stem: path for path in sorted(FOLDER.glob("*.json")) if path.stem != "templates"}
     order = ["resisc45", "eurosat", "patternnet", "whu_rs19", "optimal31", "rs_c11", "aid", "uc_merced"]
+    order += ["skyscript", "fmow", "millionaid", "rsicb256", "rsicb128"]
     return {key: _read_dataset(found[key]) for key in sorted(found, key=lambda key: (order + [key]).index(key))}
 
 

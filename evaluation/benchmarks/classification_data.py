@@ -7,6 +7,7 @@ M images, C classes.
 import difflib
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def find_sources(source: str | Path) -> list[str]:
 
 
 def _is_dataset(folder: Path) -> bool:
-    """One folder of images alone is none: retrieval benchmarks keep theirs in `images/`."""
+    """Whether a folder holds classes; one folder of images alone does not: retrieval benchmarks keep theirs in `images/`."""
     from pyarrow import ArrowInvalid, parquet
 
     try:
@@ -109,7 +110,8 @@ def _is_dataset(folder: Path) -> bool:
             return True
     except (ArrowInvalid, OSError):
         return True  # loading it says what is wrong
-    return len({plain(found.name) for found in _class_folders(folder)}) > 1
+    found = _class_folders(folder) or _nested_class_folders(folder, _detect(folder))
+    return len({plain(class_folder.name) for class_folder in found}) > 1
 
 
 def load_classification(source: str | Path, allow_missing: int = 0) -> ClassificationData:
@@ -119,7 +121,8 @@ def load_classification(source: str | Path, allow_missing: int = 0) -> Classific
     Args:
         source: one of
             - a folder of class folders; folders named after splits (`train`, `test`, …) are merged, a folder that only
-              wraps another (`UCMerced_LandUse/Images`) is seen through;
+              wraps another (`UCMerced_LandUse/Images`) is seen through, and so are the groups of classes of a known
+              data set (`RSI-CB256/woodland/forest`);
             - a folder of parquet files, or a `.parquet`, `.jsonl`, `.json`, `.csv` or `.tsv` file, with the columns
               `image` (or `filename`, …) and `label` or `class_name` (a name, or a number with `ClassLabel` names);
             - the id of a Hub data set, all splits of which are taken;
@@ -143,7 +146,7 @@ def load_classification(source: str | Path, allow_missing: int = 0) -> Classific
     path = Path(source).expanduser()
     dataset = dataset or _detect(path)
     parquet = _parquet_files(path, dataset) if path.is_dir() else []
-    found = _read_folders(path) if path.is_dir() and not parquet else _read_rows(source, dataset, parquet)
+    found = _read_folders(path, dataset) if path.is_dir() and not parquet else _read_rows(source, dataset, parquet)
     dataset = dataset or own_dataset(_own_name(path), sorted(set(found.labels)))
     labels = _classes_of(found.labels, dataset, source)
     if len(dataset.classes) < 2:
@@ -213,8 +216,21 @@ def _class_folders(path: Path) -> list[Path]:
     return found
 
 
-def _read_folders(path: Path) -> _Found:
-    folders = _class_folders(path)
+def _nested_class_folders(path: Path, dataset: Dataset | None) -> list[Path]:
+    """
+    Folders of a known data set that are named after its classes, at any depth: RSI-CB and MillionAID sort their classes
+    into groups of groups.
+    """
+    if dataset is None:
+        return []
+    below = (Path(parent) / name for parent, names, _ in os.walk(path) for name in names)
+    return sorted(
+        folder for folder in below if dataset.find_class(folder.name) is not None and any(_image_paths(folder))
+    )
+
+
+def _read_folders(path: Path, dataset: Dataset | None) -> _Found:
+    folders = _class_folders(path) or _nested_class_folders(path, dataset)
     if not folders:
         raise NotHere(f"{path} holds no class folders with images ({', '.join(IMAGE_SUFFIXES)}).")
     files = [(file, folder.name) for folder in folders for file in _image_paths(folder)]

@@ -34,7 +34,7 @@ class Preset:
 PRESETS = {
     "openai": Preset({ANY: QUICK_GELU}, "openai/CLIP clip/model.py"),
     "long-clip": Preset({ANY: QUICK_GELU}, "beichenzbc/Long-CLIP model/model_longclip.py"),
-    "lrsclip": Preset({ANY: QUICK_GELU}, "MitsuiChen14/LRSCLIP model/model_longclip.py"),
+    "lrsclip": Preset({ANY: QUICK_GELU}, "MitsuiChen14/LRSCLIP and DGTRS model/model_longclip.py"),
     # So evaluated, and trained so (ChenDelong1999/ITRA's default). The lines in its README leave `pretrained` out, and
     # run GELU on the same weights.
     "remoteclip": Preset(
@@ -49,6 +49,8 @@ PRESETS = {
     "skyclip": Preset(
         {"ViT-B/32": GELU, "ViT-L/14": QUICK_GELU}, "wangzhecheng/SkyScript cross_modal_retrieval.ipynb"
     ),
+    # --force-quick-gelu of every line of its README.
+    "farslip": Preset({ANY: QUICK_GELU}, "NJU-LHRS/FarSLIP README.md, open_clip/model.py"),
     "open-clip": Preset(
         {ANY: GELU}, "mlfoundations/open_clip model_configs without -quickgelu", _OPEN_CLIP_HEAD_WIDTHS
     ),

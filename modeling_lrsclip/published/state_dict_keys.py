@@ -46,6 +46,8 @@ _SECOND_TABLE = "positional_embedding_res"
 # Not weights: what an OpenAI archive says of itself, and buffers that older versions saved.
 _STATEMENTS = {"input_resolution": "image_size", "context_length": "positions", "vocab_size": "vocabulary"}
 _BUFFERS = {"attn_mask", "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"}
+# NJU-LHRS/FarSLIP open_clip/model.py saves them: 1 for rows that are read from the first and from the second table.
+_MASKS = ("mask1", "mask2")
 
 # MitsuiChen14/LRSCLIP model/model_longclip.py (mask1, mask2) and model/longclip.py (load_from_clip)
 KEPT_BY_MASK, RATIO_OF_TWO_TABLES = 20, 4
@@ -102,13 +104,15 @@ def rename_published(tensors: dict[str, Any], path) -> tuple[dict[str, torch.Ten
     count, first = len(tensors), list_some(tensors)
     targets: dict[str, torch.Tensor] = {}
     statements: dict[str, int] = {}
-    second_table, unknown = None, []
+    second_table, masks, unknown = None, {}, []
     for key in list(tensors):
         value, name = tensors.pop(key), key.removeprefix("text.")
         if name in _STATEMENTS:
             statements[name] = int(value)
         elif name == _SECOND_TABLE:
             second_table = value
+        elif name in _MASKS:
+            masks[name] = torch.as_tensor(value)
         elif name == "logit_bias" and not torch.count_nonzero(torch.as_tensor(value)):
             continue  # trained with a sigmoid loss, and of no effect at zero
         elif name not in _BUFFERS:
@@ -128,6 +132,7 @@ def rename_published(tensors: dict[str, Any], path) -> tuple[dict[str, torch.Ten
             f"({list_some(unknown, len(unknown))}), {len(missing)} weights of CLIPModel are missing "
             f"({list_some(missing, len(missing))})."
         )
+    _check_masks(masks, path)
     if second_table is not None:
         targets[_TEXT_TABLE] = _one_table(targets[_TEXT_TABLE], second_table, path)
     architecture = _read_architecture(targets, layers, second_table is not None, path)
@@ -176,6 +181,17 @@ def _expected_keys(layers: dict[str, int]) -> set[str]:
         for kind in ("weight", "bias")
     }
     return blocks | set(_OUTSIDE_BLOCKS.values())
+
+
+def _check_masks(masks: dict[str, torch.Tensor], path) -> None:
+    """The masks of the two tables must say what [`_one_table`] does."""
+    for name, mask in masks.items():
+        first = torch.arange(mask.numel()) < KEPT_BY_MASK
+        if not torch.equal(mask.flatten() != 0, first if name == _MASKS[0] else ~first):
+            raise ValueError(
+                f"{path} takes its position tables apart elsewhere than after row {KEPT_BY_MASK} ({name}); only that "
+                "division, of all published models, can be converted."
+            )
 
 
 def _one_table(first: torch.Tensor, second: torch.Tensor, path) -> torch.Tensor:

@@ -44,6 +44,11 @@ CLASS_COUNTS = {  # as published with the data sets
     "rs_c11": 11,
     "aid": 30,
     "uc_merced": 21,
+    "skyscript": 70,
+    "fmow": 62,
+    "millionaid": 51,
+    "rsicb256": 35,
+    "rsicb128": 45,
     "aerial_scenes": 10,
 }
 
@@ -96,6 +101,12 @@ def test_the_papers_data_sets_are_its_table_iv_with_its_counts():
         ("UCMerced", "uc_merced"),
         ("PatternNet", "patternnet"),
         ("AID", "aid"),
+        ("SkyScript_cls", "skyscript"),
+        ("fMoW-rgb", "fmow"),
+        ("Million-AID", "millionaid"),
+        ("RSI-CB256", "rsicb256"),
+        ("rsicb256", "rsicb256"),
+        ("RSI-CB128", "rsicb128"),
     ],
 )
 def test_data_sets_are_known_by_the_names_people_give_them(name, key):
@@ -182,6 +193,19 @@ def test_a_known_data_set_keeps_all_its_classes_whatever_its_folders_are_called(
         ]
         assert "the data set has 27,000: figures do not compare" in data.summary
         assert "no image of 7 classes (Forest, HerbaceousVegetation, Highway)" in data.summary
+
+
+def test_groups_of_classes_of_a_known_data_set_are_seen_through(tmp_path, images):
+    places = ["woodland/forest", "water area/sea", "transportation/Parkinglot", "woodland/forest"]
+    for index, (image, place) in enumerate(zip(images, places, strict=True)):
+        save(image, tmp_path / "RSI-CB256" / place / f"{index}.png")
+        save(image, tmp_path / "mine" / place / f"{index}.png")
+    data = load_classification(tmp_path / "RSI-CB256")
+    assert sorted(data.dataset.folders[label] for label in data.labels) == ["forest", "forest", "parkinglot", "sea"]
+    assert data.dataset.wordings()[data.dataset.find_class("parkinglot")] == "parking lot"
+    assert find_sources(tmp_path) == [str(tmp_path / "RSI-CB256")]  # of `mine` nobody knows which folders are classes
+    with pytest.raises(ValueError, match="holds no class folders"):
+        load_classification(tmp_path / "mine")
 
 
 def test_a_folder_without_a_name_mapping_is_named(tmp_path, images):

@@ -52,6 +52,9 @@ def write_source(form: str, state: dict[str, torch.Tensor], folder: Path) -> Pat
         training = {"epoch": 20, "name": "run", "state_dict": {f"module.{key}": value for key, value in state.items()}}
         training["optimizer"] = {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1e-5}]}
         torch.save(training, path)
+    elif form == "farslip":  # NJU-LHRS/FarSLIP open_clip/model.py: the masks of the two tables are saved with them
+        kept = (torch.arange(len(state["positional_embedding"])) < 20).float()[:, None]
+        torch.save({"epoch": 1, "state_dict": state | {"mask1": kept, "mask2": 1 - kept}}, path)
     elif form == "safetensors":
         save_file({key: value.contiguous() for key, value in state.items()}, path)
     elif form == "custom_text":  # open_clip's CustomTextCLIP keeps the text tower under `text.`

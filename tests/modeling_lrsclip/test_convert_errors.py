@@ -192,6 +192,12 @@ class TestTensors:
         source = self.write(tmp_path, {"positional_embedding_res": table}, two_tables=True)
         assert "they must be equal, of 20 + n * 4 rows (248" in refused(source)
 
+    def test_masks_that_take_the_tables_apart_elsewhere(self, refused, tmp_path):
+        mask = (torch.arange(248) < 21).float()[:, None]
+        for name, value in (("mask1", mask), ("mask2", 1 - mask)):
+            source = self.write(tmp_path, {name: value}, two_tables=True)
+            assert f"takes its position tables apart elsewhere than after row 20 ({name})" in refused(source)
+
     def test_too_large_for_fp16(self, refused, tmp_path):
         source = self.write(tmp_path, {"ln_final.bias": torch.full((64,), 1e6)})
         message = refused(source, "--activation", "gelu", "--dtype", "fp16")

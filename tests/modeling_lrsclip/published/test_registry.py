@@ -1,32 +1,48 @@
 """The registry against the paper and the converter; names, files and folders; a fetch from a server that is here."""
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from evaluation.classification import ClassificationTask
 from evaluation.paper import paper_tables
 from modeling_lrsclip.convert import load_published
+from modeling_lrsclip.convert import main as convert_main
 from modeling_lrsclip.encoding.encoder import Encoder
 from modeling_lrsclip.published.checkpoints import ANY, PRESETS
-from modeling_lrsclip.published.registry import MODELS, PAPER_ONLY, resolve
+from modeling_lrsclip.published.registry import MODELS, PAPER_ONLY, check_published, resolve
+from tests.hub_server import HubServer
+from tests.hub_store import File
 from tests.modeling_lrsclip.references import published_state
 
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+ROOT = Path(__file__).parents[3]
 
 
 def test_every_model_of_the_paper_is_here_under_its_name():
     for name, title in paper_tables()["names"].items():
         assert name in PAPER_ONLY or MODELS[name].title == title
     assert all(name == model.name == name.lower() and "=" not in name for name, model in MODELS.items())
+
+
+def test_every_row_names_repository_file_and_revision():
+    for model in MODELS.values():
+        assert model.source and model.licence, model.name
+        if model.repo:
+            assert re.fullmatch(r"main|[0-9a-f]{40}", model.revision), model.name
+        else:
+            assert model.url and model.file, model.name
+    names = [Path(model.file).name for model in MODELS.values() if model.repo and model.file]
+    assert len(set(names)) == len(names)  # or a file here could not be told by its name
+    assert all(model.successor in MODELS for model in MODELS.values() if model.successor)
 
 
 def test_what_the_files_leave_open_is_decided():
@@ -44,6 +60,9 @@ def test_what_the_files_leave_open_is_decided():
         ("rs5m_vit-b-32.pt", "georsclip-vit-b-32", {"preset": "georsclip"}),
         ("RS5M_ViT-L-14.pt", "georsclip-vit-l-14", {"preset": "georsclip", "activation": "quick_gelu"}),
         ("longclip-B.pt", "long-clip-vit-b-16", {"preset": "long-clip"}),
+        ("LRSCLIP_ViT-L-14.pt", "lrsclip-vit-l-14", {"preset": "lrsclip"}),
+        ("DGTRS-CLIP-ViT-L-14.pt", "dgtrs-clip-vit-l-14", {"preset": "lrsclip"}),
+        ("FarSLIP2_ViT-B-16.pt", "farslip2-vit-b-16", {"preset": "farslip"}),
         ("epoch_20.pt", None, {}),
         ("own.safetensors", None, {}),
     ],
@@ -121,43 +140,23 @@ def test_what_cannot_be_loaded_is_one_sentence(tmp_path, given, problem):
 # ------------------------------------------------------------------------------------------------------------- the Hub
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Serves `RemoteCLIP-ViT-B-32.pt` of one repository, and nothing else, as the Hub does."""
-
-    content = b"weights"
-
-    def do_HEAD(self):
-        found = self.path.startswith("/chendelong/RemoteCLIP/resolve/") and self.path.endswith(
-            "/RemoteCLIP-ViT-B-32.pt"
-        )
-        self.send_response(200 if found else 404)
-        if found:
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("ETag", '"etag"')
-        else:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        self.send_header("Content-Length", str(len(self.content) if found else 0))
-        self.end_headers()
-        return found
-
-    def do_GET(self):
-        if self.do_HEAD():
-            self.wfile.write(self.content)
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with HubServer() as server:
+        yield server
 
 
-def resolve_elsewhere(name, cache, **environment):
+def publish(hub, model, content=b"weights", replaces=None):
+    """A commit with the model's file in its repository, with `replaces`, a path, taken away; the commit's id."""
+    known = ("model", model.repo) in hub.repos
+    repo = hub.repo(model.repo) if known else hub.create(model.repo)
+    parent = repo.resolve()
+    files = {path: file for path, file in parent.files.items() if path != replaces}
+    files[model.file or "config.json"] = File(content)
+    return repo.commit("refs/heads/main", files, "weights", "", repo.owner, parent).oid
+
+
+def resolve_elsewhere(name, hub, cache, **environment):
     """In a process of its own: huggingface_hub reads the environment when it is imported."""
     code = (
         "import sys\n"
@@ -165,31 +164,92 @@ def resolve_elsewhere(name, cache, **environment):
         "try:\n    source = resolve(sys.argv[1]); print(source.path, source.revision, source.label)\n"
         "except ValueError as error:\n    print('ValueError', error)\n"
     )
-    environment = os.environ | {"HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"} | environment
+    environment = hub.environment(cache) | environment
     run = subprocess.run(
-        [sys.executable, "-c", code, name], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, name], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()
 
 
 def test_a_model_is_fetched_from_the_endpoint_of_the_environment_and_then_from_its_cache(hub, tmp_path):
-    path, revision, label = resolve_elsewhere("remoteclip-vit-b-32", tmp_path, HF_ENDPOINT=hub).split()
-    assert Path(path).read_bytes() == Hub.content and Path(path).name == "RemoteCLIP-ViT-B-32.pt"
-    assert revision == COMMIT and label == "remoteclip-vit-b-32"
-    again = resolve_elsewhere("remoteclip-vit-b-32", tmp_path, HF_ENDPOINT=hub, HF_HUB_OFFLINE="1")
+    commit = publish(hub, MODELS["long-clip-vit-b-16"])
+    path, revision, label = resolve_elsewhere("long-clip-vit-b-16", hub, tmp_path).split()
+    assert Path(path).read_bytes() == b"weights" and Path(path).name == "longclip-B.pt"
+    assert revision == commit and label == "long-clip-vit-b-16"
+    again = resolve_elsewhere("long-clip-vit-b-16", hub, tmp_path, HF_HUB_OFFLINE="1")
     assert again.split() == [path, revision, label]
-    missing = resolve_elsewhere("remoteclip-vit-l-14", tmp_path, HF_ENDPOINT=hub)
-    assert missing.startswith("ValueError remoteclip-vit-l-14: RemoteCLIP-ViT-L-14.pt of chendelong/RemoteCLIP could")
+    missing = resolve_elsewhere("long-clip-vit-l-14", hub, tmp_path)
+    assert missing.startswith("ValueError long-clip-vit-l-14: longclip-L.pt of BeichenZhang/LongCLIP-L at main could")
     assert "404" in missing and len(missing.splitlines()) == 1
 
 
-def test_without_network_the_error_says_what_to_download(tmp_path):
-    said = resolve_elsewhere("georsclip-vit-b-32", tmp_path, HF_HUB_OFFLINE="1")
-    assert "ckpt/RS5M_ViT-B-32.pt of Zilun/GeoRSCLIP could not be fetched (the Hub cannot be reached, and" in said
+def test_a_pinned_commit_is_fetched_whatever_main_holds(hub, monkeypatch, tmp_path):
+    hub.connect(monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    old = publish(hub, MODELS["lrsclip-vit-l-14"], b"March 2025")
+    publish(hub, MODELS["dgtrs-clip-vit-l-14"], b"July 2025", replaces="LRSCLIP_ViT-L-14.pt")
+    pinned = dataclasses.replace(MODELS["lrsclip-vit-l-14"], revision=old)
+    monkeypatch.setitem(MODELS, "lrsclip-vit-l-14", pinned)
+    source = resolve("lrsclip-vit-l-14")
+    assert Path(source.path).read_bytes() == b"March 2025" and source.revision == old
+    assert Path(resolve("dgtrs-clip-vit-l-14").path).read_bytes() == b"July 2025"
+
+
+def test_a_file_without_a_known_commit_is_found_in_the_history(hub, monkeypatch, tmp_path):
+    hub.connect(monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    old = publish(hub, MODELS["lrsclip-vit-b-16"], b"March 2025")
+    publish(hub, MODELS["dgtrs-clip-vit-b-16"], b"July 2025", replaces="LRSCLIP_ViT-B-16.pt")
+    source = resolve("lrsclip-vit-b-16")
+    assert Path(source.path).read_bytes() == b"March 2025" and source.revision == old
+    (check,) = check_published([MODELS["lrsclip-vit-b-16"]])
+    assert check.commit == old and check.problem == f"moved: it is at commit {old}"
+
+
+def test_a_file_that_is_gone_names_what_stands_there_instead(hub, monkeypatch, tmp_path):
+    hub.connect(monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    publish(hub, MODELS["dgtrs-clip-vit-b-16"])
+    publish(hub, MODELS["dgtrs-clip-vit-l-14"])
+    for size, revision in (("vit-b-16", "main"), ("vit-l-14", "09dc0a7b6532")):
+        name = size.replace("vit-b", "ViT-B").replace("vit-l", "ViT-L")
+        with pytest.raises(ValueError) as caught:
+            resolve(f"lrsclip-{size}")
+        assert str(caught.value) == (
+            f"lrsclip-{size}: LRSCLIP_{name}.pt of MitsuiChen14/DGTRS-CLIP-{name} at {revision} is gone from all 2 "
+            f"commits; it holds DGTRS-CLIP-{name}.pt: --model dgtrs-clip-{size}."
+        )
+
+
+def test_check_published_lists_what_is_missing(hub, monkeypatch, tmp_path, capsys):
+    hub.connect(monkeypatch)
+    commits = {name: publish(hub, MODELS[name]) for name in ("long-clip-vit-b-16", "dgtrs-clip-vit-l-14")}
+    rows = ["long-clip-vit-b-16", "long-clip-vit-l-14", "lrsclip-vit-l-14"]
+    checks = check_published([MODELS[name] for name in rows])
+    assert checks[0].commit == commits["long-clip-vit-b-16"] and checks[0].size == 7 and not checks[0].problem
+    assert checks[1].problem.startswith("not reached (")
+    assert "it holds DGTRS-CLIP-ViT-L-14.pt: --model dgtrs-clip-vit-l-14" in checks[2].problem
+    monkeypatch.setattr("modeling_lrsclip.published.registry.MODELS", {name: MODELS[name] for name in rows})
+    with pytest.raises(SystemExit, match="2 of 3 published models are missing, moved or out of reach"):
+        convert_main(["--check-published"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == rows
+    assert lines[0].endswith(f"at main: commit {checks[0].commit[:12]}, 0 MB; licence: not stated")
+
+
+@pytest.mark.skipif(not os.environ.get("CHECK_PUBLISHED"), reason="asks huggingface.co: set CHECK_PUBLISHED=1")
+def test_every_published_model_is_where_the_registry_has_it():
+    assert [check.line for check in check_published() if check.problem] == []
+
+
+def test_without_network_the_error_says_what_to_download(hub, tmp_path):
+    said = resolve_elsewhere("georsclip-vit-b-32", hub, tmp_path, HF_HUB_OFFLINE="1")
+    revision = MODELS["georsclip-vit-b-32"].revision
+    assert f"ckpt/RS5M_ViT-B-32.pt of Zilun/GeoRSCLIP at {revision[:12]} could not be fetched (the Hub cannot" in said
     assert said.endswith(
-        "download https://huggingface.co/Zilun/GeoRSCLIP/blob/main/ckpt/RS5M_ViT-B-32.pt and give "
+        f"download https://huggingface.co/Zilun/GeoRSCLIP/blob/{revision}/ckpt/RS5M_ViT-B-32.pt and give "
         "--model path/to/RS5M_ViT-B-32.pt."
     )
-    said = resolve_elsewhere("clip-vit-b-16", tmp_path, HF_HUB_OFFLINE="1")
+    said = resolve_elsewhere("clip-vit-b-16", hub, tmp_path, HF_HUB_OFFLINE="1")
     assert "clone https://huggingface.co/openai/clip-vit-base-patch16 and give its folder with --model." in said
