@@ -339,7 +339,9 @@ def test_the_ready_cards_are_what_the_command_writes(key, tmp_path):
     assert tables.count(NOT_YET) == (
         2 + 2 + 7 + 1 if of_version_1 else 1 if key.endswith("b-16") else 0
     ) and "measured |" not in tables.replace("| measured | paper", "")
-    assert_numbers_come_from(tables, [paper_rows(key, task) for task in TASKS], paper_tables()["names"])
+    rows = [paper_rows(key, task) for task in TASKS]
+    if any(rows):  # no figure of DGTRS-CLIP ViT-L/14 is known
+        assert_numbers_come_from(tables, rows, paper_tables()["names"])
     assert "model-index" not in card.data.to_dict() and card.data.base_model == published_model(key)[0]["base_model"]
     for name, row in paper_tables()["lrs2m"]["rows"].items():
         assert re.search(rf"^\| {re.escape(name)} \| {row[0]:,} \|.*\| {row[4]:.2f} \|$", str(card), re.M)
@@ -357,7 +359,7 @@ def test_published_weights_are_where_the_evaluation_fetches_them():
         assert f"`{model.file}` in\n[{model.repo}](https://huggingface.co/{model.repo})" in card
         assert (f"commit `{model.revision}`" in card) == (model.revision != "main")
         assert "chen2025lrsclip" in card and "chen2025dgtrs" in card
-        assert ("schedule" in card) == key.startswith("dgtrs")
+        assert ("neither is the curriculum's schedule" in card.replace("\n", " ")) == key.startswith("dgtrs")
 
 
 # -------------------------------------------------------------------------------------------------------------- command
