@@ -1,0 +1,174 @@
+"""Places found, as a table on the terminal and as a file that a GIS opens."""
+
+import contextlib
+import json
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyogrio
+import shapely
+from rich.console import Console
+from rich.table import Table
+
+from .index_store import geo_metadata
+from .search import Hits, SearchProblem
+
+
+DRIVERS = {".geojson": "GeoJSON", ".json": "GeoJSON", ".gpkg": "GPKG", ".parquet": "GeoParquet"}
+WGS84 = "OGC:CRS84"
+
+
+# ----------------------------------------------------------------------------------------------------------------- file
+
+
+def feature_table(hits: Hits) -> pa.Table:
+    """
+    Hits as features.
+
+    Returns:
+        Table of H rows, best first: `rank` from 1, `similarity` (cosine), `z_score` (standard deviations above the mean of
+        the index), the columns of `search.HIT_COLUMNS`, `geometry` (WKB of the window's four corners) last.
+    """
+    rows = hits.rows
+    columns = {
+        "rank": pa.array(np.arange(1, len(hits) + 1, dtype=np.int32)),
+        "similarity": pa.array(np.round(hits.similarity, 6)),
+        "z_score": pa.array(np.round(hits.z_score, 3)),
+        **{name: rows[name] for name in rows.column_names if name != "geometry"},
+        "geometry": rows["geometry"],
+    }
+    return pa.table(columns)
+
+
+def output_driver(path: str | Path) -> str:
+    """
+    Format of a file by its suffix.
+
+    Raises:
+        [`~geosearch.search.SearchProblem`]: for another than .geojson, .json, .gpkg or .parquet.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in DRIVERS:
+        raise SearchProblem(f"{path} ends in {suffix or 'no suffix'}; write to {', '.join(DRIVERS)}.")
+    return DRIVERS[suffix]
+
+
+def write_features(table: pa.Table, path: str | Path, coordinates: str = "wgs84") -> Path:
+    """
+    Writes features to GeoJSON, GeoPackage or GeoParquet, whichever the suffix says, in the place of a file before.
+
+    Args:
+        table: with a column `geometry` of WKB polygons.
+        path: ends in .geojson, .json, .gpkg or .parquet.
+        coordinates: `wgs84`, or `pixels` of scenes without coordinates, which get no reference system.
+
+    Raises:
+        [`~geosearch.search.SearchProblem`]: for another suffix, or a place that takes no file.
+    """
+    path, driver = Path(path), output_driver(path)
+    unfinished = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if driver == "GeoParquet":
+            _write_parquet(table, unfinished, coordinates)
+        else:
+            options: dict[str, Any] = {"COORDINATE_PRECISION": "9"} if driver == "GeoJSON" else {}
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*'crs' was not provided")  # pixels have none
+                pyogrio.write_arrow(
+                    table,
+                    unfinished,
+                    driver=driver,
+                    geometry_name="geometry",
+                    geometry_type="Unknown",  # a window across the 180th meridian has two parts
+                    crs=WGS84 if coordinates == "wgs84" else None,
+                    layer=path.stem,
+                    **options,
+                )
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise SearchProblem(f"{path} cannot be written: {error.strerror or error}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+    return path
+
+
+def _write_parquet(table: pa.Table, path: Path, coordinates: str) -> None:
+    sides = shapely.bounds(shapely.from_wkb(table["geometry"].to_pylist())).reshape(-1, 4)
+    names = ("xmin", "ymin", "xmax", "ymax")
+    boxes = pa.StructArray.from_arrays([pa.array(side) for side in np.ascontiguousarray(sides.T)], names)
+    table = table.append_column("bbox", boxes)
+    described = {"geo": json.dumps(geo_metadata(table, coordinates))}
+    pq.write_table(table.replace_schema_metadata(described), path, compression="zstd")
+
+
+# ---------------------------------------------------------------------------------------------------------------- table
+
+
+def place_name(lon: float, lat: float, coordinates: str = "wgs84") -> str:
+    """A point for people: `47.3712° N, 8.5423° E`, or its pixels."""
+    if coordinates != "wgs84":
+        return f"pixel {lon:.0f}, {lat:.0f}"
+    return f"{abs(lat):.4f}° {'N' if lat >= 0 else 'S'}, {abs(lon):.4f}° {'E' if lon >= 0 else 'W'}"
+
+
+def hit_table(hits: Hits) -> Table:
+    """Hits as a table of `rich`: rank, similarity, standard deviations above the mean, place, scene, box and time."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("rank", "similarity", "above mean"):
+        table.add_column(name, justify="right")
+    table.add_column("place", no_wrap=True)
+    table.add_column("scene", overflow="fold")
+    table.add_column("left, top, width, height", no_wrap=True)
+    table.add_column("time", no_wrap=True)
+    for rank, row in enumerate(hits.rows.to_pylist()):
+        table.add_row(
+            str(rank + 1),
+            f"{hits.similarity[rank]:.4f}",
+            f"{hits.z_score[rank]:.1f} σ",
+            place_name(row["centre_lon"], row["centre_lat"], hits.coordinates),
+            Path(row["scene"]).name,
+            ", ".join(map(str, row["pixel_box"])),
+            f"{row['timestamp']:%Y-%m-%d %H:%M}" if row["timestamp"] else "",
+        )
+    return table
+
+
+def summary(hits: Hits) -> list[str]:
+    """What stands below the table: how the text was read, and whether the best hit stands out."""
+    lines = [hits.text.sentence()] if hits.text else []
+    lines.append(
+        f"{hits.searched:,} windows compared; the whole index has mean {hits.mean:.4f}, standard deviation "
+        f"{hits.deviation:.4f}."
+    )
+    if len(hits) and not stands_out(hits):
+        lines.append(
+            f"The best lies {hits.z_score[0]:.1f} σ above the mean, no more than chance gives among so many windows "
+            f"({chance_level(hits.searched):.1f} σ): perhaps nothing here fits."
+        )
+    return lines
+
+
+def chance_level(windows: int) -> float:
+    """Standard deviations above the mean where the highest of so many normal, independent values is to be expected."""
+    return math.sqrt(2 * math.log(max(windows, 2)))
+
+
+def stands_out(hits: Hits) -> bool:
+    """Whether the best hit lies further above the mean than chance puts it."""
+    return bool(hits.z_score[0] > chance_level(hits.searched))
+
+
+def print_hits(hits: Hits, console: Console | None = None) -> None:
+    """Prints the table and what is to be said about it."""
+    console = console or Console()
+    console.print(hit_table(hits))
+    for line in summary(hits):
+        console.print(line, highlight=False)

@@ -1,0 +1,459 @@
+"""
+Exact search over an index: the places whose windows are nearest to a text, an image, or both.
+
+Shapes: N windows of the index, D width of the shared space, B windows of a block, K windows that are compared.
+"""
+
+import datetime
+import math
+import mmap
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyproj
+import shapely
+import torch
+from PIL import Image
+
+from modeling_lrsclip.encoding.encoder import Encoder, embed_images, embed_texts
+
+from .index_store import Index
+
+
+BLOCK = 1024  # windows that are widened to float32 at once: 2 MB of 512 values, which a core's cache holds
+RELEASE = 32  # blocks after which their pages of the file are given back: memory stays flat however large the index
+MARGIN = 1e-4  # more than float32 sums of D <= 2048 products of unit vectors differ between processors
+DECIMALS = 9  # of a similarity that decide the rank; windows that are equal to there come in the index's order
+SAMPLE = 65_536  # windows, evenly spread, from which the weights of several texts and images are made
+FIRST_RANKS = 256  # windows that are ranked first; four times as many wherever they are too few places
+SAME_PLACE = 0.2  # share of the smaller of two windows that the other covers; neighbours at half a window share 0.25
+EARTH = pyproj.Geod(ellps="WGS84")
+DEGREE_KM = 110.0  # fewer kilometres than any degree of latitude has
+
+
+class SearchProblem(ValueError):
+    """A question that cannot be answered, and why."""
+
+
+# ------------------------------------------------------------------------------------------------------------ question
+
+
+@dataclass(frozen=True)
+class Area:
+    """Which windows may be found. The defaults leave none out."""
+
+    bbox: tuple[float, float, float, float] | None = None  # west, south, east, north in degrees; west > east: across 180
+    near: tuple[float, float, float] | None = None  # longitude, latitude in degrees, kilometres to a window's middle
+    after: datetime.datetime | None = None  # acquired then or later; without a time zone: UTC
+    before: datetime.datetime | None = None  # acquired earlier
+
+    def __post_init__(self):
+        if self.bbox is not None:
+            west, south, east, north = self.bbox
+            if not (-180 <= west <= 180 and -180 <= east <= 180 and -90 <= south < north <= 90) or west == east:
+                raise SearchProblem(
+                    f"bbox {self.bbox} is no area: give west,south,east,north in degrees, longitudes from -180 to 180, "
+                    f"south below north; west greater than east reaches across the 180th meridian."
+                )
+        if self.near is not None:
+            lon, lat, km = self.near
+            if not (-180 <= lon <= 180 and -90 <= lat <= 90 and 0 < km < math.inf):
+                raise SearchProblem(
+                    f"near {self.near} is no circle: give longitude,latitude in degrees and kilometres above 0."
+                )
+        if self.after is not None and self.before is not None and _utc(self.after) >= _utc(self.before):
+            raise SearchProblem(f"no time is after {self.after} and before {self.before}: exchange them.")
+
+    def rows(self, index: Index) -> np.ndarray | None:
+        """
+        Which windows of an index lie in the area and time.
+
+        Returns:
+            `(N,)` bool; None: all.
+
+        Raises:
+            [`SearchProblem`]: where none does, or places are asked for and the index knows pixels only.
+        """
+        if self == Area():
+            return None
+        if (self.bbox or self.near) and index.metadata["coordinates"] != "wgs84":
+            raise SearchProblem(f"{index.folder} knows pixels only, no longitudes: leave out bbox and near.")
+        kept = np.ones(len(index), dtype=bool)
+        if self.bbox is not None:
+            kept &= self._in_bbox(index)
+        if self.near is not None:
+            kept &= self._near(index)
+        if self.after is not None or self.before is not None:
+            kept &= self._in_time(index)
+        if not kept.any():
+            raise SearchProblem(f"no window of {index.folder} lies within {self._words()}.")
+        return kept
+
+    def _in_bbox(self, index: Index) -> np.ndarray:
+        west, south, east, north = self.bbox
+        sides = index.rows(["bbox"])["bbox"].combine_chunks()
+        x0, y0, x1, y1 = (sides.field(side).to_numpy() for side in ("xmin", "ymin", "xmax", "ymax"))
+        strips = [(west, east)] if west < east else [(west, 180.0), (-180.0, east)]
+        kept = np.zeros(len(index), dtype=bool)
+        for low, high in strips:
+            kept |= (x0 <= high) & (x1 >= low) & (y0 <= north) & (y1 >= south)
+        wide = np.flatnonzero(kept & (x1 - x0 > 180))  # cut in two at the 180th meridian: their box goes around the Earth
+        if len(wide):
+            outlines = shapely.from_wkb(index.rows(["geometry"])["geometry"].take(wide).to_pylist())
+            area = shapely.union_all([shapely.box(low, south, high, north) for low, high in strips])
+            kept[wide] = shapely.intersects(outlines, area)
+        return kept
+
+    def _near(self, index: Index) -> np.ndarray:
+        lon, lat, km = self.near
+        rows = index.rows(["centre_lon", "centre_lat"])
+        middle_lon, middle_lat = (rows[name].to_numpy().astype(np.float64) for name in rows.column_names)
+        close = np.flatnonzero(np.abs(middle_lat - lat) <= km / DEGREE_KM)  # the rest need not be measured
+        _, _, metres = EARTH.inv(
+            np.full(len(close), lon), np.full(len(close), lat), middle_lon[close], middle_lat[close]
+        )
+        kept = np.zeros(len(index), dtype=bool)
+        kept[close] = np.asarray(metres) <= 1000 * km
+        return kept
+
+    def _in_time(self, index: Index) -> np.ndarray:
+        times = index.rows(["timestamp"])["timestamp"]
+        kept = pc.is_valid(times)
+        if self.after is not None:
+            kept = pc.and_kleene(kept, pc.greater_equal(times, pa.scalar(_utc(self.after), times.type)))
+        if self.before is not None:
+            kept = pc.and_kleene(kept, pc.less(times, pa.scalar(_utc(self.before), times.type)))
+        return kept.to_numpy(zero_copy_only=False).astype(bool)
+
+    def _words(self) -> str:
+        words = []
+        if self.bbox is not None:
+            words.append("bbox {:g},{:g},{:g},{:g}".format(*self.bbox))
+        if self.near is not None:
+            words.append("{2:g} km of {0:g},{1:g} (of its middle)".format(*self.near))
+        words += [
+            f"the time {name} {time.date()}"
+            for name, time in (("from", self.after), ("before", self.before))
+            if time is not None
+        ]
+        return " and ".join(words)
+
+
+def _utc(time: datetime.datetime) -> datetime.datetime:
+    return time if time.tzinfo else time.replace(tzinfo=datetime.timezone.utc)
+
+
+@dataclass(frozen=True)
+class ReadText:
+    """A text as a model reads it."""
+
+    text: str  # as the tokenizer got it: cleaned
+    tokens: int  # of the whole, start and end included
+    limit: int  # tokens that the model reads
+    cut_at: int  # character from which on the model reads nothing
+    clip_cut_at: int  # character from which on a CLIP of 77 tokens reads nothing
+
+    @property
+    def cut(self) -> str:
+        """The end that is not read; empty for most texts."""
+        return self.text[self.cut_at :].strip()
+
+    def sentence(self) -> str:
+        """How long the text is and what of it is not read, in words."""
+        if not self.cut:
+            return f"The text has {self.tokens} tokens; the model reads {self.limit}."
+        return f"The text has {self.tokens} tokens, of which the model reads {self.limit}; not read: “{self.cut}”"
+
+
+def read_text(encoder: Encoder, text: str) -> ReadText:
+    """How many tokens a text has for a model, and where its reading ends."""
+    from modeling_lrsclip.processing_lrsclip import clean_text
+
+    tokenizer, limit = encoder.processor.tokenizer, encoder.positions
+    cleaned = clean_text(text)
+    encoded = tokenizer(cleaned, return_offsets_mapping=True, truncation=False, verbose=False)
+    spans = encoded["offset_mapping"]
+
+    def end(positions: int) -> int:
+        # The last position holds the end token, so positions - 1 tokens are read; the first is the start token.
+        return len(cleaned) if len(spans) <= positions else spans[positions - 1][0]
+
+    return ReadText(cleaned, len(spans), limit, end(limit), end(77))
+
+
+def question_vector(
+    index: Index, encoder: Encoder, text: str | None, image: Image.Image | None = None, exclude: str | None = None
+) -> np.ndarray:
+    """
+    The direction in the shared space in which the windows that are asked for lie furthest.
+
+    A single text or image is its own embedding. Several are added, each divided by the standard deviation of its
+    similarities over the index, so that a text (whose similarities to images lie close together) counts as much as an
+    image; `exclude` is subtracted.
+
+    Args:
+        index: its vectors set the weights.
+        encoder: the model of the index.
+        text: what shall be seen.
+        image: what it shall look like.
+        exclude: what shall not be seen.
+
+    Returns:
+        `(D,)` float32, unit length.
+
+    Raises:
+        [`SearchProblem`]: for neither text nor image, or an empty text.
+    """
+    for name, given in (("text", text), ("exclude", exclude)):
+        if given is not None and not given.strip():
+            raise SearchProblem(f"the {name} is empty: describe in words what is to be seen.")
+    if text is None and image is None:
+        raise SearchProblem("there is nothing to look for: give a text, an image or both.")
+    texts = [given for given in (text, exclude) if given is not None]
+    model, processor = encoder.model, encoder.processor
+    embedded = embed_texts(model, processor, texts, encoder.batch_size, dtype=encoder.dtype) if texts else []
+    wanted = [embedded[0]] if text is not None else []
+    if image is not None:
+        wanted.append(embed_images(model, processor, [image], dtype=encoder.dtype)[0])
+    parts = wanted + ([embedded[-1]] if exclude is not None else [])
+    if len(parts) == 1:
+        return parts[0].numpy()
+    vectors = index.vectors()
+    sample = torch.from_numpy(vectors[:: max(1, len(vectors) // SAMPLE)].astype(np.float32))
+    total = torch.zeros_like(parts[0], dtype=torch.float64)
+    for number, part in enumerate(parts):
+        deviation = (sample @ part).double().std(correction=0).clamp(min=1e-6)
+        total += (-1 if number == len(wanted) else 1) * part.double() / deviation
+    return torch.nn.functional.normalize(total, dim=0).float().numpy()
+
+
+# ----------------------------------------------------------------------------------------------------------- similarity
+
+
+def similarities(vectors: np.ndarray, query: np.ndarray, threads: int | None = None) -> np.ndarray:
+    """
+    Cosine similarities of a query to all windows, in float32 on every processor.
+
+    A core widens some windows at a time into a buffer that its cache holds, so the file is read once, at the speed of
+    the memory, and memory does not grow with the index.
+
+    Args:
+        vectors (`(N, D)` float16): unit rows, usually memory-mapped.
+        query (`(D,)`): unit length.
+        threads: default as many as torch uses.
+
+    Returns:
+        `(N,)` float32.
+    """
+    threads = threads or torch.get_num_threads()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing is written to it
+        rows = torch.from_numpy(vectors)  # (N, D)
+    vector = torch.from_numpy(np.ascontiguousarray(query, dtype=np.float32))
+    result = torch.empty(len(rows))
+    share = math.ceil(len(rows) / threads / BLOCK) * BLOCK
+
+    def work(start: int) -> None:
+        buffer = torch.empty(BLOCK, rows.shape[1])
+        stop = min(start + share, len(rows))
+        for number, first in enumerate(range(start, stop, BLOCK), 1):
+            block = rows[first : min(first + BLOCK, stop)]  # (B, D)
+            wide = buffer[: len(block)].copy_(block)
+            torch.mv(wide, vector, out=result[first : first + len(block)])
+            if number % RELEASE == 0:
+                _release(vectors, first + BLOCK - RELEASE * BLOCK, first + BLOCK)
+
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(work, range(0, len(rows), max(share, 1))))
+    finally:
+        torch.set_num_threads(before)
+    return result.numpy()
+
+
+def _release(vectors: np.ndarray, start: int, stop: int) -> None:
+    """Gives the pages of rows back to the system, which keeps them in its cache of files."""
+    mapping = getattr(vectors, "_mmap", None)
+    if mapping is None or not hasattr(mmap, "MADV_DONTNEED") or vectors.base is not mapping:
+        return
+    row = vectors.shape[1] * vectors.itemsize
+    first = -(-start * row // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = stop * row // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if length > 0:
+        mapping.madvise(mmap.MADV_DONTNEED, first, length)
+
+
+def ranked_rows(
+    vectors: np.ndarray, query: np.ndarray, scores: np.ndarray, allowed: np.ndarray | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """
+    Rows by falling similarity, some at a time, equal ones in their own order: the same on every processor.
+
+    Args:
+        vectors (`(N, D)` float16), query (`(D,)`): as in [`similarities`].
+        scores (`(N,)` float32): their product, known to within `MARGIN`.
+        allowed (`(N,)` bool): which rows count; None: all.
+
+    Yields:
+        Row numbers `(K,)`, and their similarities `(K,)` float64, summed in one order for every row.
+    """
+    rows = np.arange(len(scores)) if allowed is None else np.flatnonzero(allowed)
+    rough = scores if allowed is None else scores[rows]
+    done, count = 0, FIRST_RANKS
+    while done < len(rows):
+        count = min(count, len(rows))
+        least = np.partition(rough, len(rows) - count)[len(rows) - count]
+        near = rows[rough >= least - MARGIN]
+        exact = np.concatenate(
+            [
+                (vectors[near[start : start + BLOCK]].astype(np.float64) * query.astype(np.float64)).sum(axis=1)
+                for start in range(0, len(near), BLOCK)
+            ]
+        )
+        order = np.lexsort((near, -np.round(exact, DECIMALS)))[done:count]
+        yield near[order], exact[order]
+        done, count = count, count * 4
+
+
+# ---------------------------------------------------------------------------------------------------------------- places
+
+
+def distinct_places(outlines: np.ndarray, groups: np.ndarray, taken: Sequence[int] = ()) -> list[int]:
+    """
+    Those of ranked windows that show a place none before them shows.
+
+    Args:
+        outlines (`(K,)` shapely polygons): by falling similarity.
+        groups (`(K,)` integers): only windows of the same group can show the same place.
+        taken: windows, the first of all, that were chosen before; what overlaps one of the others does not come in.
+
+    Returns:
+        Numbers of the windows chosen, those of `taken` first.
+    """
+    first, second = shapely.STRtree(outlines).query(outlines, predicate="intersects")
+    pairs = (first < second) & (groups[first] == groups[second])
+    first, second = first[pairs], second[pairs]
+    areas = shapely.area(outlines)
+    shared = shapely.area(shapely.intersection(outlines[first], outlines[second]))
+    same = shared >= SAME_PLACE * np.minimum(areas[first], areas[second])
+    better: dict[int, list[int]] = {}
+    for one, other in zip(first[same].tolist(), second[same].tolist()):
+        better.setdefault(other, []).append(one)
+    chosen = dict.fromkeys(taken)
+    for window in range(len(taken), len(outlines)):
+        if not any(other in chosen for other in better.get(window, ())):
+            chosen[window] = None
+    return list(chosen)
+
+
+@dataclass(frozen=True)
+class Hits:
+    """Places found, best first."""
+
+    rows: pa.Table  # of the index, one a hit, with the columns of `HIT_COLUMNS`
+    row_numbers: np.ndarray  # (H,) in the index
+    similarity: np.ndarray  # (H,) float64
+    mean: float  # of the similarities over the whole index
+    deviation: float  # their standard deviation
+    searched: int  # windows that were allowed
+    text: ReadText | None = None
+    vector: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False)  # (D,) of the question
+    coordinates: str = "wgs84"  # of the outlines; or `pixels`
+
+    def __len__(self) -> int:
+        return len(self.similarity)
+
+    @cached_property
+    def outlines(self) -> np.ndarray:
+        """`(H,)` shapely polygons: the windows' four corners."""
+        return shapely.from_wkb(self.rows["geometry"].to_pylist())
+
+    @property
+    def z_score(self) -> np.ndarray:
+        """`(H,)`: how many standard deviations each lies above the mean of the whole index."""
+        return (self.similarity - self.mean) / max(self.deviation, 1e-12)
+
+
+HIT_COLUMNS = [
+    "unique_id", "scene", "pixel_box", "scale", "gsd", "timestamp", "crs", "centre_lat", "centre_lon", "geometry"
+]  # fmt: skip
+
+
+def search(
+    index: Index,
+    text: str | None = None,
+    *,
+    encoder: Encoder,
+    image: Image.Image | None = None,
+    exclude: str | None = None,
+    area: Area | None = None,
+    top: int = 10,
+) -> Hits:
+    """
+    Places whose windows are most similar to a description, exactly: every window is compared.
+
+    Args:
+        index: of [`~geosearch.index_store.open_index`].
+        text: what shall be seen there, up to as many tokens as the model reads.
+        encoder: the model that the index was made with ([`~modeling_lrsclip.encoding.encoder.load_encoder`]).
+        image: what it shall look like, alone or with the text.
+        exclude: a text for what shall not be seen there.
+        area: where and when; default everywhere.
+        top: most places to return. Windows that overlap by a fifth or more are one place, found where it is most similar.
+
+    Returns:
+        [`Hits`], best first.
+
+    Raises:
+        [`SearchProblem`]: for an empty question, `top` below 1, or an area without windows.
+        [`~geosearch.index_store.IndexProblem`]: for another model than the index was made with.
+    """
+    if top < 1:
+        raise SearchProblem(f"top is {top}; at least 1 place must be asked for.")
+    index.check_model(encoder.weights_sha256)
+    query = question_vector(index, encoder, text, image, exclude)
+    return nearest_places(index, query, area, top, read_text(encoder, text) if text is not None else None)
+
+
+def nearest_places(
+    index: Index, query: np.ndarray, area: Area | None = None, top: int = 10, text: ReadText | None = None
+) -> Hits:
+    """As [`search`], for a question that is a unit vector `(D,)` already."""
+    allowed = (area or Area()).rows(index)
+    vectors = index.vectors()
+    scores = similarities(vectors, query)
+    numbers, values, rows = np.zeros(0, dtype=np.int64), np.zeros(0), None
+    for more_numbers, more_values in ranked_rows(vectors, query, scores, allowed):
+        for start in range(0, len(more_numbers), FIRST_RANKS):
+            part = slice(start, start + FIRST_RANKS)
+            table = index.rows(HIT_COLUMNS, more_numbers[part])
+            found = 0 if rows is None else len(rows)
+            rows = table if rows is None else pa.concat_tables([rows, table])
+            numbers = np.concatenate([numbers, more_numbers[part]])
+            values = np.concatenate([values, more_values[part]])
+            outlines = shapely.from_wkb(rows["geometry"].to_pylist())
+            kept = distinct_places(outlines, _groups(index, rows), range(found))[:top]
+            rows, numbers, values = rows.take(kept), numbers[kept], values[kept]
+            if len(kept) == top:
+                break
+        if len(numbers) == top:
+            break
+    mean, deviation = float(scores.mean(dtype=np.float64)), float(scores.std(dtype=np.float64))
+    searched = len(index) if allowed is None else int(allowed.sum())
+    coordinates = index.metadata["coordinates"]
+    return Hits(rows.combine_chunks(), numbers, values, mean, deviation, searched, text, query, coordinates)
+
+
+def _groups(index: Index, rows: pa.Table) -> np.ndarray:
+    """Numbers that tell windows apart which cannot show the same place: of different scenes that know pixels only."""
+    if index.metadata["coordinates"] == "wgs84":
+        return np.zeros(len(rows), dtype=np.int64)
+    return rows["scene"].combine_chunks().dictionary_encode().indices.to_numpy()
