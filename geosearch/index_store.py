@@ -5,6 +5,7 @@ The index on disk: a folder of GeoParquet parts, `index.json` that says what the
     INDEX/index.json                   version, model, windows, bands, sources, parts
     INDEX/skipped.jsonl                scenes and windows that could not be read, and why
     INDEX/vectors.f16, vectors.json    the vectors alone, row by row (a cache: made again when missing or stale)
+    INDEX/rows.arrow                   the other columns, to be memory-mapped (likewise)
 
 Shapes: N windows, D width of the shared space.
 """
@@ -35,7 +36,7 @@ VERSION = 1  # of the layout; an index of another is refused
 ROWS_PER_PART = 2**17  # 128 MB of vectors at 512 dimensions, one row group
 METADATA, NEXT_METADATA = "index.json", "index.next.json"
 PARTS, NEXT_PARTS, REPLACED_PARTS = "parts", "parts.next", "parts.replaced"
-VECTORS, VECTORS_STAMP = "vectors.f16", "vectors.json"
+VECTORS, VECTORS_STAMP, ROWS = "vectors.f16", "vectors.json", "rows.arrow"
 WGS84_BOUNDS = (-180.0, -90.0, 180.0, 90.0)
 STAC_EXTENSION = "https://stac-extensions.github.io/embeddings/v0.0.1/schema.json"
 
@@ -70,6 +71,10 @@ def row_schema(dimensions: int) -> pa.Schema:
             ("embedding", pa.list_(pa.float16(), dimensions)),  # unit length
         ]
     )
+
+
+def _row_names() -> list[str]:
+    return [name for name in row_schema(1).names if name != "embedding"]
 
 
 def row_table(
@@ -173,10 +178,67 @@ class Index:
                 f"given has the weights {weights_sha256[:12]}…: name the model it was made with, or index again with this one."
             )
 
-    def rows(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Columns other than the vectors, all of them by default, row by row as in [`Index.vectors`]."""
-        names = [name for name in row_schema(1).names if name != "embedding"] if columns is None else list(columns)
-        return pa.concat_tables([pq.read_table(path, columns=names, partitioning=None) for path in self.part_files])
+    def rows(self, columns: Sequence[str] | None = None, numbers: np.ndarray | None = None) -> pa.Table:
+        """
+        Columns other than the vectors, memory-mapped from `rows.arrow`, which is made first where it is missing or of
+        another state of the index.
+
+        Args:
+            columns: names; default all.
+            numbers (`(K,)` integers): which rows; default all.
+
+        Returns:
+            Table of K rows in the order asked for, or of all as in [`Index.vectors`].
+        """
+        names = _row_names() if columns is None else list(columns)
+        if numbers is None:
+            return pa.Table.from_batches(self._row_batches).select(names)
+        ends = np.cumsum([len(batch) for batch in self._row_batches])
+        order = np.argsort(numbers, kind="stable")
+        owners = np.searchsorted(ends, numbers[order], side="right")
+        tables = [pa.Table.from_batches(self._row_batches[:1]).select(names).slice(0, 0)]
+        for owner in np.unique(owners):
+            batch = self._row_batches[owner]
+            inside = numbers[order[owners == owner]] - (ends[owner] - len(batch))
+            tables.append(pa.Table.from_batches([batch.select(names).take(pa.array(inside))]))
+        return pa.concat_tables(tables).combine_chunks().take(pa.array(np.argsort(order)))
+
+    @cached_property
+    def _row_batches(self) -> list[pa.RecordBatch]:
+        """One a part; neither read nor decoded before it is asked for."""
+        if (kept := self._kept_row_batches()) is not None:
+            return kept
+        try:
+            self._write_rows()
+        except OSError:  # the folder takes no file
+            return list(self._parts_without_vectors())
+        return self._kept_row_batches()
+
+    def _kept_row_batches(self) -> list[pa.RecordBatch] | None:
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(self.folder / ROWS)))
+            if reader.schema.metadata[b"state"].decode() == json.dumps(self._vectors_stamp):
+                return [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        except (OSError, ValueError, KeyError, TypeError):  # missing, cut off, or something else
+            pass
+        return None
+
+    def _write_rows(self) -> None:
+        unfinished = self.folder / f".{ROWS}.{uuid.uuid4().hex}"  # several readers may make it at once
+        fields = [field for field in row_schema(1) if field.name != "embedding"]
+        schema = pa.schema(fields, {"state": json.dumps(self._vectors_stamp)})
+        try:
+            with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+                for batch in self._parts_without_vectors():
+                    writer.write_batch(batch.replace_schema_metadata(schema.metadata))
+            os.replace(unfinished, self.folder / ROWS)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def _parts_without_vectors(self) -> Iterator[pa.RecordBatch]:
+        for path in self.part_files:
+            table = pq.read_table(path, columns=_row_names(), partitioning=None).combine_chunks()
+            yield from table.to_batches()
 
     def vectors(self) -> np.ndarray:
         """
@@ -360,7 +422,7 @@ class _Order:
 
     def __init__(self, files: Sequence[Path], metadata: dict[str, Any]):
         self.files, self.dimensions = list(files), metadata["model"]["dimensions"]
-        names = [name for name in row_schema(1).names if name != "embedding"]
+        names = _row_names()
         tables, self.kept = [], []
         sources = pa.array(list(metadata["sources"]), pa.string()) if "sources" in metadata else None
         for path in self.files:
@@ -415,7 +477,10 @@ class _Order:
 
 
 def _write_part(path: Path, rows: pa.Table, metadata: dict[str, Any]) -> None:
-    described = {"geo": json.dumps(_geo(rows, metadata)), "emb": json.dumps(_emb(rows, metadata))}
+    described = {
+        "geo": json.dumps(geo_metadata(rows, metadata["coordinates"])),
+        "emb": json.dumps(_emb(rows, metadata)),
+    }
     pq.write_table(
         rows.replace_schema_metadata(described),
         path,
@@ -428,8 +493,8 @@ def _write_part(path: Path, rows: pa.Table, metadata: dict[str, Any]) -> None:
     sync(path)
 
 
-def _geo(rows: pa.Table, metadata: dict[str, Any]) -> dict[str, Any]:
-    """Metadata of GeoParquet 1.1."""
+def geo_metadata(rows: pa.Table, coordinates: str) -> dict[str, Any]:
+    """Metadata of GeoParquet 1.1 for a table with the columns `geometry` and `bbox`; `coordinates`: `wgs84` or `pixels`."""
     kinds = {wkb[1] for wkb in rows["geometry"].to_pylist()}  # of little-endian WKB
     column: dict[str, Any] = {
         "encoding": "WKB",
@@ -438,7 +503,7 @@ def _geo(rows: pa.Table, metadata: dict[str, Any]) -> dict[str, Any]:
         "edges": "planar",
         "covering": {"bbox": {side: ["bbox", side] for side in ("xmin", "ymin", "xmax", "ymax")}},
     }
-    if metadata["coordinates"] != "wgs84":
+    if coordinates != "wgs84":
         column["crs"] = None  # pixels; left out it would mean longitude and latitude
     if len(rows):
         box = rows["bbox"].combine_chunks()

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,14 +22,16 @@ import torch
 from PIL import Image
 
 from modeling_lrsclip.encoding.encoder import Encoder, embed_images, embed_texts
+from modeling_lrsclip.encoding.ties import SCORE_TIE, best_first
+from modeling_lrsclip.processing_lrsclip import clean_text
 
 from .index_store import Index
 
 
 BLOCK = 1024  # windows that are widened to float32 at once: 2 MB of 512 values, which a core's cache holds
 RELEASE = 32  # blocks after which their pages of the file are given back: memory stays flat however large the index
+GATHER = 64  # rows that are read from here and there before their pages are given back
 MARGIN = 1e-4  # more than float32 sums of D <= 2048 products of unit vectors differ between processors
-DECIMALS = 9  # of a similarity that decide the rank; windows that are equal to there come in the index's order
 SAMPLE = 65_536  # windows, evenly spread, from which the weights of several texts and images are made
 FIRST_RANKS = 256  # windows that are ranked first; four times as many wherever they are too few places
 SAME_PLACE = 0.2  # share of the smaller of two windows that the other covers; neighbours at half a window share 0.25
@@ -49,7 +50,9 @@ class SearchProblem(ValueError):
 class Area:
     """Which windows may be found. The defaults leave none out."""
 
-    bbox: tuple[float, float, float, float] | None = None  # west, south, east, north in degrees; west > east: across 180
+    bbox: tuple[float, float, float, float] | None = (
+        None  # west, south, east, north in degrees; west > east: across 180
+    )
     near: tuple[float, float, float] | None = None  # longitude, latitude in degrees, kilometres to a window's middle
     after: datetime.datetime | None = None  # acquired then or later; without a time zone: UTC
     before: datetime.datetime | None = None  # acquired earlier
@@ -104,7 +107,9 @@ class Area:
         kept = np.zeros(len(index), dtype=bool)
         for low, high in strips:
             kept |= (x0 <= high) & (x1 >= low) & (y0 <= north) & (y1 >= south)
-        wide = np.flatnonzero(kept & (x1 - x0 > 180))  # cut in two at the 180th meridian: their box goes around the Earth
+        wide = np.flatnonzero(
+            kept & (x1 - x0 > 180)
+        )  # cut in two at the 180th meridian: their box goes around the Earth
         if len(wide):
             outlines = shapely.from_wkb(index.rows(["geometry"])["geometry"].take(wide).to_pylist())
             area = shapely.union_all([shapely.box(low, south, high, north) for low, high in strips])
@@ -174,8 +179,6 @@ class ReadText:
 
 def read_text(encoder: Encoder, text: str) -> ReadText:
     """How many tokens a text has for a model, and where its reading ends."""
-    from modeling_lrsclip.processing_lrsclip import clean_text
-
     tokenizer, limit = encoder.processor.tokenizer, encoder.positions
     cleaned = clean_text(text)
     encoded = tokenizer(cleaned, return_offsets_mapping=True, truncation=False, verbose=False)
@@ -291,6 +294,13 @@ def _release(vectors: np.ndarray, start: int, stop: int) -> None:
         mapping.madvise(mmap.MADV_DONTNEED, first, length)
 
 
+def _exact(vectors: np.ndarray, query: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Similarities of rising rows, summed in float64 and in one order for every row."""
+    values = (vectors[rows].astype(np.float64) * query.astype(np.float64)).sum(axis=1)
+    _release(vectors, rows[0], rows[-1] + 1)  # the system maps up to 2 MB around each row it reads
+    return values
+
+
 def ranked_rows(
     vectors: np.ndarray, query: np.ndarray, scores: np.ndarray, allowed: np.ndarray | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -312,13 +322,8 @@ def ranked_rows(
         count = min(count, len(rows))
         least = np.partition(rough, len(rows) - count)[len(rows) - count]
         near = rows[rough >= least - MARGIN]
-        exact = np.concatenate(
-            [
-                (vectors[near[start : start + BLOCK]].astype(np.float64) * query.astype(np.float64)).sum(axis=1)
-                for start in range(0, len(near), BLOCK)
-            ]
-        )
-        order = np.lexsort((near, -np.round(exact, DECIMALS)))[done:count]
+        exact = np.concatenate([_exact(vectors, query, near[at : at + GATHER]) for at in range(0, len(near), GATHER)])
+        order = best_first(exact, SCORE_TIE)[done:count]
         yield near[order], exact[order]
         done, count = count, count * 4
 

@@ -1,6 +1,7 @@
 """Exact search: the ranking against a slow reference, places, areas, questions; and what the hits are written to."""
 
 import datetime
+import io
 import json
 import sqlite3
 
@@ -102,9 +103,7 @@ def test_a_mapped_file_gives_its_pages_back_and_reads_the_same(tmp_path, monkeyp
     mapped = np.memmap(tmp_path / "v", np.float16, "r", shape=(5000, 40))
     given_back = []
     release = search_module._release
-    monkeypatch.setattr(
-        search_module, "_release", lambda *rows: (given_back.append(rows[1:]), release(*rows))
-    )
+    monkeypatch.setattr(search_module, "_release", lambda *rows: (given_back.append(rows[1:]), release(*rows)))
     for _ in range(2):
         assert np.abs(similarities(mapped, query, 2) - vectors.astype(np.float64) @ query).max() < 1e-6
     assert len(given_back) > 50 and all(0 <= start < stop <= 5000 for start, stop in given_back)
@@ -139,8 +138,7 @@ def greedy_places(outlines, groups) -> list[int]:
         smaller = [min(outline.area, outlines[other].area) for other in chosen]
         shared = [outline.intersection(outlines[other]).area for other in chosen]
         if not any(
-            both >= 0.2 * area and groups[row] == groups[other]
-            for both, area, other in zip(shared, smaller, chosen)
+            both >= 0.2 * area and groups[row] == groups[other] for both, area, other in zip(shared, smaller, chosen)
         ):
             chosen.append(row)
     return chosen
@@ -231,7 +229,10 @@ def test_areas_keep_what_lies_inside(index):
     assert scenes(Area(after=datetime.datetime(2020, 7, 1), before=datetime.datetime(2022, 1, 1))) == {"rotated.tif"}
     query = unit_rows(1, seed=5)[0].astype(np.float32)
     hits = nearest_places(index, query, Area(after=june), top=3)
-    assert hits.searched == 128 and set(hits.rows["scene"].to_pylist()) <= {"/scenes/rotated.tif", "/scenes/south-up.tif"}
+    assert hits.searched == 128 and set(hits.rows["scene"].to_pylist()) <= {
+        "/scenes/rotated.tif",
+        "/scenes/south-up.tif",
+    }
     whole = nearest_places(index, query, top=3)
     assert (hits.mean, hits.deviation) == (whole.mean, whole.deviation)  # of the index, not of the area
 
@@ -300,7 +301,9 @@ def test_what_is_read_of_a_text(encoder, long_texts):
     read = read_text(encoder, text)
     assert read.tokens == encoder.processor.count_tokens([text])[0] > 248 == read.limit
     for end, positions in ((read.cut_at, 248), (read.clip_cut_at, 77)):
-        ids = tokenizer(read.text)["input_ids"][1 : positions - 1]  # as many as fit between the start and the end token
+        ids = tokenizer(read.text)["input_ids"][
+            1 : positions - 1
+        ]  # as many as fit between the start and the end token
         assert tokenizer.decode(ids).replace(" ", "") == read.text[:end].replace(" ", "")
     assert read.text[read.cut_at :].strip() == read.cut and read.cut in read.sentence()
     assert "248" in read.sentence() and str(read.tokens) in read.sentence()
@@ -326,7 +329,9 @@ def test_files_hold_the_four_corners_to_the_pixel(hits, tmp_path, suffix):
         crs, transform, year = SCENES[row.scene.rsplit("/", 1)[1]]
         assert (row.timestamp.year == year) if year else row.timestamp is None or row.timestamp != row.timestamp
         left, top, width, height = box
-        x, y = xy(transform, [top, top, top + height, top + height], [left, left + width, left + width, left], offset="ul")
+        x, y = xy(
+            transform, [top, top, top + height, top + height], [left, left + width, left + width, left], offset="ul"
+        )
         lon, lat = warp(crs, "OGC:CRS84", x, y)  # rasterio's own arithmetic
         if row.geometry.geom_type == "Polygon":
             corners = {tuple(np.round(corner, 6)) for corner in row.geometry.exterior.coords}
@@ -376,10 +381,22 @@ def test_a_file_of_another_kind_or_place_is_refused(hits, tmp_path):
 
 
 def test_the_table_says_what_was_read_and_whether_it_stands_out(hits, own_index, encoder, long_texts):
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))
+    console = Console(width=160, record=True, file=io.StringIO())
     print_hits(hits, console)
     lines = console.export_text().splitlines()
-    assert lines[0].split() == "rank similarity above mean place scene left, top, width, height time".split()
+    assert lines[0].split() == [
+        "rank",
+        "similarity",
+        "above",
+        "mean",
+        "place",
+        "scene",
+        "left,",
+        "top,",
+        "width,",
+        "height",
+        "time",
+    ]
     assert f"{hits.similarity[0]:.4f}" in lines[1] and f"{hits.z_score[0]:.1f} σ" in lines[1] and "° N" in lines[1]
     text = "\n".join(lines)
     assert "256 windows compared" in text and hits.text.sentence() in text.replace("\n", " ")
@@ -389,7 +406,7 @@ def test_the_table_says_what_was_read_and_whether_it_stands_out(hits, own_index,
     best = nearest_places(own_index, vectors[17])
     assert best.row_numbers[0] == 17 and best.z_score[0] > chance_level(256) and stands_out(best)
     too_long = search(own_index, " ".join(long_texts * 4), encoder=encoder)
-    console = Console(width=10_000, record=True, file=open("/dev/null", "w"))
+    console = Console(width=10_000, record=True, file=io.StringIO())
     print_hits(too_long, console)
     assert f"not read: “{too_long.text.cut}”" in console.export_text()
 
