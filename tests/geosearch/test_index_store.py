@@ -253,3 +253,20 @@ def test_windows_that_cross_the_180th_meridian_or_hold_a_pole(tmp_path):
     table = row_table("p.tif", boxes, [64], outlines, middles, np.ones((1, 8)) / np.sqrt(8), crs="EPSG:4326")
     index = write_index(tmp_path / "index", [table], METADATA)
     assert geopandas.read_parquet(index.part_files[0]).geometry[0].equals(outlines[0])
+
+
+def test_rows_by_number_and_their_kept_copy(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_store, "ROWS_PER_PART", 60)
+    index = write_index(tmp_path / "index", [rows_of("a.tif", 130), rows_of("b.tif", 70, 1)], METADATA)
+    whole = pa.concat_tables([pq.read_table(part) for part in index.part_files]).drop_columns("embedding")
+    assert index.rows().replace_schema_metadata(None) == whole.replace_schema_metadata(None)
+    numbers = np.array([199, 0, 60, 59, 130, 60, 7])
+    some = index.rows(["unique_id", "geometry", "pixel_box"], numbers)
+    assert some.to_pylist() == whole.select(some.column_names).take(numbers).to_pylist()
+    assert len(index.rows(["scene"], np.array([], dtype=np.int64))) == 0
+    for content in (b"", b"something else", (index.folder / "rows.arrow").read_bytes()[:-100]):
+        (index.folder / "rows.arrow").write_bytes(content)
+        assert open_index(index.folder).rows().num_rows == 200
+    # Another state with as many rows.
+    other = write_index(index.folder, [rows_of("c.tif", 130, 7), rows_of("b.tif", 70, 8)], METADATA)
+    assert set(other.rows(["scene"])["scene"].to_pylist()) == {"b.tif", "c.tif"}
