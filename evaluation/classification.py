@@ -4,8 +4,6 @@ Zero-shot classification (ZIC): each image goes to the class whose prompt is mos
 Shapes: M images, C classes, T templates, D width of the shared space.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from modeling_lrsclip.encoding.encoder import Encoder, encode_texts, hash_rows, share_truncated, token_lengths
 from modeling_lrsclip.encoding.ties import SCORE_TIE
+from modeling_lrsclip.files.hashing import json_sha256
 
 from .benchmarks.class_names import Templates, known_datasets, load_templates
 from .benchmarks.classification_data import ClassificationData, load_classification
@@ -164,7 +163,7 @@ class ClassificationTask:
                 "version": chosen.version,
                 "templates": list(chosen.templates),
                 "first": prompts[0],
-                "sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+                "sha256": json_sha256(prompts),
             },
             "share_truncated": share_truncated(lengths, encoder.positions),
             "seconds": {

@@ -5,7 +5,6 @@ Shapes: H, W pixels of the scene, N windows. Source: `xiaoyuan1996/SemanticLocal
 generate_selo.py` (v1) and `generate_selo_v2.py` (v2).
 """
 
-import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from modeling_lrsclip.encoding.ties import best_first
+from modeling_lrsclip.files.hashing import bytes_sha256
 
 
 WINDOW_PIXELS = 256  # every window is resized to this side before the model's own preprocessing
@@ -148,13 +148,13 @@ class SceneWindows(Sequence[Image.Image]):
 
     @cached_property
     def scene_hash(self) -> str:
-        return hashlib.sha256(np.ascontiguousarray(self.scene)).hexdigest()
+        return bytes_sha256(np.ascontiguousarray(self.scene))
 
     @property
     def content_hash(self) -> str:
         """SHA-256 over the scene's pixels, the windows and what is done to them."""
         made_by = (self.scene.shape, self.windows, WINDOW_PIXELS, self.reference_io, cv2.__version__)
-        return hashlib.sha256(repr((self.scene_hash, made_by)).encode()).hexdigest()
+        return bytes_sha256(repr((self.scene_hash, made_by)))
 
 
 # ----------------------------------------------------------------------------------------------------------------- maps

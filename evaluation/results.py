@@ -5,7 +5,6 @@ import importlib.metadata
 import io
 import itertools
 import json
-import os
 import platform
 import re
 from collections.abc import Sequence
@@ -18,6 +17,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
+
+from modeling_lrsclip.files.atomic import replace_text
 
 from .paper import paper_note
 
@@ -47,17 +48,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_file(path: Path, text: str) -> None:
-    """Replaces a file in one step, so that an interrupted run leaves the old one or the new one."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-
-
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Indented JSON with lists of plain numbers on one line each."""
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-    write_file(
+    replace_text(
         path, re.sub(r"\[\n[\s\d.,eE+-]+\]", lambda found: "[" + " ".join(found[0][1:-1].split()) + "]", text) + "\n"
     )
 

@@ -21,8 +21,9 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from modeling_lrsclip.encoding.cache import default_cache
 from modeling_lrsclip.encoding.encoder import load_encoder
+from modeling_lrsclip.files.atomic import replace_text
+from modeling_lrsclip.files.cache_folder import cache_folder
 from modeling_lrsclip.published.registry import label_models, resolve
 
 from .benchmarks.class_names import WORDINGS
@@ -36,7 +37,6 @@ from .results import (
     make_console,
     markdown,
     print_table,
-    write_file,
     write_json,
 )
 from .tasks import TASKS, Task, Work, choose_tasks, load_data
@@ -67,7 +67,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--workers", type=int, default=0, help="processes that read images (0: none beside this one)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the towers: minutes first, faster then")
     parser.add_argument(
-        "--cache", default=str(default_cache()), help="folder where embeddings are kept for later runs; none: nowhere"
+        "--cache",
+        default=str(cache_folder("embeddings")),
+        help="folder where embeddings are kept for later runs; none: nowhere",
     )
     parser.add_argument("--tokenizer", help="for checkpoint files: Hub id, folder or bpe_simple_vocab_16e6.txt.gz")
     parser.add_argument(
@@ -166,8 +168,8 @@ def show(console: Console, work: Work, document: dict[str, Any], output: Path) -
     tables = make_tables([task for task, _, _ in work], document)
     for table in tables:
         print_table(console, table)
-    write_file(output / "results.md", "\n".join(markdown(table) for table in tables))
-    write_file(output / "results.csv", csv_lines(document["results"]))
+    replace_text(output / "results.md", "\n".join(markdown(table) for table in tables))
+    replace_text(output / "results.csv", csv_lines(document["results"]))
     written = [output / name for name in ("results.json", "results.md", "results.csv")]
     console.print()
     for path in [*written, *draw_figures(work, document, output)]:

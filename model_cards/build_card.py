@@ -27,6 +27,7 @@ if not __package__:  # run as a file: siblings and modeling_lrsclip are found fr
 from model_cards.checkpoint import ModelFacts, published_model, read_checkpoint
 from model_cards.redaction import command_for, without_paths
 from model_cards.result_tables import eval_results, paper_tables, results_section, select_model, tokens_section
+from modeling_lrsclip.files.atomic import replacing
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -309,9 +310,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output = options.output or (options.checkpoint and options.checkpoint / "README.md")
         if output is None:
             raise ValueError("--output FILE is needed where no --checkpoint is given.")
-        unfinished = output.with_name(f".{output.name}.{os.getpid()}")
-        card.save(unfinished)
-        os.replace(unfinished, output)
+        with replacing(output) as growing:
+            card.save(growing)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,5 @@
 """What a card says about the model itself, read from its folder or from a description of published weights."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from modeling_lrsclip import LRSCLIPConfig, LRSCLIPModel
+from modeling_lrsclip.files.hashing import weights_sha256
 from modeling_lrsclip.published.registry import MODELS
 
 
@@ -56,16 +56,16 @@ def read_checkpoint(folder: Path) -> ModelFacts:
         raise ValueError(
             f"{folder} is a {model_type} model; cards are for lrsclip: python -m modeling_lrsclip.convert makes one of it."
         )
-    digest, parameters, dtypes = hashlib.sha256(), 0, set()
-    for name, weight in stored_weights(folder):
-        parameters += weight.numel()
-        dtypes.add(str(weight.dtype).removeprefix("torch."))
-        # The hash is that of `weights_sha256` in results.json: evaluation.run loads in float32, whatever is stored.
-        weight = weight.float() if weight.is_floating_point() else weight
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.contiguous().reshape(-1).view(torch.uint8).numpy())
-    config = LRSCLIPConfig.from_pretrained(folder)
-    return ModelFacts(config, parameters, ", ".join(sorted(dtypes)), digest.hexdigest())
+    sizes, dtypes = [], set()
+
+    def counted() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, weight in stored_weights(folder):
+            sizes.append(weight.numel())
+            dtypes.add(str(weight.dtype).removeprefix("torch."))
+            yield name, weight
+
+    digest = weights_sha256(counted())
+    return ModelFacts(LRSCLIPConfig.from_pretrained(folder), sum(sizes), ", ".join(sorted(dtypes)), digest)
 
 
 def stored_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

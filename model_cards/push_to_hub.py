@@ -11,7 +11,6 @@ be seen there, or it says where to look; 4 what was put together does not do wha
 
 import argparse
 import functools
-import hashlib
 import json
 import re
 import sys
@@ -34,6 +33,7 @@ if not __package__:  # run as a file: siblings and modeling_lrsclip are found fr
 
 from model_cards.build_card import RECORD, UNKNOWN
 from model_cards.staging import OWN, OWN_NAMES, RESULTS, NotVerified, Staged, stage, verify
+from modeling_lrsclip.files.hashing import file_sha256, git_blob_id
 
 
 MESSAGE = "Upload model, card and results"
@@ -191,20 +191,13 @@ def _propose(send: Callable[..., CommitInfo], url: str) -> tuple[str, str]:
 def _holds(api: HfApi, repo_id: str, revision: str, staged: Staged) -> bool:
     """Whether a revision has every staged file with its very content."""
     found = {file.path: file for file in api.list_repo_tree(repo_id, revision=revision) if isinstance(file, RepoFile)}
-    return all(
-        name in found and (found[name].lfs.sha256 if found[name].lfs else found[name].blob_id) in _digests(path)
-        for name, path in ((name, staged.folder / name) for name in staged.sizes)
-    )
 
+    def same(file: RepoFile | None, path: Path) -> bool:
+        if file is None or not file.lfs:
+            return file is not None and file.blob_id == git_blob_id(path.read_bytes())
+        return file.lfs.sha256 == file_sha256(path)
 
-def _digests(path: Path) -> set[str]:
-    """SHA-256, by which the Hub knows a large file, and Git's id of it, by which it knows a small one."""
-    large, small = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            large.update(block)
-            small.update(block)
-    return {large.hexdigest(), small.hexdigest()}
+    return all(same(found.get(name), staged.folder / name) for name in staged.sizes)
 
 
 def _is_own(path: str) -> bool:

@@ -5,7 +5,6 @@ Model, processor, tokenizer and code are those of the checkpoint; beside them li
 evaluate_checkpoint.py and SHA256SUMS. Paths of this machine do not travel.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,6 +22,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from modeling_lrsclip import LRSCLIPConfig, LRSCLIPModel, LRSCLIPProcessor
 from modeling_lrsclip.convert import convert
+from modeling_lrsclip.files.atomic import replace_json
+from modeling_lrsclip.files.hashing import file_sha256
 
 from .build_card import RECORD, build_card
 from .checkpoint import INDEX, WEIGHTS, read_checkpoint
@@ -96,12 +97,12 @@ def stage(
         if (folder / name).is_file():
             settings = json.loads((folder / name).read_text(encoding="utf-8"))
             if without_paths(settings) != settings:
-                _write_json(folder / name, without_paths(settings))
+                replace_json(folder / name, without_paths(settings))
     if training:
-        _write_json(folder / RECORD, without_paths(training))
+        replace_json(folder / RECORD, without_paths(training))
     if results is not None:
         public = public_results(results, read_checkpoint(source).weights_sha256, source, repo_id)
-        _write_json(folder / RESULTS, public)
+        replace_json(folder / RESULTS, public)
         shutil.copyfile(EVALUATE, folder / EVALUATE.name)
         if any(result["task"] in ("zcrl", "zcrs") for result in public["results"]):
             card.text += (
@@ -109,7 +110,7 @@ def stage(
                 "the project,\ncompares the files with `SHA256SUMS`, measures retrieval again on the same data and "
                 "compares with `results.json`.\n"
             )
-    sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+    sums = [f"{file_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
     (folder / SUMS).write_text("".join(sums), encoding="utf-8")
     card.save(folder / CARD)  # not among the sums: its words may be changed on the Hub
     return Staged(folder, card, {path.name: path.stat().st_size for path in sorted(folder.iterdir())})
@@ -175,18 +176,6 @@ def _place(source: Path, target: Path) -> None:
         except OSError:
             pass
     shutil.copyfile(source, target)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def public_results(document: dict[str, Any], weights_sha256: str, folder: Path, repo_id: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ Any published CLIP checkpoint as a folder for `from_pretrained`, stretched to lo
 
 import argparse
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -24,6 +23,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
+
+from modeling_lrsclip.files.atomic import growing_folder, publish_folder
+from modeling_lrsclip.files.hashing import file_sha256
 
 from .configuration_lrsclip import LRSCLIPConfig
 from .image_processing_lrsclip import LRSCLIPImageProcessor
@@ -67,7 +69,7 @@ def convert(source: str | Path, output_dir: str | Path, **options: Any) -> dict[
     prepared = prepare(source, **options)
     size = sum(tensor.nbytes for tensor in prepared.tensors.values())
     _say("writing", f"{output_dir}: {size / 1e6:,.0f} MB, {_types(prepared.tensors)}")
-    growing = output_dir.with_name(f".{output_dir.name}.partial")
+    growing = growing_folder(output_dir)
     shutil.rmtree(growing, ignore_errors=True)
     growing.mkdir(parents=True)
     try:
@@ -79,7 +81,7 @@ def convert(source: str | Path, output_dir: str | Path, **options: Any) -> dict[
         record["files"] = sorted([path.name for path in growing.iterdir()] + [RECORD])
         (growing / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         _check_written(growing, prepared)
-        _replace(output_dir, growing)
+        publish_folder(growing, output_dir)
     except SafetensorError as error:
         raise OSError(f"{output_dir} cannot be written ({error}); nothing was left there.") from None
     finally:
@@ -240,21 +242,6 @@ def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return cast
 
 
-def _replace(output_dir: Path, growing: Path) -> None:
-    """The new folder in place of an earlier one, which goes when the new one stands."""
-    replaced = output_dir.with_name(f".{output_dir.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if output_dir.exists():
-        output_dir.rename(replaced)
-    try:
-        growing.rename(output_dir)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(output_dir)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
 def _check_output(output_dir: Path, source: str | Path, tokenizer: str | Path | None) -> None:
     if output_dir.is_dir() and os.path.exists(source) and output_dir.samefile(source):
         raise ValueError(f"{output_dir} is the source itself; give another folder to write.")
@@ -277,17 +264,11 @@ def _check_output(output_dir: Path, source: str | Path, tokenizer: str | Path | 
 
 
 def _record(source: str | Path, prepared: Prepared) -> dict[str, Any]:
-    digest = None
-    if os.path.isfile(source):
-        digest = hashlib.sha256()
-        with open(source, "rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
     # The name alone: the folder is for the Hub, where nobody needs to see the paths of a machine.
     local = os.path.exists(source)
     return {
         "source": Path(source).name if local else str(source),
-        "sha256": digest and digest.hexdigest(),
+        "sha256": file_sha256(source) if os.path.isfile(source) else None,
         "decisions": prepared.decisions,
         "dtype": _types(prepared.tensors),
         "text_positions": prepared.skeleton.config.text_config.max_position_embeddings,

@@ -31,10 +31,11 @@ from evaluation.benchmarks.aerial_scenes.data_set import CLASS_NAMES, write_data
 from evaluation.benchmarks.scene_mosaics import write_mosaics
 from evaluation.bootstrap import LEVEL, RESAMPLES, Sums, draws, intervals, sums_of
 from evaluation.paper import ARXIV, ablation_figures, paper_tables
-from evaluation.results import Column, Table, environment, make_console, markdown, print_table, write_file, write_json
+from evaluation.results import Column, Table, environment, make_console, markdown, print_table, write_json
 from evaluation.run import parse_arguments as evaluation_options
 from evaluation.tasks import choose_tasks, load_data
 from modeling_lrsclip.encoding.encoder import load_encoder
+from modeling_lrsclip.files.atomic import replace_text
 
 from .ablations.figure import Point, draw_study
 from .ablations.models import PAPER_RECIPE, OwnModels, SmallModels
@@ -330,7 +331,7 @@ def report(outcome: Outcome, folder: Path, console: Console, record: dict[str, A
     here = {task: {arm: outcome.point(arm, task) for arm in outcome.arms} for task in outcome.tasks}
     figure = draw_study(outcome.study, here, outcome.paper, folder / "figure.png", bars)
     lines = [closing[0], "", *(f"- {line}" for line in closing[1:-1]), "", closing[-1], "", "![](figure.png)", ""]
-    write_file(folder / "table.md", markdown(table) + "\n" + "\n".join(lines))
+    replace_text(folder / "table.md", markdown(table) + "\n" + "\n".join(lines))
     write_json(folder / "results.json", record)
     for path in (folder / "table.md", folder / "results.json", figure):
         console.print(str(path), soft_wrap=True, markup=False)

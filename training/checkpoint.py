@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 
 from modeling_lrsclip import LRSCLIPModel, LRSCLIPProcessor
-from modeling_lrsclip.files.atomic import replace_text, sha256_of, sync
+from modeling_lrsclip.files.atomic import OLD, PARTIAL, growing_folder, publish_folder, replace_json, restore_folder
+from modeling_lrsclip.files.hashing import file_sha256
 
 from .sharding import check_checkpoint, whole_model
 
@@ -43,40 +44,22 @@ def replace_folder(
     Raises:
         [`NotSavedError`]: on all processes if one of them could not write; what it had written is removed.
     """
-    growing = folder.with_name(f".{folder.name}.partial")
+    growing = growing_folder(folder)
     _on_main(accelerator, folder, lambda: _make_room(growing, folder))
     _together(accelerator, folder, lambda: write(growing))
 
     def publish() -> None:
         if seal is not None:
             seal(growing)
-        _publish(growing, folder)
+        publish_folder(growing, folder)
 
     _on_main(accelerator, folder, publish)
 
 
 def _make_room(growing: Path, folder: Path) -> None:
-    old = _old(folder)
-    if old.exists() and not folder.exists():  # a crash between the two renames of _publish
-        old.rename(folder)
+    restore_folder(folder)
     shutil.rmtree(growing, ignore_errors=True)
     growing.mkdir(parents=True)
-
-
-def _publish(growing: Path, folder: Path) -> None:
-    for path in (*growing.rglob("*"), growing):
-        sync(path)
-    old = _old(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    growing.rename(folder)
-    sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _old(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
 
 
 def _on_main(accelerator: Accelerator, folder: Path, action: Callable[[], None]) -> None:
@@ -93,7 +76,7 @@ def _together(accelerator: Accelerator, folder: Path, action: Callable[[], None]
     failures = [told for told in gather_object([failure and _reason(failure)]) if told is not None]
     if failures:
         if accelerator.is_main_process:
-            shutil.rmtree(folder.with_name(f".{folder.name}.partial"), ignore_errors=True)
+            shutil.rmtree(growing_folder(folder), ignore_errors=True)
         existing = next(parent for parent in folder.absolute().parents if parent.exists())
         free = shutil.disk_usage(existing).free / _MB
         raise NotSavedError(
@@ -112,10 +95,10 @@ def write_manifest(folder: Path) -> None:
     """Lists the files of `folder` with their sizes and hashes, by which [`find_damage`] knows them again."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in paths
     }
-    replace_text(folder / MANIFEST, json.dumps({"files": files}, indent=2) + "\n")
+    replace_json(folder / MANIFEST, {"files": files})
 
 
 def find_damage(folder: Path) -> str | None:
@@ -126,7 +109,7 @@ def find_damage(folder: Path) -> str | None:
             size = (folder / name).stat().st_size
             if size != told["bytes"]:
                 return f"{name} has {size} bytes, {told['bytes']} were written"
-            if sha256_of(folder / name) != told["sha256"]:
+            if file_sha256(folder / name) != told["sha256"]:
                 return f"{name} is not what was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
@@ -199,14 +182,10 @@ def _newest_whole(run_folder: Path, say: Callable[[str], None]) -> tuple[str | N
 def clean_up(run_folder: Path) -> None:
     """What a killed run left unfinished: half a folder goes, a folder whose successor was not yet in place returns."""
     for place in (run_folder, run_folder / CHECKPOINTS):
-        for path in (*place.glob(".*.partial"), *place.glob(".*.gone")):
-            shutil.rmtree(path, ignore_errors=True)
-        for old in place.glob(".*.old"):
-            folder = place / old.name.removeprefix(".").removesuffix(".old")
-            if folder.exists():
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                old.rename(folder)
+        for path in (*place.glob(f".*.{PARTIAL}"), *place.glob(".*.gone")):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+        for old in place.glob(f".*.{OLD}"):
+            restore_folder(place / old.name.removeprefix(".").removesuffix(f".{OLD}"))
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:

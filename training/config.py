@@ -1,15 +1,19 @@
 """A run's configuration: one YAML file, any field of which the command line can override, checked before anything loads."""
 
 import argparse
-import datetime
-import difflib
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
-from pydantic.fields import FieldInfo
+
+from modeling_lrsclip.files.configuration import (
+    ConfigurationError,
+    field_types,
+    parse_options,
+    read_yaml,
+    set_field,
+    validate,
+)
 
 from .data.pairs import DataConfig
 from .loop import LoopConfig
@@ -79,103 +83,25 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
         `SystemExit`: with a message that lists every mistake at once: unknown fields with the nearest valid name,
             missing ones, values of a wrong type or out of range, and those of the data files, where they are named.
     """
+    fields = field_types(TrainConfig)
     parser = argparse.ArgumentParser(
         prog="training.train",
         usage=USAGE,
-        description="fields:\n" + "\n".join(f"  {name:32s} {text}" for name, text in _fields().items()),
+        description="fields:\n" + "\n".join(f"  {name:32s} {text}" for name, text in fields.items()),
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="YAML file, see training/configs/")
     known, rest = parser.parse_known_args(argv)
-    values = _read_file(known.config) if known.config else {}
-    for name, value in _overrides(rest):
-        _assign(values, name, value)
+    values: dict[str, Any] = {}
     try:
-        return TypeAdapter(TrainConfig).validate_python(values)
-    except ValidationError as error:
-        lines = [_explain(mistake) for mistake in error.errors()] + data_mistakes(values)
-        raise SystemExit("The configuration has mistakes:\n" + "\n".join(f"  {line}" for line in lines)) from None
-
-
-def _read_file(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise SystemExit(f"--config {path} does not exist; the recipes are in training/configs/.")
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SystemExit(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise SystemExit(f"{path} is not a configuration; write fields and sections, as in training/configs/.")
-    sections = {name.partition(".")[0] for name in _fields() if "." in name}
-    return {name: {} if value is None and name in sections else value for name, value in values.items()}
-
-
-def _overrides(rest: list[str]) -> list[tuple[str, Any]]:
-    pairs, words = [], list(rest)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise SystemExit(f"{word!r} stands where a --field was expected; write --field value.")
-        name, equals, value = word[2:].partition("=")
-        if not equals:
-            if words and not words[0].startswith("--"):
-                value = words.pop(0)
-            elif _fields().get(name, "").startswith("bool"):
-                value = "true"  # a switch: --resume
-            else:
-                raise SystemExit(f"--{name} has no value; write --{name} value.")
-        pairs.append((name, _value(value)))
-    return pairs
-
-
-def _value(text: str) -> Any:
-    """What a word of the command line means: as in a YAML file, but for patterns of files and for dates."""
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:  # *.parquet, {000..031}.tar
-        return text
-    return text if isinstance(value, datetime.date) else value
-
-
-def _assign(values: dict[str, Any], name: str, value: Any) -> None:
-    *sections, field = name.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise SystemExit(f"--{name}: {section} is a single value and has no field {field}.")
-    values[field] = value
-
-
-def _explain(mistake: dict) -> str:
-    name = ".".join(str(part) for part in mistake["loc"])
-    if mistake["type"] == "unexpected_keyword_argument":
-        nearest = difflib.get_close_matches(name, _fields(), n=1, cutoff=0.0)
-        return f"{name} is not a field; did you mean {nearest[0]}?"
-    if mistake["type"] in ("missing", "missing_argument"):
-        return f"{name} is required and not set."
-    if mistake["type"] == "value_error":  # of our own, which names the fields
-        return f"{mistake['msg'].removeprefix('Value error, ')}."
-    return f"{name}={mistake['input']!r}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}."
-
-
-def _fields(config_class: Any = TrainConfig, prefix: str = "") -> dict[str, str]:
-    """Every field by its dotted name, with its type and default."""
-    listed: dict[str, str] = {}
-    for name, info in config_class.__pydantic_fields__.items():
-        if hasattr(info.annotation, "__pydantic_fields__"):
-            listed |= _fields(info.annotation, f"{prefix}{name}.")
-        else:
-            listed[prefix + name] = _describe(info)
-    return listed
-
-
-def _describe(info: FieldInfo) -> str:
-    kind = info.annotation.__name__ if isinstance(info.annotation, type) else str(info.annotation)
-    kind = kind.replace("typing.", "")
-    return (
-        f"{kind}, required"
-        if info.is_required()
-        else f"{kind}, default {info.get_default(call_default_factory=True)!r}"
-    )
+        if known.config:
+            values = read_yaml(known.config, "the recipes are in training/configs/")
+        for name, value in parse_options(rest, [name for name, text in fields.items() if text.startswith("bool")]):
+            set_field(values, name, value)
+        return validate(TrainConfig, values)
+    except ConfigurationError as error:
+        raise SystemExit(str(ConfigurationError(error.mistakes + data_mistakes(values)))) from None
+    except ValueError as error:
+        raise SystemExit(str(error)) from None

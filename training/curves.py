@@ -1,12 +1,13 @@
 """The picture of a run: losses, and recall on the held-out pairs, by step."""
 
-import os
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from modeling_lrsclip.files.atomic import replacing
 
 
 LOSSES = {"loss": "#22303c", "long_loss": "#1769aa", "short_loss": "#d1603d"}
@@ -29,9 +30,8 @@ def draw_curves(records: list[dict], path: Path) -> Path:
     _draw(axes[0], [record for record in records if record["kind"] == "train"], LOSSES, "loss")
     if validations:
         _draw(axes[1], validations, RECALLS, "recall on held-out pairs, %", marker="o")
-    growing = path.with_name(f".{path.name}")
-    figure.savefig(growing, format="png")
-    os.replace(growing, path)
+    with replacing(path) as growing:
+        figure.savefig(growing, format="png")
     return path
 
 

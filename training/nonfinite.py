@@ -1,6 +1,5 @@
 """What is left behind of a step whose loss, gradient or weights are not finite."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from modeling_lrsclip.files.atomic import replace_text
+from modeling_lrsclip.files.atomic import replace_json
 
 from .checkpoint import newest_checkpoint
 
@@ -36,7 +35,7 @@ def not_finite(
     if accelerator.is_main_process:
         run_folder.mkdir(parents=True, exist_ok=True)
         record = {"what": what} | told | {"checkpoint": checkpoint and str(checkpoint), "ids": all_ids}
-        replace_text(path, json.dumps(record, indent=2) + "\n")
+        replace_json(path, record)
     where = f"The last good checkpoint is {checkpoint}" if checkpoint else "There is no checkpoint yet"
     return NotFiniteError(
         f"The {what.replace('_', ' ')} is {told[what]} at step {told['step']}; lower optim.learning_rate, set "

@@ -1,6 +1,5 @@
 """What a run tells while it trains: progress bar, `log.jsonl`, trackers (TensorBoard, trackio, Weights & Biases), curves."""
 
-import hashlib
 import json
 import sys
 from collections import Counter
@@ -16,6 +15,7 @@ from accelerate.utils import gather_object, is_tensorboard_available, is_trackio
 from tqdm import tqdm
 
 from modeling_lrsclip.files.atomic import replace_text
+from modeling_lrsclip.files.hashing import bytes_sha256
 
 from .curves import draw_curves
 from .gather import gather
@@ -55,7 +55,7 @@ class RunLog:
         self._rewind(state)
         self.since = (state.step, state.seconds)
         name, begun = self.folder.resolve().name, (read_record(str(self.folder)) or {}).get("starts", [{}])[0]
-        identity = hashlib.sha256(f"{name} {begun.get('created')}".encode()).hexdigest()[:16]  # kept when resumed
+        identity = bytes_sha256(f"{name} {begun.get('created')}")[:16]  # kept when resumed
         options = {
             "tensorboard": {"purge_step": state.step + 1},
             "trackio": {"name": name, "resume": "allow"},

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from modeling_lrsclip.files.atomic import replace_text
+from modeling_lrsclip.files.atomic import replace_json
 
 
 RECORD = "run.json"
@@ -62,7 +62,7 @@ def read_record(folder: str) -> dict[str, Any] | None:
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Replaces the record in one step."""
-    replace_text(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    replace_json(folder / RECORD, record)
 
 
 def record_start(folder: Path, start: dict[str, Any]) -> None:

@@ -27,9 +27,10 @@ from transformers.utils import logging
 
 from evaluation.retrieval import evaluate_retrieval
 from modeling_lrsclip import LRSCLIPModel, LRSCLIPProcessor
-from modeling_lrsclip.encoding.encoder import embed_images, weights_hash
+from modeling_lrsclip.encoding.encoder import embed_images
 from modeling_lrsclip.encoding.imagery import read_image
 from modeling_lrsclip.files.atomic import replace_text
+from modeling_lrsclip.files.hashing import weights_sha256
 from modeling_lrsclip.published.registry import MODELS, resolve
 
 from .checkpoint import NotSavedError
@@ -294,7 +295,8 @@ def record_run(trainer: Trainer, record: dict[str, Any]) -> None:
 
 def record_model(folder: Path, record: dict[str, Any], step: int) -> dict[str, Any]:
     """Writes the record beside the weights of a model folder; returns it with their hash."""
-    weights = weights_hash(LRSCLIPModel.from_pretrained(folder, dtype=torch.float32))
+    model = LRSCLIPModel.from_pretrained(folder)
+    weights = weights_sha256(sorted(model.state_dict().items()))
     whole = record | {"weights": {"step": step, "sha256": weights}}
     write_record(folder, whole)
     return whole

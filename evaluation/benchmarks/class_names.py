@@ -4,7 +4,6 @@ Data sets for zero-shot classification with the wording of their classes, and pr
 """
 
 import difflib
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from modeling_lrsclip.files.hashing import bytes_sha256
 
 from .image_files import plain
 
@@ -94,7 +95,7 @@ def _read_dataset(path: Path) -> Dataset:
         splits=fields["splits"],
         in_paper=fields["in_paper"],
         hub=fields["hub"],
-        file_sha256=hashlib.sha256(content).hexdigest(),
+        file_sha256=bytes_sha256(content),
     )
 
 

@@ -5,14 +5,14 @@ M images, C classes.
 """
 
 import difflib
-import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from modeling_lrsclip.files.hashing import json_sha256
 
 from .class_names import Dataset, find_dataset, known_datasets, own_dataset
 from .image_files import ImageFiles, complain, plain, usable_images
@@ -42,7 +42,7 @@ class ClassificationData:
     @property
     def labels_hash(self) -> str:
         """SHA-256 over the classes and the images' labels."""
-        return hashlib.sha256(json.dumps([self.dataset.folders, self.labels]).encode()).hexdigest()
+        return json_sha256([self.dataset.folders, self.labels])
 
     @property
     def absent(self) -> list[str]:

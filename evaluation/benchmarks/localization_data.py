@@ -1,8 +1,6 @@
 """Large scenes with queries and the regions that each query describes, from a folder or a file."""
 
-import hashlib
 import io
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from modeling_lrsclip.files.hashing import json_sha256
 
 from ..metrics.semantic_localization.measures import check_regions
 from .image_files import UNREADABLE, ImageFiles, usable_images
@@ -88,7 +88,7 @@ class LocalizationData:
     @property
     def queries_hash(self) -> str:
         """SHA-256 over the queries, their images and regions."""
-        return hashlib.sha256(json.dumps([self.texts, self.text_to_image, self.regions]).encode()).hexdigest()
+        return json_sha256([self.texts, self.text_to_image, self.regions])
 
 
 @dataclass(frozen=True)

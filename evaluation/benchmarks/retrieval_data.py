@@ -4,12 +4,12 @@ Images and their captions for text-image retrieval, from a folder, a file or the
 M images, N texts; a text belongs to one image, an image has one text or several.
 """
 
-import hashlib
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from modeling_lrsclip.files.hashing import json_sha256
 
 from .image_files import ImageFiles, complain, plain, usable_images
 from .tables import (
@@ -73,7 +73,7 @@ class RetrievalData:
     @property
     def texts_hash(self) -> str:
         """SHA-256 over the texts and the images they belong to."""
-        return hashlib.sha256(json.dumps([self.texts, self.text_to_image]).encode()).hexdigest()
+        return json_sha256([self.texts, self.text_to_image])
 
     @property
     def summary(self) -> str:

@@ -6,7 +6,6 @@ on where it was, and processes can take turns. Shapes: B items of a part, D widt
 """
 
 import hashlib
-import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,14 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from modeling_lrsclip.files.atomic import replace_bytes
+from modeling_lrsclip.files.hashing import bytes_sha256
+
 
 LAYOUT = 1  # of the files; another number leaves the earlier ones unread
-VARIABLE = "LRSCLIP_CACHE"
-
-
-def default_cache() -> Path:
-    """`$LRSCLIP_CACHE`, else `~/.cache/lrsclip/embeddings`."""
-    return Path(os.environ.get(VARIABLE) or "~/.cache/lrsclip/embeddings").expanduser()
 
 
 class EmbeddingCache:
@@ -62,17 +58,15 @@ class EmbeddingCache:
     def save(self, content: str, embeds: Tensor, seconds: float) -> None:
         """Writes one file in one step; where the disk does not take it, a warning says so and the run goes on."""
         path = self._path(content)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         known = {"seconds": repr(seconds), "sha256": _sha256(embeds)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.write_bytes(save({"embeddings": embeds.contiguous()}, metadata=known))
-            os.replace(unfinished, path)
+            replace_bytes(path, save({"embeddings": embeds.contiguous()}, metadata=known))
         except OSError as error:
             warnings.warn(f"embeddings are not kept in {self.folder}: {error.strerror or error}", stacklevel=2)
 
     def _path(self, content: str) -> Path:
-        name = hashlib.sha256(f"{LAYOUT} {self.origin} {content}".encode()).hexdigest()
+        name = bytes_sha256(f"{LAYOUT} {self.origin} {content}")
         return self.folder / name[:2] / f"{name}.safetensors"
 
 

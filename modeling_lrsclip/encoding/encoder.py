@@ -5,7 +5,6 @@ Shapes: N texts, M images, L tokens of the longest text in a batch, D width of t
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+
+from modeling_lrsclip.files.hashing import json_sha256, weights_sha256
 
 from ..published.registry import ModelSource
 from .cache import EmbeddingCache, SharedWork
@@ -374,7 +375,7 @@ class Encoder:
 
     @cached_property
     def weights_sha256(self) -> str:
-        return weights_hash(self.model)
+        return weights_sha256(sorted(self.model.state_dict().items()))
 
     def describe(self) -> dict[str, Any]:
         """What identifies the model in `results.json`."""
@@ -400,16 +401,7 @@ def _plain_config(config: Any) -> dict[str, Any]:
 
 def hash_rows(rows: Sequence[Sequence[int]]) -> str:
     """SHA-256 over token rows."""
-    return hashlib.sha256(json.dumps([list(row) for row in rows]).encode()).hexdigest()
-
-
-def weights_hash(model: Any) -> str:
-    """SHA-256 over names, dtypes, shapes and values of all weights, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return json_sha256([list(row) for row in rows])
 
 
 def load_encoder(

@@ -1,1 +1,1 @@
-"""Reading and writing files: in one step, and never half."""
+"""Files read and written in one way by all rooms: hashes, atomic writes, caches, tables, configurations."""

@@ -1,34 +1,99 @@
-"""Files that a crash leaves as they were or as they shall be."""
+"""Files and folders that a crash or a full disk leaves as they were or as they shall be, never half written."""
 
-import hashlib
+import contextlib
+import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file anew in one step; it is on disk before it has its name."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    sync(unfinished)
-    os.replace(unfinished, path)
+PARTIAL = "partial"  # ends the name under which something grows; the name begins with a dot
+OLD = "old"  # ends the name of a folder that is being replaced
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """
+    A path to write a file to, which takes the place of `path` at the end of the block, when it is on disk.
+
+    After an error nothing is left of it, and `path` is as it was. Several processes may replace a file at a time: the
+    last one stays.
+    """
+    path = Path(path)
+    growing = path.with_name(f".{path.name}.{os.getpid()}.{PARTIAL}")
+    try:
+        yield growing
+        sync(growing)
+        os.replace(growing, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            growing.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 
-def sync(path: Path) -> None:
+def replace_bytes(path: str | Path, content: bytes) -> None:
+    """Writes a file anew in one step; it is on disk before it has its name."""
+    with replacing(path) as growing:
+        growing.write_bytes(content)
+
+
+def replace_text(path: str | Path, text: str) -> None:
+    """Writes a UTF-8 file anew in one step, as [`replace_bytes`]."""
+    replace_bytes(path, text.encode())
+
+
+def replace_json(path: str | Path, value: Any) -> None:
+    """Writes a value as indented JSON in one step, as [`replace_bytes`]."""
+    replace_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def growing_folder(folder: Path) -> Path:
+    """The path under which the successor of a folder is written, for [`publish_folder`]; nothing is made."""
+    return folder.with_name(f".{folder.name}.{PARTIAL}")
+
+
+def publish_folder(growing: Path, folder: Path) -> None:
+    """
+    Flushes a folder with all its files to disk and gives it the name `folder`, whose former content goes.
+
+    Where this is interrupted between its two renames, [`restore_folder`] brings the former content back.
+    """
+    for path in (*growing.rglob("*"), growing):
+        sync(path)
+    restore_folder(folder)
+    if folder.exists():
+        folder.rename(_old(folder))
+    try:
+        growing.rename(folder)
+    except OSError:
+        restore_folder(folder)
+        raise
+    sync(folder.parent)
+    restore_folder(folder)
+
+
+def restore_folder(folder: Path) -> None:
+    """Brings a folder back whose replacement was interrupted, and removes what is left of a finished one."""
+    old = _old(folder)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        old.rename(folder)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.{OLD}")
+
+
+def sync(path: str | Path) -> None:
     """Forces a file or a folder to disk."""
-    if os.name == "nt" and path.is_dir():  # Windows does not open folders
+    if os.name == "nt" and Path(path).is_dir():  # Windows does not open folders
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

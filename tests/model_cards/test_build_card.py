@@ -22,7 +22,8 @@ from model_cards.checkpoint import PUBLISHED, published_model, read_checkpoint
 from model_cards.redaction import command_for
 from model_cards.result_tables import NOT_YET, TASKS, paper_rows
 from modeling_lrsclip import LRSCLIPModel
-from modeling_lrsclip.encoding.encoder import weights_hash
+from modeling_lrsclip.encoding.encoder import Encoder
+from modeling_lrsclip.files.hashing import weights_sha256
 from modeling_lrsclip.published.registry import MODELS
 from training import train
 
@@ -219,7 +220,11 @@ def test_the_hash_is_that_of_the_evaluation(tiny_model, tmp_path, dtype, shards)
     tiny_model.to(getattr(torch, dtype)).save_pretrained(tmp_path, **({"max_shard_size": shards} if shards else {}))
     facts = read_checkpoint(tmp_path)
     assert (tmp_path / "model.safetensors.index.json").exists() == bool(shards)
-    assert facts.weights_sha256 == weights_hash(AutoModel.from_pretrained(tmp_path, dtype=torch.float32))
+    assert (
+        facts.weights_sha256 == Encoder(AutoModel.from_pretrained(tmp_path, dtype=torch.float32), None).weights_sha256
+    )
+    weights = AutoModel.from_pretrained(tmp_path).state_dict()
+    assert facts.weights_sha256 == weights_sha256(sorted(weights.items()))
     assert facts.stored_dtype == dtype
     assert facts.parameters == sum(weight.numel() for weight in tiny_model.parameters())
 

@@ -34,7 +34,7 @@ def test_what_yaml_would_misread(tmp_path):
     assert (config.output_dir, config.loop.steps, config.loss.long_weight) == ("2026-01-31", 9, 0.8)
     assert (config.data.train, config.data.validation) == ("*.parquet", "{000..003}.tar")
     recipe.write_text("- data\n")
-    with pytest.raises(SystemExit, match="recipe.yaml is not a configuration; write fields and sections"):
+    with pytest.raises(SystemExit, match="recipe.yaml holds a list; write fields and sections"):
         parse_config(arguments)
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import yaml
+
+from modeling_lrsclip.files.configuration import split_setting
 
 from .studies import STUDIES
 
@@ -75,19 +76,13 @@ def parse_seeds(options: argparse.Namespace) -> tuple[int, ...]:
     return seeds
 
 
-def parse_setting(given: str) -> tuple[str, Any]:
+def parse_setting(setting: str) -> tuple[str, Any]:
     """
-    `optim.learning_rate=1e-4` -> name and value, read as YAML, with numbers such as 1e-4 understood.
+    Name and value of `optim.learning_rate=1e-4`, with numbers such as 1e-4 understood: arms compute with them.
 
     Raises:
         `ValueError`: for a word without name or value.
     """
-    name, equals, value = given.partition("=")
-    if not equals or not name.strip():
-        raise ValueError(f"--set {given}: write --set section.field=value.")
-    if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value.strip()):
-        return name.strip(), float(value)
-    try:
-        return name.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--set {given}: {value!r} is not YAML ({str(error).splitlines()[0]}).") from error
+    name, value = split_setting(setting)
+    number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
+    return name, float(value) if number else value

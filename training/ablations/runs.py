@@ -4,14 +4,12 @@ gone on with after an interruption.
 """
 
 import copy
-import hashlib
 import json
 import os
 import re
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +21,11 @@ import yaml
 from filelock import FileLock
 from pydantic import RootModel
 
-from ..config import TrainConfig, parse_config
+from modeling_lrsclip.files.atomic import replace_text
+from modeling_lrsclip.files.configuration import read_yaml, set_field, validate
+from modeling_lrsclip.files.hashing import json_sha256
+
+from ..config import TrainConfig
 from ..run_record import RECORD, read_record
 from .studies import Arm
 
@@ -60,7 +62,7 @@ class Run:
             "data": self.source.identity,
             "start": self.start and self.start.key,
         }
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        return json_sha256(told, sort_keys=True)
 
     @property
     def name(self) -> str:
@@ -89,15 +91,7 @@ def checked(values: dict[str, Any], train: Any) -> dict[str, Any]:
     Raises:
         `ValueError`: with all of its mistakes.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "recipe.yaml"
-        path.write_text(
-            yaml.safe_dump(with_fields(values, {"output_dir": folder, "data.train": train})), encoding="utf-8"
-        )
-        try:
-            config = parse_config(["--config", str(path)])
-        except SystemExit as mistakes:
-            raise ValueError(str(mistakes)) from None
+    config = validate(TrainConfig, with_fields(values, {"output_dir": "", "data.train": train}))
     told = RootModel[TrainConfig](config).model_dump(mode="json", exclude_defaults=True)
     del told["output_dir"], told["data"]["train"]
     return told
@@ -115,30 +109,15 @@ def with_starts(runs: Sequence[Run]) -> list[Run]:
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"the recipe {path} cannot be read ({error}); the recipes are in training/configs/."
-        ) from error
-    if not isinstance(values, dict):
-        raise ValueError(f"the recipe {path} holds a {type(values).__name__}; it must hold sections with fields.")
-    return values
+    """Values of a recipe of `training.train`; raises `ValueError` for a file that is none."""
+    return read_yaml(path, "the recipes are in training/configs/")
 
 
 def with_fields(values: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     """A copy of a recipe with some fields, by dotted names, set otherwise."""
     values = copy.deepcopy(values)
     for name, value in fields.items():
-        *sections, last = name.split(".")
-        place = values
-        for section in sections:
-            if place.get(section) is None:
-                place[section] = {}
-            place = place[section]
-            if not isinstance(place, dict):
-                raise ValueError(f"{name}: {section} is a single value in the recipe and has no field {last}.")
-        place[last] = value
+        set_field(values, name, value)
     return values
 
 
@@ -243,7 +222,7 @@ class RunFolders:
             if self.finished(run):
                 return
             recipe, log = self.root / f"{run.name}.yaml", self.root / f"{run.name}.log"
-            recipe.write_text(yaml.safe_dump(self._values(run), sort_keys=False), encoding="utf-8")
+            replace_text(recipe, yaml.safe_dump(self._values(run), sort_keys=False))
             with log.open("ab") as output:
                 command = [*self.launch, "-m", "training.train", "--config", str(recipe.resolve())]
                 # In a session of its own, so that Ctrl-C reaches it once, through here.

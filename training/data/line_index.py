@@ -1,14 +1,16 @@
 """Where the rows of files begin that have no table of contents, found once and kept beside the user's caches."""
 
+import contextlib
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from modeling_lrsclip.files.atomic import replacing
+from modeling_lrsclip.files.cache_folder import cache_folder
 
-VARIABLE = "LRSCLIP_CACHE"  # the folder of all that this project keeps, also of evaluation
+
 BLOCK = 1 << 26  # bytes read at a time
 VERSION = "1"  # of what the indices look like
 
@@ -20,19 +22,16 @@ def kept_index(path: Path, kind: str, build: Callable[[Path], np.ndarray]) -> np
     """
     state = path.stat()
     identity = f"{VERSION}\0{kind}\0{path.resolve()}\0{state.st_size}\0{state.st_mtime_ns}"
-    folder = Path(os.environ.get(VARIABLE) or "~/.cache/lrsclip").expanduser() / "indices"
-    kept = folder / f"{hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()}.npy"
-    if not kept.exists():
-        index = build(path)
-        growing = kept.with_suffix(f".{os.getpid()}.partial")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with growing.open("wb") as file:
-                np.save(file, index)
-            os.replace(growing, kept)
-        except OSError:
-            growing.unlink(missing_ok=True)
-            return index
+    kept = cache_folder("indices") / f"{hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()}.npy"
+    with contextlib.suppress(OSError, ValueError, EOFError):  # absent, or damaged
+        return np.load(kept, mmap_mode="r")
+    index = build(path)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(kept) as growing, growing.open("wb") as file:
+            np.save(file, index)
+    except OSError:
+        return index
     return np.load(kept, mmap_mode="r")
 
 

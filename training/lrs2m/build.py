@@ -23,15 +23,17 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from modeling_lrsclip.files.atomic import replace_json
+from modeling_lrsclip.files.configuration import plain_values
 from training.run_record import git_state, versions
 
 from .captioners.answer_journal import Journal
 from .captioners.captioner import Captioner, CaptionerDown, Gate, build_captioner
 from .data_row import Record, split_of
-from .output import LISTS, MANIFEST, PROGRESS, WORK, Output, Progress, load_progress, totals, write_json
+from .output import LISTS, MANIFEST, PROGRESS, WORK, Output, Progress, load_progress, totals
 from .pipeline import Duplicate, Outcome, Pipeline, Written
 from .provenance import load_prompts, public_recipe, recipe_hash
-from .recipe import Recipe, SourceConfig, read_recipe, recipe_values, resolve
+from .recipe import Recipe, SourceConfig, read_recipe, resolve
 from .routes import Failed, Item, Writer
 from .row_builder import RowMaker, TokenCounter
 from .sources.captions_by_key import JoinedCaptions, Unmatched
@@ -342,7 +344,7 @@ def _build(recipe: Recipe, folder: Path, root: Path) -> dict[str, Any]:
     if build.finished:
         print(f"{folder} is complete; --restart would build it again with the answers it has.")
         return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    write_json(folder / WORK / "recipe.json", recipe_values(recipe))
+    replace_json(folder / WORK / "recipe.json", plain_values(recipe))
     return asyncio.run(build.run())
 
 

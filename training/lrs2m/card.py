@@ -8,7 +8,6 @@ wrote or changed is not replaced without `--replace`.
 """
 
 import argparse
-import hashlib
 import json
 import re
 import sys
@@ -18,6 +17,8 @@ from typing import Any
 
 import yaml
 from huggingface_hub import DatasetCard, DatasetCardData
+
+from modeling_lrsclip.files.hashing import bytes_sha256
 
 from .output import DATA
 from .shards import SUFFIXES
@@ -144,7 +145,7 @@ def is_own(text: str) -> bool:
 
 
 def _digest(card: str) -> str:
-    return hashlib.sha256(card.rstrip().encode()).hexdigest()[:16]
+    return bytes_sha256(card.rstrip())[:16]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modeling_lrsclip.files.atomic import replace_text, sha256_of, sync
+from modeling_lrsclip.files.atomic import replace_json, replacing, sync
+from modeling_lrsclip.files.hashing import file_sha256
 
 from .data_row import SPLITS, Row
 from .shards import SUFFIXES, ShardWriter, open_shard, read_shard
@@ -110,7 +111,7 @@ class Output:
         splits = {split: self._place(split, data) for split in SPLITS}
         lists = {name: _describe(self.folder / f"{name}.jsonl", self.folder) for name in LISTS}
         sync(data)
-        write_json(self.folder / MANIFEST, manifest | {"splits": splits, "lists": lists})
+        replace_json(self.folder / MANIFEST, manifest | {"splits": splits, "lists": lists})
         shutil.rmtree(self._parts)
 
     def _place(self, split: str, data: Path) -> dict[str, Any]:
@@ -144,26 +145,20 @@ class Output:
         return groups
 
     def _join(self, parts: list[Path], target: Path) -> None:
-        unfinished = self._parts / f"joined{target.suffix}"
-        writer = open_shard(unfinished)
-        for part in parts:
-            for row in read_shard(part):
-                writer.add(row)
-        writer.close()
-        os.replace(unfinished, target)
+        with replacing(target) as growing:
+            writer = open_shard(growing, target.suffix)
+            for part in parts:
+                for row in read_shard(part):
+                    writer.add(row)
+            writer.close()
 
     def _save(self) -> None:
-        write_json(self.folder / WORK / PROGRESS, vars(self.progress))
+        replace_json(self.folder / WORK / PROGRESS, vars(self.progress))
 
 
 def load_progress(folder: Path) -> Progress | None:
     path = folder / WORK / PROGRESS
     return Progress(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replaces a file in one step, on disk before it has its name."""
-    replace_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def totals(counts: dict[str, dict[str, int]]) -> dict[str, int]:
@@ -178,7 +173,7 @@ def _describe(path: Path, folder: Path) -> dict[str, Any]:
     return {
         "path": path.relative_to(folder).as_posix(),
         "bytes": path.stat().st_size,
-        "sha256": sha256_of(path),
+        "sha256": file_sha256(path),
     }
 
 

@@ -1,12 +1,13 @@
 """What of a recipe decides the rows, and what of it may be seen by everybody."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
+from modeling_lrsclip.files.configuration import plain_values
+from modeling_lrsclip.files.hashing import json_sha256
+
 from .captioners.prompts import Prompt, load_prompt
-from .recipe import Recipe, SourceConfig, TextConfig, recipe_values
+from .recipe import Recipe, SourceConfig, TextConfig
 from .routes import missing_places
 
 
@@ -48,14 +49,14 @@ def _prompts_of(source: SourceConfig, root: Path) -> dict[str, Prompt]:
 
 def recipe_hash(recipe: Recipe, prompts: Prompts) -> str:
     """SHA-256 over what of a recipe and its prompts decides the rows."""
-    values = recipe_values(recipe)
+    values = plain_values(recipe)
     for name in FREE:
         values.pop(name)
     for captioner in values["captioners"].values():
         for name in FREE_OF_CAPTIONER:
             captioner.pop(name)
     words = {source: {which: prompt.hash for which, prompt in own.items()} for source, own in prompts.items()}
-    return hashlib.sha256(json.dumps([values, words], sort_keys=True).encode()).hexdigest()
+    return json_sha256([values, words], sort_keys=True)
 
 
 def public_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -71,4 +72,4 @@ def public_recipe(recipe: Recipe) -> dict[str, Any]:
         )
         return Path(value).name if hidden else value
 
-    return shown("", recipe_values(recipe))
+    return shown("", plain_values(recipe))

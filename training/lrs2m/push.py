@@ -9,7 +9,6 @@ is complete. An interrupted push goes on when the same command is run again: wha
 """
 
 import argparse
-import hashlib
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, Repositor
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from modeling_lrsclip.files.atomic import sha256_of
+from modeling_lrsclip.files.hashing import file_sha256, git_blob_id
 
 from .card import CARD, is_own, write_card
 from .output import DATA, LISTS, MANIFEST
@@ -57,13 +56,13 @@ def check_files(folder: Path) -> tuple[list[File], list[File]]:
     shards = [file for split in manifest["splits"].values() for file in split["files"]]
     for file in (*shards, *manifest["lists"].values()):
         path = folder / file["path"]
-        if not path.is_file() or path.stat().st_size != file["bytes"] or sha256_of(path) != file["sha256"]:
+        if not path.is_file() or path.stat().st_size != file["bytes"] or file_sha256(path) != file["sha256"]:
             what = "is not what was built" if path.is_file() else "is missing"
             raise ValueError(f"{path} {what}; build the data set again. Nothing was sent.")
     beside = [CARD, STATISTICS, TABLES, *PICTURES, *(f"{name}.jsonl" for name in LISTS), MANIFEST]
     last = [name for name in beside if (folder / name).is_file() and (folder / name).stat().st_size]
     described = [File(file["path"], file["bytes"], file["sha256"]) for file in shards]
-    return described, [File(name, (folder / name).stat().st_size, sha256_of(folder / name)) for name in last]
+    return described, [File(name, (folder / name).stat().st_size, file_sha256(folder / name)) for name in last]
 
 
 def push(api: HfApi, folder: Path, repo_id: str, private: bool = False) -> str:
@@ -146,7 +145,7 @@ def _is_there(file: File, folder: Path, present: dict[str, RepoFile]) -> bool:
     if entry.lfs:
         return entry.lfs.sha256 == file.sha256
     content = (folder / file.path).read_bytes()
-    return entry.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return entry.blob_id == git_blob_id(content)
 
 
 def _is_own(path: str) -> bool:

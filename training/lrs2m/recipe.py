@@ -1,15 +1,14 @@
 """A recipe: which sources become rows by which route, with which captioners and prompts. One YAML file or several."""
 
-import dataclasses
-import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
+
+from modeling_lrsclip.files.configuration import read_yaml, set_field, split_setting, validate
 
 
 STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
@@ -221,33 +220,10 @@ def read_recipe(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
     """
     values: dict[str, Any] = {}
     for path in map(Path, paths):
-        if not path.is_file():
-            raise ValueError(f"--config {path} does not exist; ready recipes are in training/lrs2m/recipes/.")
-        try:
-            one = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid YAML: {error}") from error
-        if not isinstance(one, dict):
-            raise ValueError(f"{path} must hold the fields of a recipe; it holds {type(one).__name__}.")
-        _add(values, one, path)
+        _add(values, read_yaml(path, "ready recipes are in training/lrs2m/recipes/"), path)
     for override in overrides:
-        name, equals, value = override.partition("=")
-        if not equals:
-            raise ValueError(f"--set {override} has no value; write --set {override}=VALUE.")
-        try:
-            _assign(values, name, yaml.safe_load(value))
-        except yaml.YAMLError as error:
-            raise ValueError(f"--set {override}: the value is not valid YAML; put it in quotes.") from error
-    try:
-        return TypeAdapter(Recipe).validate_python(values)
-    except ValidationError as error:
-        lines = list(dict.fromkeys(_explain(mistake) for mistake in error.errors()))
-        raise ValueError("The recipe has mistakes:\n" + "\n".join(f"  {line}" for line in lines)) from None
-
-
-def recipe_values(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as JSON-able values."""
-    return TypeAdapter(Recipe).dump_python(recipe, mode="json")
+        set_field(values, *split_setting(override))
+    return validate(Recipe, values, hints={"licence": "every source must name it: it goes into the rows and the card"})
 
 
 def resolve(path: str, root: Path) -> Path:
@@ -264,44 +240,6 @@ def _add(values: dict[str, Any], one: dict[str, Any], path: Path) -> None:
     for name, value in one.items():
         if name not in ("captioners", "sources"):
             values.setdefault(name, value)
-
-
-def _assign(values: Any, name: str, value: Any) -> None:
-    *sections, last = name.split(".")
-    for section in sections:
-        if isinstance(values, list):
-            if not section.isdigit() or int(section) >= len(values):
-                raise ValueError(f"--set {name}: the list has the places 0 to {len(values) - 1}, not {section}.")
-            values = values[int(section)]
-        elif isinstance(values, dict):
-            values = values.setdefault(section, {})
-        else:
-            raise ValueError(f"--set {name}: {section} is not a section of the recipe.")
-    if not isinstance(values, dict):
-        raise ValueError(f"--set {name} does not name a field of the recipe.")
-    values[last] = value
-
-
-def _explain(mistake: dict[str, Any]) -> str:
-    where = [str(part) for part in mistake["loc"]]
-    name = ".".join(where)
-    if mistake["type"] == "unexpected_keyword_argument":
-        near = difflib.get_close_matches(where[-1], _field_names(), n=1, cutoff=0.0)
-        return f"{name} is not a field; did you mean {near[0]}?"
-    if mistake["type"] in ("missing", "missing_argument"):
-        if where[-1] == "licence":
-            return f"{name} is not set; every source must name its licence, which goes into the rows and the card."
-        return f"{name} is required and not set."
-    if mistake["type"] == "value_error":
-        return f"{mistake['msg'].removeprefix('Value error, ')}."
-    return f"{name}={mistake['input']!r}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}."
-
-
-def _field_names() -> list[str]:
-    parts = (Recipe, SourceConfig, ReadConfig, KeyConfig, LabelsConfig, TextConfig, CaptionerConfig)
-    return sorted(
-        {item.name for part in (*parts, DuplicatesConfig, CandidatesConfig) for item in dataclasses.fields(part)}
-    )
 
 
 ROUTES = get_args(Route)

@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from modeling_lrsclip.files.atomic import sha256_of
+from modeling_lrsclip.files.hashing import file_sha256
 
 from .data_row import Row
 from .output import LISTS, WORK, Output, Progress, totals
@@ -81,7 +81,7 @@ class LocalImages:
             files = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
             self._by_hash = {}
             for path in tqdm(files, "hashing images", unit=" images", leave=False, disable=None):
-                self._by_hash.setdefault(sha256_of(path), path)
+                self._by_hash.setdefault(file_sha256(path), path)
         return self._by_hash
 
 

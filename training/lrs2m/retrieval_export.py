@@ -21,6 +21,7 @@ from pyarrow import parquet
 
 from evaluation.benchmarks.image_files import plain
 from evaluation.benchmarks.retrieval_data import PUBLISHED_SPLITS, PublishedSplit
+from modeling_lrsclip.files.atomic import replacing
 
 from .data_row import Row
 from .shards import read_shard
@@ -97,9 +98,8 @@ def _chain(first: dict[str, Any], rest: Iterator[dict[str, Any]]) -> Iterator[di
 
 
 def _write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> tuple[int, int]:
-    unfinished = path.with_name(f".{path.name}.unfinished")
     schema, images, texts, group = FEATURES.arrow_schema, 0, 0, []
-    with parquet.ParquetWriter(unfinished, schema) as writer:
+    with replacing(path) as growing, parquet.ParquetWriter(growing, schema) as writer:
         for row in rows:
             group.append(row)
             images, texts = images + 1, texts + len(row["short_text"])
@@ -108,7 +108,6 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> tuple[int, int
                 group = []
         if group:
             writer.write_table(pyarrow.Table.from_pylist(group, schema=schema))
-    unfinished.replace(path)
     return images, texts
 
 

@@ -85,9 +85,9 @@ class TarShard:
         self._tar.addfile(member, io.BytesIO(content))
 
 
-def open_shard(path: Path) -> ShardWriter:
-    """A writer of the kind that the file's name tells."""
-    return TarShard(path) if path.suffix == ".tar" else ParquetShard(path)
+def open_shard(path: Path, suffix: str | None = None) -> ShardWriter:
+    """A writer of the kind that the suffix tells, by default the path's own."""
+    return TarShard(path) if (suffix or path.suffix) == ".tar" else ParquetShard(path)
 
 
 def read_shard(path: Path, columns: list[str] | None = None) -> Iterator[Row]:

@@ -8,7 +8,6 @@ them, but for 8 bytes a row that tell images apart.
 """
 
 import argparse
-import hashlib
 import json
 import re
 import sys
@@ -23,9 +22,11 @@ from pyarrow import ArrowInvalid, parquet
 from tqdm import tqdm
 
 from evaluation.paper import paper_tables
+from modeling_lrsclip.files.atomic import replace_json
+from modeling_lrsclip.files.hashing import bytes_sha256
 
 from .data_row import GIVEN
-from .output import LISTS, MANIFEST, write_json
+from .output import LISTS, MANIFEST
 from .shards import read_shard
 from .statistics_figures import draw_map, draw_token_lengths
 
@@ -169,7 +170,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def data_hash(manifest: dict[str, Any]) -> str:
     """SHA-256 over those of the shards: which data was counted."""
     files = [file["sha256"] for split in manifest["splits"].values() for file in split["files"]]
-    return hashlib.sha256("".join(files).encode()).hexdigest()
+    return bytes_sha256("".join(files))
 
 
 def describe(counts: Tally, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -304,7 +305,7 @@ def write(folder: Path) -> dict[str, Any]:
     if told["with_coordinates"]:
         draw_map(counts.places, folder / "map.png", told["name"])
     (folder / TABLES).write_text(report(told), encoding="utf-8")
-    write_json(folder / STATISTICS, told)
+    replace_json(folder / STATISTICS, told)
     return told
 
 

@@ -7,8 +7,9 @@ import torch
 
 import modeling_lrsclip.encoding.encoder as encoding
 from evaluation.benchmarks.image_files import ImageFiles
-from modeling_lrsclip.encoding.cache import EmbeddingCache, default_cache
+from modeling_lrsclip.encoding.cache import EmbeddingCache
 from modeling_lrsclip.encoding.encoder import Encoder, embed_images, embed_texts, encode_texts
+from modeling_lrsclip.files.cache_folder import cache_folder
 
 
 @pytest.fixture
@@ -146,6 +147,6 @@ def test_files_appear_whole_under_their_names(tmp_path):
 
 def test_the_usual_place_can_be_moved(monkeypatch, tmp_path):
     monkeypatch.delenv("LRSCLIP_CACHE", raising=False)
-    assert str(default_cache()) == os.path.expanduser("~/.cache/lrsclip/embeddings")
+    assert str(cache_folder("embeddings")) == os.path.expanduser("~/.cache/lrsclip/embeddings")
     monkeypatch.setenv("LRSCLIP_CACHE", str(tmp_path))
-    assert default_cache() == tmp_path
+    assert cache_folder("indices") == tmp_path / "indices"

@@ -195,7 +195,7 @@ def test_a_stopped_build_goes_on_to_the_same_files(whole, expected, write_recipe
             elif where == "placing":
                 stop_at(output.os, "replace", at)
             else:
-                stop_at(output, "write_json", at)
+                stop_at(output, "replace_json", at)
             stops += build(recipe, folder)
             monkeypatch.undo()
             if calls[where] < at:

@@ -43,10 +43,11 @@ def test_mistakes_are_told_together(tmp_path):
     )
     for overrides, message in (
         (["seed"], "has no value"),
-        (["name={x"], "not valid YAML"),
+        (["captioners={x"], r"captioners=.\{x.: input should be a valid dict"),
         (["captioners.llm.base_url=localhost:8000/v1"], "must begin with http:// or https://"),
-        (["sources.7.name=x"], "places 0 to 0"),
-        (["name.x=1"], "name"),
+        (["sources.7.name=x"], "the list has the places 0 to 0"),
+        (["name.x=1"], "name is a single value and has no field x"),
+        (["sources.0.read.pth=x"], "sources.0.read.pth is not a field; did you mean sources.0.read.path?"),
     ):
         with pytest.raises(ValueError, match=message):
             read_recipe([written(tmp_path, "a")], overrides)

@@ -1,11 +1,12 @@
 """What a captioner is asked and what it answers, whichever engine is behind it."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+from modeling_lrsclip.files.hashing import json_sha256
 
 from ..recipe import CaptionerConfig
 from ..sources.images import Picture
@@ -46,7 +47,7 @@ class Request:
             self.picture.sha256 if self.picture else None,
             self.sampling.settings(),
         ]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return json_sha256(content)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """Prompts: files with a name, a version and a hash, so that a row tells which words made its caption."""
 
-import hashlib
-import json
 import string
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import yaml
+from modeling_lrsclip.files.configuration import read_yaml
+from modeling_lrsclip.files.hashing import json_sha256
 
 from ..recipe import TextConfig, resolve
 
@@ -30,8 +29,7 @@ class Prompt:
     @cached_property
     def hash(self) -> str:
         """SHA-256 over all that decides what a captioner reads."""
-        content = json.dumps([self.name, self.version, self.system, self.user, self.image])
-        return hashlib.sha256(content.encode()).hexdigest()
+        return json_sha256([self.name, self.version, self.system, self.user, self.image])
 
     @cached_property
     def places(self) -> set[str]:
@@ -68,9 +66,8 @@ def load_prompt(text: TextConfig, root: Path) -> Prompt:
 
 def _read(path: Path) -> Prompt:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        prompt = Prompt(**values)
+        prompt = Prompt(**read_yaml(path))
         prompt.places  # noqa: B018  malformed braces show here
-    except (yaml.YAMLError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a prompt of name, version, image, system and user: {error}") from error
     return prompt

@@ -1,0 +1,204 @@
+"""
+Configurations: YAML files, fields set from the command line, checked against a dataclass with all mistakes at once.
+
+A field is named by its sections with dots between, places in a list by their number: `optim.learning_rate`,
+`sources.0.read.path`.
+"""
+
+import datetime
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+
+Config = TypeVar("Config")
+
+
+class ConfigurationError(ValueError):
+    """A configuration with mistakes, each of them a sentence."""
+
+    def __init__(self, mistakes: Sequence[str]):
+        self.mistakes = list(dict.fromkeys(mistakes))
+        super().__init__("The configuration has mistakes:\n" + "\n".join(f"  {mistake}" for mistake in self.mistakes))
+
+
+def read_yaml(path: str | Path, advice: str = "") -> dict[str, Any]:
+    """
+    Reads the sections and fields of a YAML file; those without a value are left out.
+
+    Args:
+        path: the file.
+        advice: what an error says at its end, such as where examples are.
+
+    Raises:
+        `ValueError`: one sentence naming the file, for one that is missing, no YAML, or holds no fields.
+    """
+    path, advice = Path(path), advice and f"; {advice}"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist{advice}.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}{advice}.") from None
+    if not isinstance(values if values is not None else {}, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; write fields and sections{advice}.")
+    return {name: value for name, value in (values or {}).items() if value is not None}
+
+
+def parse_value(text: str) -> Any:
+    """
+    The value that a word of the command line stands for, as in a YAML file.
+
+    What YAML would make something else of remains text: patterns of files, dates, `2026_01`, `007`.
+    """
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError):  # *.parquet, {000..031}.tar
+        return text
+    changed = isinstance(value, int) and not isinstance(value, bool) and str(value) != text.strip()
+    return text if changed or isinstance(value, datetime.date) else value
+
+
+def split_setting(setting: str) -> tuple[str, Any]:
+    """
+    Name and value of `section.field=value`.
+
+    Raises:
+        `ValueError`: for a word without a name or a value.
+    """
+    name, equals, value = setting.partition("=")
+    if not equals or not name.strip():
+        raise ValueError(f"{setting} has no value; write section.field=value.")
+    return name.strip(), parse_value(value)
+
+
+def parse_options(words: Sequence[str], switches: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
+    """
+    Names and values of `--section.field value`, `--section.field=value`, and `--switch`, which sets it to true.
+
+    Raises:
+        `ValueError`: for a word that is no option, and an option without a value.
+    """
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"{word!r} stands where a --field was expected; write --field value.")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            if words and not words[0].startswith("--"):
+                value = words.pop(0)
+            elif name in switches:
+                value = "true"
+            else:
+                raise ValueError(f"--{name} has no value; write --{name} value.")
+        yield name, parse_value(value)
+
+
+def set_field(values: dict[str, Any], name: str, value: Any) -> None:
+    """
+    Sets a field of nested dictionaries and lists by its dotted name; sections that are not there are made.
+
+    Raises:
+        `ValueError`: for a name that leads through a single value, or to a place that a list does not have.
+    """
+    *sections, last = name.split(".")
+    section: Any = values
+    for part, following in zip(sections, [*sections[1:], last]):
+        if isinstance(section, list):
+            if not part.isdigit() or int(part) >= len(section):
+                raise ValueError(f"{name}: the list has the places 0 to {len(section) - 1}, not {part}.")
+            section = section[int(part)]
+        else:
+            if section.get(part) is None:
+                section[part] = {}
+            section = section[part]
+        if not isinstance(section, dict | list):
+            raise ValueError(f"{name}: {part} is a single value and has no field {following}.")
+    if isinstance(section, list):
+        raise ValueError(f"{name} does not name a field; name one of an entry, as in {name}.0.field.")
+    section[last] = value
+
+
+def validate(kind: type[Config], values: Mapping[str, Any], hints: Mapping[str, str] | None = None) -> Config:
+    """
+    Makes a configuration of plain values.
+
+    Args:
+        kind: a pydantic dataclass; its sections are dataclasses too.
+        values: nested dictionaries and lists, as [`read_yaml`] returns them.
+        hints: by the last part of a field's name, what else to say where that field is not set.
+
+    Raises:
+        [`ConfigurationError`]: with every mistake: unknown fields with the nearest valid name, missing ones, values of a
+            wrong type or out of range.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        raise ConfigurationError([_explain(one, kind, values, hints or {}) for one in error.errors()]) from None
+
+
+def plain_values(config: Any) -> dict[str, Any]:
+    """A configuration as nested dictionaries and lists of what JSON and YAML know."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def field_types(kind: Any, values: Any = None, prefix: str = "") -> dict[str, str]:
+    """
+    Every field of a configuration by its dotted name, with its type and default in words.
+
+    Args:
+        kind: a pydantic dataclass.
+        values: plain values, whose lists and dictionaries of sections are followed too.
+    """
+    listed: dict[str, str] = {}
+    for name, info in kind.__pydantic_fields__.items():
+        below = values.get(name) if isinstance(values, Mapping) else None
+        if hasattr(info.annotation, "__pydantic_fields__"):
+            listed |= field_types(info.annotation, below, f"{prefix}{name}.")
+            continue
+        listed[prefix + name] = _describe(info)
+        for section in _sections(info.annotation):
+            if isinstance(below, list):
+                entries = [(f"{name}.{place}", entry) for place, entry in enumerate(below)]
+            elif isinstance(below, Mapping) and any(isinstance(entry, Mapping) for entry in below.values()):
+                entries = [(f"{name}.{key}", entry) for key, entry in below.items()]
+            else:
+                entries = [(name, below)] if isinstance(below, Mapping) else []
+            for entry_name, entry in entries:
+                listed |= field_types(section, entry, f"{prefix}{entry_name}.")
+    return listed
+
+
+def _sections(annotation: Any) -> list[Any]:
+    """Dataclasses within `list[Section]`, `dict[str, Section]` or `Section | None`."""
+    if hasattr(annotation, "__pydantic_fields__"):
+        return [annotation]
+    return [section for inner in get_args(annotation) for section in _sections(inner)]
+
+
+def _describe(info: FieldInfo) -> str:
+    kind = info.annotation.__name__ if isinstance(info.annotation, type) else str(info.annotation)
+    kind = kind.replace("typing.", "")
+    if info.is_required():
+        return f"{kind}, required"
+    return f"{kind}, default {info.get_default(call_default_factory=True)!r}"
+
+
+def _explain(mistake: Mapping[str, Any], kind: Any, values: Any, hints: Mapping[str, str]) -> str:
+    parts = [str(part) for part in mistake["loc"]]
+    name, message = ".".join(parts), mistake["msg"]
+    if mistake["type"] == "unexpected_keyword_argument":
+        nearest = difflib.get_close_matches(name, field_types(kind, values), n=1, cutoff=0.0)
+        return f"{name} is not a field; did you mean {nearest[0]}?"
+    if mistake["type"] in ("missing", "missing_argument"):
+        return f"{name} is required and not set" + (f"; {hints[parts[-1]]}." if parts[-1] in hints else ".")
+    if mistake["type"] == "value_error":  # of our own, which names the fields
+        return f"{message.removeprefix('Value error, ')}."
+    return f"{name}={mistake['input']!r}: {message[0].lower()}{message[1:]}."
