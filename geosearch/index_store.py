@@ -27,7 +27,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import shapely
 
-from modeling_lrsclip.files.atomic import replace_text, sha256_of, sync
+from modeling_lrsclip.files.atomic import replace_text, sync
+from modeling_lrsclip.files.hashing import file_sha256
 
 from .footprints import hilbert_order
 
@@ -391,7 +392,7 @@ def publish(folder: Path, files: Sequence[Path], metadata: dict[str, Any]) -> di
             path = following / f"part-{number:05d}.parquet"
             _write_part(path, rows.select(row_schema(1).names), metadata)
             parts.append(
-                {"name": path.name, "rows": len(rows), "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+                {"name": path.name, "rows": len(rows), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
             )
         sync(following)
         content = {"format": "geosearch index", "version": VERSION, **metadata, "rows": len(order), "parts": parts}
