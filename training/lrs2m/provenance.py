@@ -14,7 +14,7 @@ from .routes import missing_places
 # What may change between two runs of one build: it decides how fast a row comes, or when to stop, not what is in it.
 FREE = ("max_skipped_fraction", "max_failures_in_a_row", "max_failed_fraction", "lookahead")
 FREE_OF_CAPTIONER = (
-    *("base_url", "api_key_variable", "concurrency", "timeout", "tries", "backoff"),
+    *("base_url", "api_key_variable", "concurrency", "timeout", "tries"),
     *("batch_size", "device_map"),
 )
 LOCAL = ("path", "images", "against", "tokenizer", "model", "prompt")  # fields that may hold a path of this machine

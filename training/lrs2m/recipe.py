@@ -128,8 +128,7 @@ class CaptionerConfig:
     api_key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key, where one is needed
     concurrency: int = Field(32, ge=1)  # requests at a time
     timeout: float = Field(120, gt=0)  # seconds for one answer
-    tries: int = Field(6, ge=1)  # of one request that the network or the server failed
-    backoff: float = Field(1.0, gt=0)  # seconds before the second try, doubled each time, 60 at most
+    tries: int = Field(8, ge=1)  # of one request that the network or the server failed
     extra: dict[str, Any] = Field(default_factory=dict)  # further fields of a request's body
     # transformers
     batch_size: int = Field(8, ge=1)

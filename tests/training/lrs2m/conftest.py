@@ -32,7 +32,7 @@ def write_recipe(tmp_path, tokenizer_folder):
     """Writes a recipe of sources; `url` is where its captioners listen."""
 
     def write(sources: list[dict], url: str = "http://127.0.0.1:9/v1", **fields) -> Path:
-        engine = {"kind": "openai", "base_url": url, "concurrency": 4, "backoff": 0.01, "timeout": 5}
+        engine = {"kind": "openai", "base_url": url, "concurrency": 4, "timeout": 5}
         values = {
             "name": "test",
             "tokenizer": tokenizer_folder,

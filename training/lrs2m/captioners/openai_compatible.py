@@ -1,151 +1,151 @@
-"""A captioner behind an OpenAI-compatible chat endpoint, such as vLLM: many requests at a time, each until it is answered."""
+"""A captioner behind an OpenAI-compatible chat endpoint, such as vLLM, by way of the `openai` client."""
 
 import asyncio
 import email.utils
 import json
 import os
-import random
 import time
 from typing import Any
 
-import aiohttp
+import openai
 
 from ..recipe import CaptionerConfig
 from ..sources.images import data_url, is_sent_as_it_is
 from .captioner import Answer, CaptionerDown, NoAnswer, Request, captioner_id, captioner_identity
 
 
-AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # what may pass; other errors will not
 REFUSED = (401, 403, 404, 405)  # key, model or address are wrong for every request
-LONGEST_WAIT = 60.0  # seconds between two tries, unless the server names a longer one
-LONGEST_ASKED = 600.0  # seconds of a Retry-After that are believed
+LONGEST_PAUSE = 600.0  # seconds of a Retry-After that are believed; the client itself believes two minutes
 
 
 class OpenAICaptioner:
     """
+    Asks many requests at a time, each until it is answered.
+
+    The client sends again what the network or the server's state spoiled, after 0.5 to 8 seconds. Kept by hand beside it:
+    a pause that the server asks for holds for all requests, not only for the one that was told; an answer that cannot be
+    read is asked for again.
+
     Args:
-        config: of kind `openai`. At most `concurrency` requests are under way; one that the network, the server's state
-            or a garbled answer spoils is sent again after a growing pause or the server's Retry-After, `tries` times
-            in all. A pause that the server asks for holds for all requests.
+        config: of kind `openai`. At most `concurrency` requests are under way, each is sent `tries` times at most.
     """
 
     def __init__(self, config: CaptionerConfig):
         assert config.base_url is not None
         self.config, self.id, self.identity = config, captioner_id(config), captioner_identity(config)
-        self.url = config.base_url.rstrip("/") + "/chat/completions"
         self._free = asyncio.Semaphore(config.concurrency)
-        self._session: aiohttp.ClientSession | None = None
-        self._not_before = 0.0  # on the loop's clock
+        self._not_before = 0.0  # on the monotonic clock
+        key = os.environ.get(config.api_key_variable)
+        hooks = {"request": [self._wait_for_pause], "response": [self._note_pause]}
+        self._headers = None if key else {"Authorization": openai.Omit()}
+        self._client = openai.AsyncOpenAI(
+            base_url=config.base_url,
+            api_key=key or "none",
+            timeout=config.timeout,
+            max_retries=config.tries - 1,
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks=hooks),
+        )
 
     async def ask(self, request: Request) -> Answer:
+        """
+        The answer to a request.
+
+        Raises:
+            [`NoAnswer`]: when no try brought one, or the server refuses this request.
+            [`CaptionerDown`]: when the server refuses the key, the model or the address.
+        """
         async with self._free:
             picture = request.picture
             if picture is None or is_sent_as_it_is(picture, self.config.max_image_side):
-                body = self._body(request)
+                messages = self._messages(request)
             else:  # scaling and encoding take milliseconds, in which other requests would wait
-                body = await asyncio.to_thread(self._body, request)
+                messages = await asyncio.to_thread(self._messages, request)
+            # The client's time-out is that of a silent server; one that sends a byte now and then ends here.
+            longest = self.config.tries * (self.config.timeout + LONGEST_PAUSE)
             reason = ""
-            for attempt in range(self.config.tries):
-                await self._wait()
+            for _ in range(self.config.tries):
                 try:
-                    return await self._post(body)
-                except _Again as again:
-                    reason = again.reason
-                    if attempt + 1 < self.config.tries:
-                        self._postpone(again)
-                        await asyncio.sleep(self._pause(attempt))
+                    return _read_answer(await asyncio.wait_for(self._create(messages, request), longest))
+                except _Unreadable as error:
+                    reason = f"malformed answer: {error}"
+                except (openai.APITimeoutError, asyncio.TimeoutError):
+                    reason = f"no answer within {self.config.timeout:g} s"
+                    break
+                except openai.APIConnectionError as error:
+                    reason = f"connection failed: {type(error.__cause__).__name__}"
+                    break
+                except openai.APIStatusError as error:
+                    reason = self._refused(error)
+                    break
             raise NoAnswer(f"{reason} ({self.config.tries} tries)")
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
+        await self._client.close()
 
-    async def _post(self, body: bytes) -> Answer:
+    async def _create(self, messages: list[dict[str, Any]], request: Request) -> Any:
+        """A chat completion, or what else the server sent in its place."""
         try:
-            async with self._opened().post(self.url, data=body) as response:
-                content = await response.read()
-                status, headers = response.status, response.headers
-        except asyncio.TimeoutError:
-            raise _Again(f"no answer within {self.config.timeout:g} s") from None
-        except (aiohttp.ClientError, OSError) as error:
-            raise _Again(f"connection failed: {type(error).__name__}") from error
-        if status in AGAIN:
-            raise _Again(f"HTTP {status}", _retry_after(headers.get("Retry-After")))
-        if status in REFUSED:
-            variable = self.config.api_key_variable
-            raise CaptionerDown(
-                f"{self.url} refuses model {self.config.model} with HTTP {status} ({_said(content)}); check base_url, "
-                f"model and the key in {variable}, then run the same command again."
+            return await self._client.chat.completions.create(
+                model=self.config.model,
+                messages=messages,
+                **request.sampling.settings(),
+                extra_headers=self._headers,
+                extra_body=self.config.extra or None,
             )
-        if status != 200:
-            raise NoAnswer(f"HTTP {status}: {_said(content)}")
-        return _read_answer(content)
+        except (json.JSONDecodeError, openai.APIResponseValidationError) as error:
+            raise _Unreadable(type(error).__name__) from error
 
-    def _body(self, request: Request) -> bytes:
-        content: Any = request.user
+    def _messages(self, request: Request) -> list[dict[str, Any]]:
+        # Lone surrogates, which JSON allows in a caption, cannot be sent.
+        user = request.user.encode("utf-8", "replace").decode()
+        content: Any = user
         if request.picture is not None:
             url = data_url(request.picture, self.config.max_image_side)
-            content = [
-                {"type": "image_url", "image_url": {"url": url}},
-                {"type": "text", "text": request.user},
-            ]
-        body = {
-            "model": self.config.model,
-            "messages": [{"role": "system", "content": request.system}, {"role": "user", "content": content}],
-            **request.sampling.settings(),
-            **self.config.extra,
-        }
-        return json.dumps(body).encode()
+            content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": user}]
+        return [{"role": "system", "content": request.system}, {"role": "user", "content": content}]
 
-    def _opened(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            key = os.environ.get(self.config.api_key_variable)
-            headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),  # the semaphore is the limit
-                timeout=aiohttp.ClientTimeout(total=self.config.timeout),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                headers=headers,
+    def _refused(self, error: openai.APIStatusError) -> str:
+        """The reason why a request stays without an answer; raises [`CaptionerDown`] where it holds for all."""
+        status, message = error.status_code, _server_message(error)
+        if status in REFUSED:
+            raise CaptionerDown(
+                f"{self.config.base_url} refuses model {self.config.model} with HTTP {status} ({message}); check base_url, "
+                f"model and the key in {self.config.api_key_variable}, then run the same command again."
             )
-        return self._session
+        if status in (408, 409, 429) or status >= 500:  # what the client has tried again
+            return f"HTTP {status}"
+        raise NoAnswer(f"HTTP {status}: {message}")
 
-    async def _wait(self) -> None:
-        """Until the pause that the server asked for is over."""
+    async def _wait_for_pause(self, request: Any) -> None:
+        """Holds every request, a second try too, until the pause that the server asked for is over."""
         while (rest := self._not_before - time.monotonic()) > 0:
             await asyncio.sleep(rest)
 
-    def _postpone(self, again: "_Again") -> None:
-        if again.after is not None:
-            self._not_before = max(self._not_before, time.monotonic() + again.after)
-
-    def _pause(self, attempt: int) -> float:
-        """Seconds before the next try: doubled each time, less up to a half so that requests do not come in step."""
-        return min(LONGEST_WAIT, self.config.backoff * 2**attempt) * random.uniform(0.5, 1)
+    async def _note_pause(self, response: Any) -> None:
+        seconds = _retry_after(response.headers.get("Retry-After")) if response.status_code >= 400 else None
+        if seconds is not None:
+            self._not_before = max(self._not_before, time.monotonic() + seconds)
+            response.headers["Retry-After-Ms"] = "1"  # the client need not wait as well
 
 
-class _Again(Exception):
-    """A try that failed in a way that may pass, and the seconds the server asks to wait."""
-
-    def __init__(self, reason: str, after: float | None = None):
-        super().__init__(reason)
-        self.reason, self.after = reason, after
+class _Unreadable(Exception):
+    """An answer that is no chat completion."""
 
 
-def _read_answer(content: bytes) -> Answer:
+def _read_answer(reply: Any) -> Answer:
     try:
-        choice = json.loads(content)["choices"][0]
-        text = choice["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise _Again(f"malformed answer: {type(error).__name__}") from error
-    if text is None:  # a refusal, or reasoning that used up max_tokens
-        text = choice["message"].get("refusal") or ""
+        choice = reply.choices[0]
+        # Without content it was a refusal, or reasoning that used up max_tokens.
+        text = choice.message.content if choice.message.content is not None else choice.message.refusal or ""
+    except (AttributeError, IndexError, TypeError) as error:
+        raise _Unreadable(type(error).__name__) from error
     if not isinstance(text, str):
-        raise _Again(f"malformed answer: content is {type(text).__name__}")
-    return Answer(text, choice.get("finish_reason") in ("stop", None))
+        raise _Unreadable(f"content is {type(text).__name__}")
+    return Answer(text, choice.finish_reason in ("stop", None))
 
 
 def _retry_after(header: str | None) -> float | None:
-    """Seconds, from a number of them or an HTTP date."""
+    """Seconds to wait, at most `LONGEST_PAUSE`, from a number of them or an HTTP date."""
     if header is None:
         return None
     try:
@@ -155,16 +155,14 @@ def _retry_after(header: str | None) -> float | None:
             seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
         except ValueError:
             return None
-    return min(LONGEST_ASKED, max(0.0, seconds))
+    return min(LONGEST_PAUSE, max(0.0, seconds))
 
 
-def _said(content: bytes) -> str:
+def _server_message(error: openai.APIStatusError) -> str:
     """The server's words for an error, in one line."""
-    text = content.decode("utf-8", "replace")
-    try:
-        document = json.loads(text)
-        error = document.get("error", document.get("message", document))
-        text = str(error.get("message", error) if isinstance(error, dict) else error)
-    except (ValueError, AttributeError):
-        pass
-    return " ".join(text.split())[:200]
+    message = error.body if error.body is not None else error.response.text
+    if isinstance(message, dict):
+        message = message.get("error", message.get("message", message))
+    if isinstance(message, dict):
+        message = message.get("message", message)
+    return " ".join(str(message).split())[:200]
