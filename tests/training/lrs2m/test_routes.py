@@ -6,9 +6,11 @@ import tarfile
 
 import numpy as np
 import pyarrow
+import pyogrio
 import pytest
-import shapefile
-from PIL import Image, TiffImagePlugin
+import rasterio
+import shapely
+from PIL import Image
 from pyarrow import parquet
 
 from tests.training.lrs2m.chat_server import ChatServer
@@ -212,6 +214,17 @@ def polygon(x0, y0, x1, y1):
     return {"type": "Polygon", "coordinates": [[[x0, y0], [x1, y0], [x1, y1], [x0, y1], [x0, y0]]]}
 
 
+def write_shapes(path, shapes, properties: dict, crs: str | None = None):
+    pyogrio.raw.write(
+        path,
+        shapely.to_wkb(shapes),
+        list(properties.values()),
+        list(properties),
+        geometry_type=shapes[0].geom_type,
+        crs=crs,
+    )
+
+
 FEATURES = [  # in a map of 0 to 180 by 0 to 60, y upwards: two images side by side
     ("Polygon", polygon(5, 50, 20, 58), "house", "red"),
     ("Polygon", polygon(80, 5, 100, 15), "pond", None),  # on the seam: in both
@@ -235,12 +248,12 @@ def test_anchors_from_vectors_on_a_map(tmp_path, two_images, write_recipe, kind)
         path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
     else:
         features = [feature for feature in features if feature["geometry"]["type"] == "Polygon"]
-        with shapefile.Writer(str(path), shapeType=shapefile.POLYGON) as writer:
-            writer.field("what", "C")
-            writer.field("colour", "C")
-            for feature in features:
-                writer.poly(feature["geometry"]["coordinates"])
-                writer.record(feature["properties"]["what"], feature["properties"]["colour"] or "")
+        shapes = shapely.from_geojson([json.dumps(feature["geometry"]) for feature in features])
+        columns = [
+            np.array([feature["properties"][name] for feature in features], object) for name in ("what", "colour")
+        ]
+        with pytest.warns(UserWarning, match="crs"):
+            write_shapes(path, shapes, dict(zip(("what", "colour"), columns)))
     labels = {"kind": kind, "path": str(path), "field": "what", "attribute": "colour"}
     _, told = anchored(tmp_path, write_recipe, {"kind": "table", "path": str(two_images / "tiles.jsonl")}, labels)
     more = ", 1 tower (centre)" if kind == "geojson" else ""
@@ -259,17 +272,21 @@ def test_an_images_own_damaged_vectors_cost_that_image_alone(tmp_path, write_rec
     reader = LabelReader(LabelsConfig(**labels), tmp_path)
     records = [Record("own", index, tmp_path / "own" / f"{index}.png", image_key=f"{index}.png") for index in range(2)]
     assert [label.name for label in reader.of(records[0], (50, 40))] == ["mine"]
-    with pytest.raises(Skip, match="1.geojson is not a GeoJSON file") as skipped:
+    with pytest.raises(Skip, match="1.geojson cannot be read as geojson") as skipped:
         reader.of(records[1], (50, 40))
     assert skipped.value.reason == "labels unreadable"
 
 
+def write_geotiff(path, image: Image.Image, transform, crs: str | None = None):
+    pixels = np.asarray(image).transpose(2, 0, 1)
+    profile = {"count": 3, "height": image.height, "width": image.width, "dtype": "uint8"}
+    with rasterio.open(path, "w", driver="GTiff", transform=transform, crs=crs, **profile) as raster:
+        raster.write(pixels)
+
+
 def test_geotiff_tags_tell_where_an_image_lies(tmp_path, write_recipe):
-    tags = TiffImagePlugin.ImageFileDirectory_v2()
-    tags[33550], tags[33922] = (2.0, 2.0, 0.0), (0.0, 0.0, 0.0, 1000.0, 5000.0, 0.0)
-    tags.tagtype[33550] = tags.tagtype[33922] = 12
     (tmp_path / "own").mkdir()
-    picture(1, (50, 40)).save(tmp_path / "own" / "a.tif", tiffinfo=tags)
+    write_geotiff(tmp_path / "own" / "a.tif", picture(1, (50, 40)), rasterio.Affine(2, 0, 1000, 0, -2, 5000))
     feature = {"type": "Feature", "geometry": polygon(1000, 4990, 1010, 5000), "properties": {"what": "mine"}}
     (tmp_path / "map.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
     labels = {"kind": "geojson", "path": str(tmp_path / "map.geojson"), "field": "what"}
@@ -278,6 +295,29 @@ def test_geotiff_tags_tell_where_an_image_lies(tmp_path, write_recipe):
         {"label": "mine", "position": "upper left", "box": [0.0, 0.0, 0.1, 0.125]}
     ]
     assert rows[0]["image"]["path"].endswith(".png")  # viewers know PNG
+
+
+@pytest.mark.parametrize("kind", ["geojson", "shapefile"])
+def test_vectors_in_another_reference_system_are_reprojected(tmp_path, kind):
+    """An image in UTM zone 32 and a map in degrees; of GeoJSON in the image's own metres, nothing is reprojected."""
+    write_geotiff(
+        tmp_path / "a.tif", picture(1, (50, 40)), rasterio.Affine(2, 0, 500_000, 0, -2, 5_500_080), "EPSG:32632"
+    )
+    metres = [shapely.box(500_010, 5_500_060, 500_020, 5_500_080), shapely.box(600_000, 5_500_000, 600_010, 5_500_010)]
+    in_degrees = shapely.transform(
+        np.array(metres), lambda points: np.array(rasterio.warp.transform("EPSG:32632", "EPSG:4326", *points.T)).T
+    )
+    record = Record("own", 0, tmp_path / "a.tif", image_key="a.tif")
+    for shapes, crs in ((in_degrees, "EPSG:4326"), (metres, None if kind == "geojson" else "EPSG:32632")):
+        path = tmp_path / f"{crs}.{kind.replace('file', '')[:7]}".replace(":", "").replace(".shape", ".shp")
+        if kind == "geojson" and crs is None:  # as files are that keep the metres and leave out what they are
+            features = [{"type": "Feature", "geometry": json.loads(shapely.to_geojson(shape)), "properties": {"n": 7}} for shape in shapes]  # fmt: skip
+            path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+        else:
+            write_shapes(path, shapes, {"n": np.array([7, 8])}, crs)
+        labels = LabelsConfig(kind=kind, path=str(path), field="n")
+        (label,) = LabelReader(labels, tmp_path).of(record, (50, 40))
+        assert label.name == "7" and label.box == pytest.approx((0.1, 0.0, 0.2, 0.25), abs=1e-4)
 
 
 def test_anchors_from_objects_and_class_folders(tmp_path, write_recipe):

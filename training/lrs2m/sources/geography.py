@@ -1,37 +1,59 @@
-"""Vector files and where an image lies: GeoJSON, shapefiles, world files, GeoTIFF tags. Boxes only, no reprojection."""
+"""Vector files and where an image lies on the ground, by way of pyogrio and rasterio; features as the boxes around them."""
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+import pyogrio
+import rasterio
+import rasterio.warp
+import shapely
+from rasterio.crs import CRS
 
 from ..recipe import LabelsConfig
 from .anchors import Label
-from .images import UNREADABLE
 
 
 Bounds = tuple[float, float, float, float]  # min x, min y, max x, max y; in pixels, y swapped: 0, height, width, 0
 
-_WORLD_FILES = {".png": ".pgw", ".jpg": ".jgw", ".jpeg": ".jgw", ".tif": ".tfw", ".tiff": ".tfw"}
-_PIXEL_SCALE, _TIE_POINT = 33550, 33922  # GeoTIFF's tags ModelPixelScale and ModelTiepoint
+_DRIVERS = ["GTiff", "PNG", "JPEG", "WEBP", "BMP", "GIF", "JP2OpenJPEG"]  # no format that names other files
 
 
 @dataclass
 class VectorFile:
-    """Features of a vector file by the boxes around them."""
+    """Features of a vector file: names, shapes and the reference system of their coordinates."""
 
     names: list[str]
-    boxes: np.ndarray  # (N, 4) min x, min y, max x, max y
+    shapes: np.ndarray  # (N,) shapely geometries
+    crs: CRS | None  # None: unknown, taken to be that of the images
+    _boxes: dict[Any, np.ndarray] = field(default_factory=dict)  # by reference system
 
-    def within(self, bounds: Bounds) -> list[Label]:
-        """Features whose box overlaps `bounds`, cut at its edges, as shares of its width and height, in file order."""
+    def _boxes_in(self, crs: CRS | None) -> np.ndarray:
+        """(N, 4) min x, min y, max x, max y of the features in a reference system."""
+        target = None if None in (crs, self.crs) or crs == self.crs else crs
+        if target not in self._boxes:
+            shapes = self.shapes
+            if target is not None:
+                shapes = shapely.transform(
+                    shapes, lambda points: np.array(rasterio.warp.transform(self.crs, target, *points.T)).T
+                )
+            self._boxes[target] = shapely.bounds(shapes).reshape(-1, 4)
+        return self._boxes[target]
+
+    def within(self, bounds: Bounds, crs: CRS | None = None) -> list[Label]:
+        """
+        Features whose box overlaps `bounds`, cut at its edges, as shares of its width and height, in file order.
+
+        Args:
+            bounds: min x, min y, max x, max y; y swapped where it points down.
+            crs: of the bounds; None: in the file's own units.
+        """
+        boxes = self._boxes_in(crs)  # (N, 4)
         x_min, x_max = bounds[0], bounds[2]
         y_min, y_max = min(bounds[1], bounds[3]), max(bounds[1], bounds[3])
-        low_x, low_y, high_x, high_y = self.boxes.T
+        low_x, low_y, high_x, high_y = boxes.T
         inside = np.flatnonzero((low_x < x_max) & (high_x > x_min) & (low_y < y_max) & (high_y > y_min))
         # A point has no extent and belongs to the image whose lower or left edge it lies on.
         points = np.flatnonzero(
@@ -44,8 +66,8 @@ class VectorFile:
         )
         labels = []
         for index in np.union1d(inside, points):
-            x0, x1 = np.clip(self.boxes[index, [0, 2]], x_min, x_max)
-            y0, y1 = np.clip(self.boxes[index, [1, 3]], y_min, y_max)
+            x0, x1 = np.clip(boxes[index, [0, 2]], x_min, x_max)
+            y0, y1 = np.clip(boxes[index, [1, 3]], y_min, y_max)
             left, right = ((x - x_min) / (x_max - x_min) for x in (x0, x1))
             if bounds[1] < bounds[3]:  # y upwards: the image's first line is the northern one
                 top, bottom = (y_max - y1) / (y_max - y_min), (y_max - y0) / (y_max - y_min)
@@ -61,101 +83,72 @@ class UnreadableVectors(ValueError):
 
 def read_vectors(path: Path, config: LabelsConfig) -> VectorFile:
     """
-    Labels and boxes of a GeoJSON file or a shapefile.
+    Names and shapes of a vector file that GDAL reads: GeoJSON, a shapefile.
 
     Raises:
         [`UnreadableVectors`]: for a file that cannot be read.
         `ValueError`: for one whose features lack the label's property.
     """
-    features = _geojson(path) if config.kind == "geojson" else _shapefile(path)
-    names, boxes = [], []
-    for number, (properties, box) in enumerate(features, start=1):
-        if config.field is None or properties.get(config.field) is None:
+    try:
+        meta, _, stored, columns = pyogrio.raw.read(path)
+        shapes = shapely.force_2d(shapely.from_wkb(stored))
+    except (
+        pyogrio.errors.DataSourceError,
+        pyogrio.errors.GeometryError,
+        RuntimeError,
+        shapely.GEOSException,
+    ) as error:
+        raise UnreadableVectors(f"{path} cannot be read as {config.kind}: {error}") from error
+    properties = dict(zip(meta["fields"], columns, strict=True))
+    labels, attributes = (_words(properties.get(name), len(shapes)) for name in (config.field, config.attribute))
+    names, kept = [], []
+    for index, (label, attribute, shape) in enumerate(zip(labels, attributes, shapes, strict=True)):
+        if shape is None or shape.is_empty:
+            continue
+        if not label:
             known = ", ".join(properties) or "none"
-            raise ValueError(f"{path}, feature {number} has no property {config.field}; labels.field may be: {known}.")
-        name = str(properties[config.field])
-        if config.attribute and properties.get(config.attribute):
-            name = f"{properties[config.attribute]} {name}"
-        names.append(name)
-        boxes.append(box)
-    return VectorFile(names, np.array(boxes, dtype=float).reshape(-1, 4))
+            raise ValueError(
+                f"{path}, feature {index + 1} has no property {config.field}; labels.field may be: {known}."
+            )
+        names.append(f"{attribute} {label}" if attribute else label)
+        kept.append(index)
+    shapes = shapes[kept]
+    return VectorFile(names, shapes, _reference(meta["crs"], shapes))
 
 
-def image_bounds(image: Any) -> Bounds | None:
+def _words(column: np.ndarray | None, count: int) -> list[str]:
+    """A property of each feature as text, empty where it has none; whole numbers beside gaps come as floats."""
+    if column is None:
+        return [""] * count
+    values = column.tolist()
+    return [
+        "" if v is None or v != v else str(int(v) if isinstance(v, float) and v.is_integer() else v) for v in values
+    ]
+
+
+def _reference(text: str | None, shapes: np.ndarray) -> CRS | None:
+    """The reference system of shapes. GeoJSON without one means degrees; where the numbers are none, it is unknown."""
+    crs = CRS.from_user_input(text) if text else None
+    if crs is None or not crs.is_geographic or not len(shapes):
+        return crs
+    west, south, east, north = shapely.total_bounds(shapes)
+    return crs if west >= -360 and east <= 360 and south >= -90 and north <= 90 else None
+
+
+def image_bounds(image: Any) -> tuple[Bounds, CRS | None] | None:
     """
-    Where an image lies, from its GeoTIFF tags or the world file beside it, in their units; None without either.
-    Rotated images are not supported and count as without.
+    Where an image lies and in which reference system, from its GeoTIFF tags or the world file beside it, which names
+    none; None without either. Rotated images are not supported and count as without.
     """
     if not isinstance(image, str | Path):
         return None
-    path = Path(image)
     try:
-        with Image.open(path) as opened:
-            size, tags = opened.size, getattr(opened, "tag_v2", {})
-    except UNREADABLE:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+            with rasterio.Env(), rasterio.io.DatasetReader(str(image), driver=_DRIVERS) as raster:
+                step, bounds, crs = raster.transform, tuple(raster.bounds), raster.crs
+    except rasterio.errors.RasterioIOError:
         return None
-    if _PIXEL_SCALE in tags and _TIE_POINT in tags:
-        (scale_x, scale_y), (column, row, _, x, y) = tags[_PIXEL_SCALE][:2], tags[_TIE_POINT][:5]
-        left, top = x - column * scale_x, y + row * scale_y
-        return left, top - size[1] * scale_y, left + size[0] * scale_x, top
-    world = next((file for file in _world_files(path) if file.is_file()), None)
-    if world is None:
+    if step.is_identity or step.b or step.d or step.a <= 0 or step.e >= 0:
         return None
-    try:
-        step_x, turn_y, turn_x, step_y, x, y = (float(line) for line in world.read_text().split()[:6])
-    except ValueError as error:
-        raise UnreadableVectors(f"{world} is not a world file of six numbers.") from error
-    if turn_x or turn_y or step_x <= 0 or step_y >= 0:
-        return None
-    left, top = x - step_x / 2, y - step_y / 2  # the file tells the middle of the first pixel
-    return left, top + size[1] * step_y, left + size[0] * step_x, top
-
-
-def _world_files(path: Path) -> Iterator[Path]:
-    yield path.with_suffix(_WORLD_FILES.get(path.suffix.lower(), ".wld"))
-    yield path.with_suffix(".wld")
-
-
-def _geojson(path: Path) -> Iterator[tuple[dict[str, Any], Bounds]]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        features = document["features"] if document.get("type") == "FeatureCollection" else [document]
-        for feature in features:
-            points = np.array(list(_points(feature["geometry"])))  # (points, 2)
-            if len(points):
-                yield feature.get("properties") or {}, (*points.min(axis=0), *points.max(axis=0))
-    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise UnreadableVectors(f"{path} is not a GeoJSON file of features: {error!r}") from error
-
-
-def _points(geometry: dict[str, Any] | None) -> Iterator[tuple[float, float]]:
-    if geometry is None:
-        return
-    if geometry["type"] == "GeometryCollection":
-        for part in geometry["geometries"]:
-            yield from _points(part)
-        return
-    stack = [geometry["coordinates"]]
-    while stack:
-        value = stack.pop()
-        if value and isinstance(value[0], int | float):
-            yield float(value[0]), float(value[1])
-        else:
-            stack.extend(value)
-
-
-def _shapefile(path: Path) -> Iterator[tuple[dict[str, Any], Bounds]]:
-    import shapefile  # pyshp
-
-    try:
-        with shapefile.Reader(str(path)) as reader:
-            for item in reader.iterShapeRecords():
-                if item.shape.shapeType == shapefile.NULL:
-                    continue
-                box = getattr(item.shape, "bbox", None)
-                if box is None:  # a point
-                    (x, y), *_ = item.shape.points
-                    box = (x, y, x, y)
-                yield item.record.as_dict(), tuple(box)
-    except (shapefile.ShapefileException, OSError, UnicodeDecodeError) as error:
-        raise UnreadableVectors(f"{path} is not a readable shapefile: {error}") from error
+    return bounds, crs

@@ -112,16 +112,16 @@ class LabelReader:
             raise Skip("labels unreadable", str(error)) from error
 
     def _vectors_within(self, record: Record, size: tuple[int, int]) -> list[Label]:
-        bounds = record.bounds or image_bounds(record.image)
+        bounds, crs = (record.bounds, None) if record.bounds else image_bounds(record.image) or (None, None)
         if self._whole is not None:
             if bounds is None:
                 raise Skip("no geographic reference", f"{record.image_key} has no bounds, world file or GeoTIFF tags")
-            return self._whole.within(bounds)
+            return self._whole.within(bounds, crs)
         path = _own_file(self.path, record, (".geojson", ".json") if self.config.kind == "geojson" else (".shp",))
         if path is None:
             raise Skip("labels missing", f"no {self.config.kind} named {Path(record.image_key).stem}")
         # A file of the image's own without a geographic reference is in its pixels, y downwards.
-        return read_vectors(path, self.config).within(bounds or (0, size[1], size[0], 0))
+        return read_vectors(path, self.config).within(bounds or (0, size[1], size[0], 0), crs)
 
 
 class _CocoBoxes:
