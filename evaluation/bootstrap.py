@@ -21,7 +21,6 @@ RESAMPLES = 2000
 SEED = 0
 LEVEL = 0.95
 BLOCK = 2**22  # numbers of draws held at once
-MEASURES = ("Rsu", "Ras", "Rda", "Rmi")  # of semantic localization
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,9 @@ def sums_of(result: dict[str, Any]) -> Sums:
     if "correct" in result and "labels" in result:
         return _classification_sums(result)
     if "per_query" in result:
-        values = np.array([result["per_query"][name] for name in MEASURES], dtype=float).T  # (I, 4)
-        return Sums(values, np.ones_like(values), {name: [index] for index, name in enumerate(MEASURES)}, 1.0)
+        values = np.array(list(result["per_query"].values()), dtype=float).T  # (I, columns)
+        columns = {name: [index] for index, name in enumerate(result["per_query"])}
+        return Sums(values, np.ones_like(values), columns, scale=1.0)
     where = " ".join(str(result.get(name, "?")) for name in ("model", "task", "dataset"))
     raise ValueError(
         f"the result of {where} holds no ranks with image_of_text, correct with labels, or per_query; "

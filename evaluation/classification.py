@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modeling_lrsclip.encoding.encoder import Encoder, encode_texts, hash_rows, share_truncated, token_lengths
+from modeling_lrsclip.encoding import Embeddings, Encoder
 from modeling_lrsclip.encoding.ties import SCORE_TIE
+from modeling_lrsclip.encoding.tokens import encode_texts, share_truncated, token_lengths
 from modeling_lrsclip.files.hashing import json_sha256
 
 from .benchmarks.class_names import Templates, known_datasets, load_templates
@@ -85,11 +86,22 @@ def classification_metrics(confusion: Any) -> dict[str, float]:
     }
 
 
-def class_embeddings(encoder: Encoder, class_names: Sequence[str], templates: Templates) -> Tensor:
-    """(C, D) unit embeddings: the mean of the unit embeddings of a class's prompts, made a unit vector again."""
+def class_embeddings(encoder: Encoder, class_names: Sequence[str], templates: Templates) -> Embeddings:
+    """
+    Unit embeddings of classes: the mean of the unit embeddings of a class's prompts, made a unit vector again.
+
+    Args:
+        encoder: the model.
+        class_names: C names, as the prompts are to word them.
+        templates: T prompts with a place for the name.
+
+    Returns:
+        (C, D) embeddings, and the seconds that encoding the prompts took.
+    """
     prompts = [prompt for name in class_names for prompt in templates.fill(name)]
-    embeds = encoder.texts(encode_texts(encoder.processor, prompts))  # (C * T, D)
-    return F.normalize(embeds.view(len(class_names), -1, embeds.shape[1]).mean(dim=1), dim=1)  # (C, D)
+    embeds, seconds = encoder.texts(encode_texts(encoder.processor, prompts))  # (C * T, D)
+    means = embeds.view(len(class_names), -1, embeds.shape[1]).mean(dim=1)  # (C, D)
+    return Embeddings(F.normalize(means, dim=1), seconds)
 
 
 def _check(image_embeds: Any, class_embeds: Any, labels: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,55 +133,57 @@ def _check(image_embeds: Any, class_embeds: Any, labels: Any) -> tuple[Tensor, T
 
 @dataclass(frozen=True)
 class ClassificationTask:
-    """A row of `evaluation.run`'s registry: how to load the data and measure a model on it."""
+    """
+    How to load images by class, and measure a model on them.
 
-    name: str
-    title: str
+    Args:
+        templates: a set of `benchmarks/classes/templates.json`, or a text file with one template a line.
+        wording: of the class names, `human` or `folder`; see [`~benchmarks.class_names.Dataset.wordings`].
+
+    Raises:
+        `ValueError`: for templates that are not there or have no place for the class name.
+    """
+
+    templates: str = "paper"
+    wording: str = "human"
+
+    def __post_init__(self):
+        load_templates(self.templates)
 
     def load(self, source: str, allow_missing: int = 0) -> ClassificationData:
         return load_classification(source, allow_missing)
 
-    def evaluate(
-        self, encoder: Encoder, data: ClassificationData, templates: str = "paper", wording: str = "human"
-    ) -> dict[str, Any]:
+    def evaluate(self, encoder: Encoder, data: ClassificationData) -> dict[str, Any]:
         """
         Measures one model on one data set.
-
-        Args:
-            templates: a set of `benchmarks/classes/templates.json`, or a text file with one template a line.
-            wording: of the class names, `human` or `folder`; see [`~benchmarks.class_names.Dataset.wordings`].
 
         Returns:
             `dict`: ready for JSON: `metrics` (percent), `per_class`, `confusion` (rows: true class), `labels`,
             `predictions` and `correct` per image, `prompts`, ….
         """
-        chosen, dataset = load_templates(templates), data.dataset
-        names = dataset.wordings(wording)
-        image_embeds = encoder.images(data.images)  # (M, D)
-        class_embeds = class_embeddings(encoder, names, chosen)  # (C, D)
+        templates, dataset = load_templates(self.templates), data.dataset
+        names = dataset.wordings(self.wording)
+        image_embeds, image_seconds = encoder.images(data.images)  # (M, D)
+        class_embeds, text_seconds = class_embeddings(encoder, names, templates)  # (C, D)
         predicted, correct = classify(image_embeds, class_embeds, data.labels)
         confusion = confusion_matrix(data.labels, predicted, len(names))
-        prompts = [prompt for name in names for prompt in chosen.fill(name)]
+        prompts = [prompt for name in names for prompt in templates.fill(name)]
         lengths = token_lengths(encoder.processor, prompts)
-        encoded = hash_rows(encode_texts(encoder.processor, prompts))
         return {
             "metrics": classification_metrics(confusion),
             "images": len(data.images),
             "classes": len(names),
             "data": data.describe(),
-            "class_names": dataset.describe(wording),
+            "class_names": dataset.describe(self.wording),
             "prompts": {
-                "template_set": chosen.name,
-                "version": chosen.version,
-                "templates": list(chosen.templates),
+                "template_set": templates.name,
+                "version": templates.version,
+                "templates": list(templates.templates),
                 "first": prompts[0],
                 "sha256": json_sha256(prompts),
             },
             "share_truncated": share_truncated(lengths, encoder.positions),
-            "seconds": {
-                "images": encoder.image_seconds[data.images.content_hash],
-                "texts": encoder.text_seconds[encoded],
-            },
+            "seconds": {"images": image_seconds, "texts": text_seconds},
             "images_sha256": data.images.content_hash,
             "labels_sha256": data.labels_hash,
             "per_class": _per_class(dataset.folders, names, confusion),

@@ -7,32 +7,23 @@ Shapes: H, W pixels of the scene, Q queries, N windows, D width of the shared sp
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any
 
 import cv2
 import numpy as np
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from modeling_lrsclip.encoding.encoder import Encoder, encode_texts, share_truncated, token_lengths
+from modeling_lrsclip.encoding import Encoder
+from modeling_lrsclip.encoding.tokens import share_truncated, token_lengths
 from modeling_lrsclip.image_processing_lrsclip import to_rgb
 from modeling_lrsclip.published.registry import PAPER_ONLY
 
 from .benchmarks.localization_data import LocalizationData, load_localization
 from .benchmarks.tables import Unusable
-from .localization_windows import (
-    Protocol,
-    SceneWindows,
-    best_windows,
-    choose_protocol,
-    grid_windows,
-    near_windows,
-    probability_map,
-)
+from .localization_maps import Locator, Protocol, choose_protocol, query_embeddings
 from .metrics.semantic_localization.measures import localization_metrics
 from .paper import ARXIV, dataset_key, paper_figures, paper_tables
 from .results import Aside, Column, Gap, Table
@@ -41,7 +32,6 @@ from .results import Aside, Column, Gap, Table
 __all__ = ["LocalizationTask", "localization_metrics", "localization_table", "similarity_map"]
 
 MEASURES = ("Rsu", "Ras", "Rda", "Rmi")
-SHUFFLES = 4  # of a query's words, for v2
 EXAMPLES, EXAMPLE_SIDE = 4, 64  # queries whose maps are kept for the figure, and the longer side of such a map
 
 
@@ -70,7 +60,7 @@ def similarity_map(
             further on; `v2` (Yu et al. 2023): windows of 512, then smaller ones around the best 15 % of them for the
             text and four shuffles of its words; or a [`Protocol`] with other sizes.
         reference_io: windows and maps go through JPEG files, as in the published code.
-        options: `batch_size`, `dtype`, `progress` of [`~evaluation.embedding.Encoder`].
+        options: `batch_size`, `dtype`, `progress` of [`~modeling_lrsclip.encoding.Encoder`].
 
     Returns:
         (Q, H, W) uint8, 255 the highest probability: ready for [`localization_metrics`].
@@ -80,81 +70,10 @@ def similarity_map(
     """
     encoder, chosen = Encoder(model, processor, **options), choose_protocol(protocol)
     chosen.check_size(image.height, image.width)
-    queries = query_embeddings(encoder, texts, chosen)
+    queries, _ = query_embeddings(encoder, texts, chosen)
     locator = Locator(encoder, chosen, reference_io)
     maps = list(locator.maps(_pixels(image), queries))
     return np.stack(maps) if maps else np.empty((0, image.height, image.width), np.uint8)
-
-
-def query_embeddings(encoder: Encoder, texts: Sequence[str], protocol: Protocol) -> Tensor:
-    """
-    (Q, D) unit embeddings. For v2 the mean over the text and four shuffles of its words.
-
-    DIFFERS: the published code shuffles by chance; here a text always gets the same shuffles.
-    """
-    rows = encode_texts(encoder.processor, texts)
-    if protocol.name == "v1":
-        return encoder.texts(rows)
-    shuffled = []
-    for text in texts:
-        generator = np.random.default_rng(int.from_bytes(sha256(text.encode()).digest()[:8], "big"))
-        shuffled += [" ".join(generator.permutation(text.split())) for _ in range(SHUFFLES)]
-    shuffled_embeds = encoder.texts(encode_texts(encoder.processor, shuffled))  # (Q * 4, D)
-    embeds = encoder.texts(rows)  # (Q, D)
-    total = embeds + shuffled_embeds.view(len(embeds), SHUFFLES, embeds.shape[1]).sum(dim=1)
-    return F.normalize(total, dim=1)
-
-
-@dataclass
-class Locator:
-    """Makes the maps of one scene after the other; counts windows and seconds."""
-
-    encoder: Encoder
-    protocol: Protocol
-    reference_io: bool = False
-    windows: int = 0  # encoded so far
-    seconds: float = 0.0  # that encoding them took, when it was done
-    waited: float = 0.0  # seconds for them here: less where embeddings were kept
-
-    def maps(self, scene: np.ndarray, queries: Tensor) -> Iterator[np.ndarray]:
-        """
-        The map of each query over a scene, one at a time: a map of 100 megapixels takes as many bytes.
-
-        Args:
-            scene: (H, W, 3) uint8, RGB.
-            queries: (Q, D) unit embeddings.
-
-        Yields:
-            (H, W) uint8, Q times.
-        """
-        height, width = scene.shape[:2]
-        windows = grid_windows(height, width, self.protocol)
-        scores = self._scores(SceneWindows(scene, windows, self.reference_io), queries)  # (Q, N)
-        if self.protocol.name == "v1":
-            for own in scores:
-                yield probability_map(height, width, windows, own, self.protocol, self.reference_io)
-            return
-        kept = [best_windows(own) for own in scores]
-        near = [
-            list(dict.fromkeys(close for index in indices for close in near_windows(windows[index], height, width)))
-            for indices in kept
-        ]
-        union = list(dict.fromkeys(window for own in near for window in own))  # several queries share windows
-        place = {window: index for index, window in enumerate(union)}
-        near_scores = self._scores(SceneWindows(scene, union, self.reference_io), queries)
-        for query, (indices, own) in enumerate(zip(kept, near, strict=True)):
-            seen = [windows[index] for index in indices] + own
-            values = np.concatenate([scores[query, indices], near_scores[query, [place[window] for window in own]]])
-            yield probability_map(height, width, seen, values, self.protocol, self.reference_io)
-
-    def _scores(self, windows: SceneWindows, queries: Tensor) -> np.ndarray:
-        """(Q, N) cosine similarities, float64."""
-        started = time.perf_counter()
-        embeds = self.encoder.images(windows)  # (N, D)
-        self.windows += len(windows)
-        self.seconds += self.encoder.image_seconds[windows.content_hash]
-        self.waited += time.perf_counter() - started
-        return (queries.double() @ embeds.double().T).numpy()
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
@@ -166,15 +85,13 @@ def _pixels(image: Image.Image) -> np.ndarray:
 
 @dataclass(frozen=True)
 class LocalizationTask:
-    """A row of `evaluation.run`'s registry: how to load the data and measure a model on it."""
+    """How to load scenes with queries, and measure a model on them."""
 
-    name: str
-    title: str
     protocol: str | Protocol = "v1"
     reference_io: bool = False  # as published: through JPEG; measured beside the figures without
 
     def load(self, source: str, allow_missing: int = 0) -> LocalizationData:
-        """As [`~benchmarks.localization_data.load_localization`]; `Unusable` for a scene smaller than a window too."""
+        """Load by [`~benchmarks.localization_data.load_localization`]; `Unusable` also for a scene smaller than a window."""
         protocol, data = choose_protocol(self.protocol), load_localization(source, allow_missing)
         for name, size in zip(data.images.names, data.sizes, strict=True):
             try:
@@ -193,9 +110,7 @@ class LocalizationTask:
             `without_reference_io` and `reference_io_difference` stand beside them.
         """
         protocol = choose_protocol(self.protocol)
-        started = time.perf_counter()
-        queries = query_embeddings(encoder, data.texts, protocol)  # (Q, D)
-        text_seconds = time.perf_counter() - started
+        queries, text_seconds = query_embeddings(encoder, data.texts, protocol)  # (Q, D)
         lengths = token_lengths(encoder.processor, data.texts)
         measured = self._measure(encoder, data, queries, self.reference_io)
         result = {
@@ -225,20 +140,20 @@ class LocalizationTask:
     ) -> dict[str, Any]:
         started = time.perf_counter()
         locator = Locator(encoder, choose_protocol(self.protocol), reference_io)
-        own_queries = defaultdict(list)
+        queries_of = defaultdict(list)  # by scene
         for query, image in enumerate(data.text_to_image):
-            own_queries[image].append(query)
+            queries_of[image].append(query)
         shown = _spread(len(data.texts))
         measured: dict[int, dict[str, float]] = {}
-        small: dict[int, list[list[int]]] = {}
-        for image, own in own_queries.items():
+        small_maps: dict[int, list[list[int]]] = {}
+        for image, in_scene in queries_of.items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # scenes are large
                 scene = _pixels(data.images[image])
-            for query, heat in zip(own, locator.maps(scene, queries[own]), strict=True):
+            for query, heat in zip(in_scene, locator.maps(scene, queries[in_scene]), strict=True):
                 measured[query] = localization_metrics(heat, data.regions[query])
                 if query in shown:
-                    small[query] = _small(heat).tolist()
+                    small_maps[query] = _small(heat).tolist()
         per_query = {name: [measured[query][name] for query in range(len(data.texts))] for name in MEASURES}
         return {
             "metrics": {name: float(np.mean(values)) for name, values in per_query.items()},
@@ -252,17 +167,18 @@ class LocalizationTask:
                 "windows": locator.seconds,
                 "maps_and_metrics": time.perf_counter() - started - locator.waited,
             },
-            "examples": [{"query": query, "map": small[query]} for query in shown],
+            "examples": [{"query": query, "map": small_maps[query]} for query in shown],
         }
 
 
 def _spread(count: int) -> list[int]:
-    """Queries spread evenly over all, not picked."""
+    """Indices of a few queries, spread evenly over all."""
     shown = min(EXAMPLES, count)
     return [int((position + 0.5) * count / shown) for position in range(shown)]
 
 
 def _small(heat: np.ndarray) -> np.ndarray:
+    """A map made smaller, to at most `EXAMPLE_SIDE` pixels."""
     scale = min(1.0, EXAMPLE_SIDE / max(heat.shape))
     height, width = (max(1, round(side * scale)) for side in heat.shape)
     return cv2.resize(heat, (width, height), interpolation=cv2.INTER_AREA)
@@ -305,8 +221,8 @@ def _notes(result: dict[str, Any], beside_paper: bool) -> list[str]:
     if beside_paper:
         other = [] if result["protocol"] == "v1" else ["protocol v1"]
         other += [] if result["reference_io"] else ["JPEG in between (--reference-io)"]
-        mind = f" The published loop is with {' and '.join(other)}." if other else ""
-        notes.append(f"paper: as printed in {ARXIV}; gap: measured minus paper.{mind}")
+        difference = f" The published loop is with {' and '.join(other)}." if other else ""
+        notes.append(f"paper: as printed in {ARXIV}; gap: measured minus paper.{difference}")
     if result["data"]["skipped"] or (result["data"]["expected"] and not result["data"]["whole"]):
         notes.append(f"{result['data']['summary']}.")
     return notes

@@ -13,17 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from modeling_lrsclip.encoding.encoder import (
-    Encoder,
-    cut_tokens,
-    embed_images,
-    embed_texts,
-    encode_texts,
-    hash_rows,
-    share_truncated,
-    token_lengths,
-)
+from modeling_lrsclip.encoding import Encoder, embed_images, embed_texts
 from modeling_lrsclip.encoding.ties import SCORE_TIE, best_first
+from modeling_lrsclip.encoding.tokens import cut_tokens, encode_texts, share_truncated, token_lengths
 
 from .benchmarks.retrieval_data import RetrievalData, load_retrieval
 
@@ -182,34 +174,28 @@ def evaluate_retrieval(
 
 @dataclass(frozen=True)
 class RetrievalTask:
-    """A row of `evaluation.run`'s registry: how to load the data and measure a model on it."""
+    """How to load texts of one kind with their images, and measure a model on them."""
 
-    name: str
-    title: str
-    text_column: str
-    studies_tokens: bool = False  # worth the curve of R@1 against tokens kept
+    text_column: str  # `long_text` or `short_text`
+    tokens_kept: Sequence[int] = ()  # text lengths for the curve of recall, in tokens; none: no curve
 
     def load(self, source: str, allow_missing: int = 0) -> RetrievalData:
         return load_retrieval(source, self.text_column, allow_missing)
 
-    def evaluate(self, encoder: Encoder, data: RetrievalData, tokens_kept: Sequence[int] = ()) -> dict[str, Any]:
+    def evaluate(self, encoder: Encoder, data: RetrievalData) -> dict[str, Any]:
         """
         Measures one model.
-
-        Args:
-            tokens_kept: text lengths for the curve, in tokens; empty for none.
 
         Returns:
             `dict`: ready for JSON: `metrics`, `share_truncated` (0 to 1), `tokens`, `ranks`, `curve`, `examples`, ….
         """
-        image_embeds = encoder.images(data.images)  # (M, D)
+        image_embeds, image_seconds = encoder.images(data.images)  # (M, D)
         rows = encode_texts(encoder.processor, data.texts)
-        text_embeds = encoder.texts(rows)  # (N, D)
+        text_embeds, text_seconds = encoder.texts(rows)  # (N, D)
         ranks = retrieval_ranks(image_embeds, text_embeds, data.text_to_image)
-        metrics = recall_from_ranks(ranks)
         lengths = token_lengths(encoder.processor, data.texts)
         result = {
-            "metrics": metrics,
+            "metrics": recall_from_ranks(ranks),
             "images": len(data.images),
             "texts": len(data.texts),
             "data": data.describe(),
@@ -219,18 +205,15 @@ class RetrievalTask:
                 "histogram": torch.bincount(torch.tensor(lengths) // TOKEN_BIN).tolist(),
             },
             "share_truncated": share_truncated(lengths, encoder.positions),
-            "seconds": {
-                "images": encoder.image_seconds[data.images.content_hash],
-                "texts": encoder.text_seconds[hash_rows(rows)],
-            },
+            "seconds": {"images": image_seconds, "texts": text_seconds},
             "images_sha256": data.images.content_hash,
             "texts_sha256": data.texts_hash,
             "image_of_text": list(data.text_to_image),
             "ranks": {"text_to_image": ranks.text_to_image.tolist(), "image_to_text": ranks.image_to_text.tolist()},
             "examples": _examples(encoder, image_embeds, text_embeds, data, ranks),
         }
-        if self.studies_tokens and tokens_kept:
-            result["curve"] = tokens_curve(encoder, data, rows, image_embeds, text_embeds, tokens_kept)
+        if self.tokens_kept:
+            result["curve"] = tokens_curve(encoder, data, rows, image_embeds, text_embeds, self.tokens_kept)
         return result
 
 
@@ -260,7 +243,7 @@ def tokens_curve(
         embeds = text_embeds
         if changed and kept < encoder.positions:
             embeds = text_embeds.clone()
-            embeds[changed] = encoder.texts(cut_tokens([rows[index] for index in changed], kept))
+            embeds[changed] = encoder.texts(cut_tokens([rows[index] for index in changed], kept)).embeds
         curve.append({"tokens": kept} | retrieval_recall(image_embeds, embeds, data.text_to_image))
     return curve
 

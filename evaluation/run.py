@@ -21,14 +21,12 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from modeling_lrsclip.encoding.encoder import load_encoder
+from modeling_lrsclip.encoding import load_encoder
 from modeling_lrsclip.files.atomic import replace_text
 from modeling_lrsclip.files.cache_folder import cache_folder
 from modeling_lrsclip.published.registry import label_models, resolve
 
 from .benchmarks.class_names import WORDINGS
-from .bootstrap import intervals
-from .paper import beside_paper
 from .results import (
     SCHEMA_VERSION,
     Table,
@@ -39,7 +37,7 @@ from .results import (
     print_table,
     write_json,
 )
-from .tasks import TASKS, Task, Work, choose_tasks, load_data
+from .tasks import TASKS, Benchmark, choose_tasks, load_benchmarks
 
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
@@ -103,22 +101,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """
-    Everything that can be wrong with the input is checked before the first model is loaded. Under `accelerate launch`
-    the processes share the encoding, and the first one writes and prints.
+    Measure all models on all benchmarks, and write and print the results. Everything that can be wrong with the input is
+    checked before the first model is loaded. Under `accelerate launch` the processes share the encoding, and the first
+    one writes and prints.
+
+    Returns:
+        `dict`: content of `results.json`.
+
+    Raises:
+        `ValueError`: one sentence on what is wrong with the options, the data or a model.
     """
     tasks = choose_tasks(options.tasks)
     for name, least in (("batch_size", 1), ("workers", 0), ("allow_missing", 0)):
         if getattr(options, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least {least}.")
-    sources = [resolve(given) for given in options.model]
+    sources = [resolve(name_or_path) for name_or_path in options.model]
     labels = label_models(sources)
-    task_options = {task.name: task.options(options) for task in tasks}
     processes = join_processes(options.device)
     main_process = processes is None or processes.is_main_process
     device = check_device(str(processes.device) if processes else options.device)
     output = prepare_output(options.output)
     console = make_console(quiet=not main_process)
-    work = load_data(tasks, options, lambda text: console.print(text, markup=False))
+    benchmarks = load_benchmarks(tasks, options, lambda text: console.print(text, markup=False))
     document: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -145,34 +149,41 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             distributed=processes is not None,
         )
         document["models"].append(encoder.describe() | {"revision": source.revision})
-        for task, measure, origin, data in [(task, measure, *each) for task, measure, own in work for each in own]:
+        for benchmark in benchmarks:
             started = time.perf_counter()
-            result = measure.evaluate(encoder, data, **task_options[task.name])
-            seconds = time.perf_counter() - started
-            result = {"model": label, "task": task.name, "dataset": data.name, "source": origin} | result
-            result["intervals"] = intervals(result)
-            document["results"].append(result | beside_paper(result))
-            reached = f"{task.headline} {result['metrics'][task.headline]:.{task.digits}f}"
-            console.print(f"{label}: {task.name} on {data.name} done in {seconds:.1f} s, {reached}", markup=False)
+            result = benchmark.measure(encoder)
+            seconds, task = time.perf_counter() - started, benchmark.task
+            document["results"].append(result)
+            headline = f"{task.headline} {result['metrics'][task.headline]:.{task.digits}f}"
+            line = f"{label}: {task.name} on {benchmark.data.name} done in {seconds:.1f} s, {headline}"
+            console.print(line, markup=False)
             if main_process:
                 write_json(output / "results.json", document)  # after each: what is done stays done
     if main_process:
-        show(console, work, document, output)
+        show(console, benchmarks, document, output)
     if processes:
         processes.destroy_process_group()
     return document
 
 
-def show(console: Console, work: Work, document: dict[str, Any], output: Path) -> None:
-    """Prints the tables, writes them and the figures, and names what was written."""
-    tables = make_tables([task for task, _, _ in work], document)
+def show(console: Console, benchmarks: Sequence[Benchmark], document: dict[str, Any], output: Path) -> None:
+    """
+    Prints the tables, writes them and the figures, and names the files written.
+
+    Args:
+        console: where to print.
+        benchmarks: what was measured.
+        document: content of `results.json`, which is written already.
+        output: folder to write to.
+    """
+    tables = make_tables(benchmarks, document)
     for table in tables:
         print_table(console, table)
     replace_text(output / "results.md", "\n".join(markdown(table) for table in tables))
     replace_text(output / "results.csv", csv_lines(document["results"]))
     written = [output / name for name in ("results.json", "results.md", "results.csv")]
     console.print()
-    for path in [*written, *draw_figures(work, document, output)]:
+    for path in [*written, *draw_figures(benchmarks, document, output)]:
         console.print(str(path), soft_wrap=True, markup=False)
 
 
@@ -208,31 +219,33 @@ def prepare_output(path: str) -> Path:
 # ------------------------------------------------------------------------------------------------------------- output
 
 
-def make_tables(tasks: Sequence[Task], document: dict[str, Any]) -> list[Table]:
+def make_tables(benchmarks: Sequence[Benchmark], document: dict[str, Any]) -> list[Table]:
+    """The tables of all tasks, in their order."""
     tables = []
-    for task in tasks:
+    for task in dict.fromkeys(benchmark.task for benchmark in benchmarks):
         results = [result for result in document["results"] if result["task"] == task.name]
         groups = [results] if task.one_table else _by_dataset(results)
-        tables += [table for own in groups for table in task.tables(task.title, own, document["models"])]
+        tables += [table for group in groups for table in task.tables(task.title, group, document["models"])]
     return [table for table in tables if table]
 
 
-def draw_figures(work: Work, document: dict[str, Any], output: Path) -> list[Path]:
-    """Each task's pictures; their names tell the task and the data set where there are several."""
+def draw_figures(benchmarks: Sequence[Benchmark], document: dict[str, Any], output: Path) -> list[Path]:
+    """Draw each task's pictures; their names tell the task and the data set where there are several."""
     paths: list[Path] = []
-    for index, (task, _, datasets) in enumerate(work):
-        for _, data in datasets:
-            of = {"task": task.name, "dataset": data.name}
-            results = [result for result in document["results"] if of.items() <= result.items()]
-            ending = f"-{data.name}" if len(datasets) > 1 else ""
-            if any(task.figures is earlier.figures for earlier, _, _ in work[:index]):
-                ending += f"-{task.name}"
-            place = functools.partial(_place, output, ending)
-            paths += task.figures(results, data, document["models"], place)
+    tasks = list(dict.fromkeys(benchmark.task for benchmark in benchmarks))
+    for benchmark in benchmarks:
+        task, name = benchmark.task, benchmark.data.name
+        wanted = {"task": task.name, "dataset": name}
+        results = [result for result in document["results"] if wanted.items() <= result.items()]
+        ending = f"-{name}" if sum(other.task == task for other in benchmarks) > 1 else ""
+        if any(task.figures is earlier.figures for earlier in tasks[: tasks.index(task)]):
+            ending += f"-{task.name}"
+        path = functools.partial(_figure_path, output, ending)
+        paths += task.figures(results, benchmark.data, document["models"], path)
     return paths
 
 
-def _place(folder: Path, ending: str, name: str) -> Path:
+def _figure_path(folder: Path, ending: str, name: str) -> Path:
     return folder / re.sub(r"[^\w.-]", "_", f"{name}{ending}.png")
 
 

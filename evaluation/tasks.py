@@ -1,4 +1,4 @@
-"""The tasks of `evaluation.run`: where each finds its data, how it measures, and the tables and pictures that come of it."""
+"""The tasks of `evaluation.run`: where each finds its data, how it measures, its tables and its pictures."""
 
 import argparse
 import difflib
@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .benchmarks.class_names import load_templates
+from modeling_lrsclip.encoding import Encoder
+
 from .benchmarks.classification_data import find_sources as find_classification
 from .benchmarks.localization_data import find_sources as find_localization
 from .benchmarks.retrieval_data import find_sources as find_retrieval
 from .benchmarks.tables import NotHere, Unusable
+from .bootstrap import intervals
 from .classification import ClassificationTask, classification_table
 from .figures.classification import draw_confusion_matrix
 from .figures.localization import draw_localization
 from .figures.retrieval import draw_recall_vs_tokens, draw_retrieval_gallery, draw_token_lengths
 from .localization import LocalizationTask, localization_table
+from .paper import beside_paper
 from .results import Table, retrieval_table, tokens_table
 from .retrieval import RetrievalTask
 
@@ -30,20 +33,19 @@ class Task:
     A row of the registry.
 
     Args:
-        make: from the command's options, the object with `load(source, allow_missing)` and `evaluate(encoder, data)`.
+        make: from the command's options, which it checks, the object with `load(source, allow_missing)` and
+            `evaluate(encoder, data)`.
         sources: a path or Hub id -> those below it that hold this task's data; raises `NotHere` where there are none.
-        options: further keyword arguments of its `evaluate`, from the command's options; checks them.
         tables: results of one data set (of all, with `one_table`) and the models' descriptions -> tables.
         figures: results of one data set, its data, the models' descriptions, and a function from a figure's name to its
             path -> paths written.
-        headline: the metric that is told when a model is done.
+        headline: the metric that is printed when a model is done.
     """
 
     name: str
     title: str
     make: Callable[[argparse.Namespace], Any]
     sources: Callable[[str], list[str]]
-    options: Callable[[argparse.Namespace], dict[str, Any]]
     tables: Callable[[str, Results, Results], list[Table | None]]
     figures: Callable[[Results, Any, Results, Callable[[str], Path]], list[Path]]
     headline: str
@@ -55,9 +57,8 @@ def _retrieval(name: str, title: str, column: str, studies_tokens: bool) -> Task
     return Task(
         name,
         title,
-        make=lambda options: RetrievalTask(name, title, column, studies_tokens),
+        make=lambda options: RetrievalTask(column, parse_tokens(options.tokens_kept) if studies_tokens else ()),
         sources=lambda source: find_retrieval(source, column),
-        options=lambda options: {"tokens_kept": parse_tokens(options.tokens_kept)},
         tables=lambda title, results, models: [retrieval_table(title, results, models), tokens_table(title, results)],
         figures=_draw_retrieval,
         headline="mR",
@@ -91,16 +92,6 @@ def _draw_localization(results: Results, data: Any, models: Results, path: Calla
     return [draw_localization(best, data, path("localization"), best["model"])]
 
 
-def _classification_options(options: argparse.Namespace) -> dict[str, Any]:
-    load_templates(options.templates)  # says what is wrong with the name before a model is loaded
-    return {"templates": options.templates, "wording": options.class_names}
-
-
-# A task, what `make` made for it, and its data sets with the path or id of each.
-Work = Sequence[tuple[Task, Any, Sequence[tuple[str, Any]]]]
-
-_ZIC, _SELO = "Zero-shot classification (ZIC)", "Semantic localization (SeLo)"
-
 TASKS = {
     task.name: task
     for task in (
@@ -108,10 +99,9 @@ TASKS = {
         _retrieval("zcrs", "Short-text retrieval (ZCRS)", "short_text", studies_tokens=False),
         Task(
             "zic",
-            _ZIC,
-            make=lambda options: ClassificationTask("zic", _ZIC),
+            "Zero-shot classification (ZIC)",
+            make=lambda options: ClassificationTask(options.templates, options.class_names),
             sources=find_classification,
-            options=_classification_options,
             tables=lambda title, results, models: [classification_table(title, results)],
             figures=_draw_classification,
             headline="accuracy",
@@ -119,10 +109,9 @@ TASKS = {
         ),
         Task(
             "selo",
-            _SELO,
-            make=lambda options: LocalizationTask("selo", _SELO, options.protocol, options.reference_io),
+            "Semantic localization (SeLo)",
+            make=lambda options: LocalizationTask(options.protocol, options.reference_io),
             sources=find_localization,
-            options=lambda options: {},
             tables=lambda title, results, models: [localization_table(title, results)],
             figures=_draw_localization,
             headline="Rmi",
@@ -158,50 +147,75 @@ def parse_tokens(values: str) -> list[int]:
     return kept
 
 
-def load_data(tasks: Sequence[Task], options: argparse.Namespace, say: Callable[[str], None]) -> Work:
+@dataclass(frozen=True)
+class Benchmark:
+    """One data set, and the task that models are measured on it by."""
+
+    task: Task
+    method: Any  # made by `task.make`
+    source: str  # path or Hub id that the data was read from
+    data: Any
+
+    def measure(self, encoder: Encoder) -> dict[str, Any]:
+        """The result of one model, as `results.json` holds it."""
+        result = self.method.evaluate(encoder, self.data)
+        named = {"model": encoder.label, "task": self.task.name, "dataset": self.data.name, "source": self.source}
+        result = named | result
+        result["intervals"] = intervals(result)
+        return result | beside_paper(result)
+
+
+def load_benchmarks(tasks: Sequence[Task], options: argparse.Namespace, say: Callable[[str], None]) -> list[Benchmark]:
     """
-    Each task with its maker's object and the data sets that `--data` holds of it, with the paths or ids they were read
-    from. With `--tasks all`, a task without data is left out, which is said.
+    Load the data of all tasks; with `--tasks all`, a task without data is left out, which is said.
+
+    Args:
+        tasks: in the order of the results.
+        options: of the command.
+        say: prints a line.
+
+    Returns:
+        The data sets that `--data` holds, task by task.
 
     Raises:
         `ValueError`: one sentence for a task that was asked for by name and has no data, a source that no task can
             use, and whatever is wrong with the data.
     """
-    used, found = set(), []
+    used, benchmarks = set(), []
     absent: dict[str, NotHere] = {}
     for task in tasks:
-        measure, own = task.make(options), []
-        for given in options.data:
+        method, loaded = task.make(options), []
+        for path in options.data:
             try:
-                sources = task.sources(given)
+                sources = task.sources(path)
             except NotHere as error:
                 absent[task.name] = error
                 continue
             for source in sources:
                 try:
-                    own.append((source, measure.load(source, options.allow_missing)))
-                    used.add(given)
+                    loaded.append(Benchmark(task, method, source, method.load(source, options.allow_missing)))
+                    used.add(path)
                 except NotHere as error:
                     absent[task.name] = error
                     if isinstance(error, Unusable) and options.tasks == "all":
-                        used.add(given)
+                        used.add(path)
                         say(f"{task.name} leaves out {source}: {error}")
                     elif isinstance(error, Unusable):
                         raise
-        if own:
-            names = [data.name for _, data in own]
-            if twice := {name for name in names if names.count(name) > 1}:
-                raise ValueError(f"--data has {twice.pop()} for {task.name} twice; name one of them otherwise.")
-            found.append((task, measure, own))
-            for _, data in own:
-                say(f"{task.name}: {data.summary}")
-        elif options.tasks != "all":
+        if not loaded and options.tasks != "all":
             raise absent[task.name]
-    unused = [given for given in options.data if given not in used]
+        names = [benchmark.data.name for benchmark in loaded]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"--data has {twice.pop()} for {task.name} twice; name one of them otherwise.")
+        for benchmark in loaded:
+            say(f"{task.name}: {benchmark.data.summary}")
+        benchmarks += loaded
+    unused = [path for path in options.data if path not in used]
     if unused:
         reason = "; ".join(f"{name}: {str(error).rstrip('.')}" for name, error in absent.items())
         raise ValueError(f"--data {unused[0]} holds nothing for {', '.join(task.name for task in tasks)} ({reason}).")
+    measured = {benchmark.task.name for benchmark in benchmarks}
     for task in tasks:
-        if task not in [each for each, _, _ in found]:
+        if task.name not in measured:
             say(f"{task.name} is left out: {absent[task.name]}")
-    return found
+    return benchmarks

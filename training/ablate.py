@@ -29,11 +29,11 @@ from transformers.utils import logging
 
 from evaluation.benchmarks.aerial_scenes.data_set import CLASS_NAMES, write_dataset
 from evaluation.benchmarks.scene_mosaics import write_mosaics
-from evaluation.bootstrap import LEVEL, RESAMPLES, Sums, draws, intervals, sums_of
+from evaluation.bootstrap import LEVEL, RESAMPLES, Sums, draws, sums_of
 from evaluation.paper import ARXIV, ablation_figures, paper_tables
 from evaluation.results import Column, Table, environment, make_console, markdown, print_table, write_json
 from evaluation.run import parse_arguments as evaluation_options
-from evaluation.tasks import choose_tasks, load_data
+from evaluation.tasks import choose_tasks, load_benchmarks
 from modeling_lrsclip.encoding.encoder import load_encoder
 from modeling_lrsclip.files.atomic import replace_text
 
@@ -175,9 +175,9 @@ class Measured:
     def __init__(self, data: list[str], device: str, say: Callable[[str], None]):
         words = ["--model", "-", "--output", "-", "--data", *data, "--tokens-kept", "none", "--device", device]
         self.options, tasks = evaluation_options(words), choose_tasks("all")
-        self.work = load_data(tasks, self.options, say)
+        self.benchmarks = load_benchmarks(tasks, self.options, say)
         self.identity = [identify(source) for source in data]
-        there = {task.name for task, _, _ in self.work}
+        there = {benchmark.task.name for benchmark in self.benchmarks}
         self.left_out = [TASKS[task.name] for task in tasks if task.name not in there]
 
     def __call__(self, model: Path, kept: Path) -> Results:
@@ -187,13 +187,10 @@ class Measured:
         started = time.perf_counter()
         encoder = load_encoder(str(model), self.options.device, batch_size=self.options.batch_size)
         results: Results = {}
-        for task, measure, own in self.work:
-            for _, data in own:
-                result = measure.evaluate(encoder, data, **task.options(self.options))
-                result = {"model": str(model), "task": task.name, "dataset": data.name} | result
-                result["intervals"] = intervals(result)
-                result.pop("examples", None)  # for galleries
-                results.setdefault(task.name, []).append(result)
+        for benchmark in self.benchmarks:
+            result = benchmark.measure(encoder)
+            result.pop("examples", None)  # for galleries
+            results.setdefault(benchmark.task.name, []).append(result)
         write_json(kept, {"data": self.identity, "seconds": time.perf_counter() - started, "results": results})
         return results
 

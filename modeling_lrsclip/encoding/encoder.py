@@ -1,7 +1,7 @@
 """
-Texts and images -> unit embeddings.
+Texts and images to unit embeddings.
 
-Shapes: N texts, M images, L tokens of the longest text in a batch, D width of the shared space.
+Shapes: N texts, M images, L tokens of the longest text in a batch, B items of a batch, D width of the shared space.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import PIL
 import torch
@@ -22,83 +22,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from modeling_lrsclip.files.hashing import json_sha256, weights_sha256
+from modeling_lrsclip.files.hashing import weights_sha256
 
 from ..published.registry import ModelSource
 from .cache import EmbeddingCache, SharedWork
 from .image_batches import pixel_batches
-from .image_tower import in_threads, pooled_token_only, tower_batch
-from .text_tower import end_of_text_only, text_batches
+from .tokens import cut_tokens, encode_texts, hash_rows, text_positions, unique_rows
+from .towers import class_token_only, end_of_text_only, image_batch_size, in_threads, text_batches
 
 
 PART = 256  # texts or images that are kept in one file of the cache, and handed to one process
-
-# ----------------------------------------------------------------------------------------------------------- tokens
-
-
-def encode_texts(processor: Any, texts: Sequence[str]) -> list[list[int]]:
-    """
-    Token ids of texts, cleaned and without padding, start and end tokens included, cut at the tokenizer's length.
-
-    Args:
-        processor: an `LRSCLIPProcessor`, or any CLIP processor with a `tokenizer`.
-        texts (sequence of N `str`).
-
-    Returns:
-        N rows of at most `tokenizer.model_max_length` ids.
-
-    Raises:
-        `ValueError`: for a single string in place of a sequence, or an entry that is not a string.
-    """
-    texts = _check_texts(texts)
-    if not texts:
-        return []
-    if hasattr(processor, "encode_text"):
-        return processor.encode_text(texts)
-    rows = processor.tokenizer(texts, truncation=False, padding=False, verbose=False)["input_ids"]
-    return cut_tokens(rows, processor.tokenizer.model_max_length)
-
-
-def token_lengths(processor: Any, texts: Sequence[str]) -> list[int]:
-    """Tokens of each whole text, before anything is cut, start and end tokens included."""
-    texts = _check_texts(texts)
-    if not texts:
-        return []
-    if hasattr(processor, "count_tokens"):
-        return processor.count_tokens(texts)
-    rows = processor.tokenizer(texts, truncation=False, padding=False, verbose=False)["input_ids"]
-    return [len(row) for row in rows]
-
-
-def _check_texts(texts: Sequence[str]) -> list[str]:
-    if isinstance(texts, str):
-        raise ValueError("texts must be a list of strings, got one string: write [text].")
-    texts = list(texts)
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"texts[{index}] is {type(text).__name__} ({text!r:.60}); every text must be a string.")
-    return texts
-
-
-def cut_tokens(rows: Sequence[list[int]], max_tokens: int) -> list[list[int]]:
-    """
-    Rows of at most `max_tokens` ids: the first `max_tokens - 1` and end-of-text put back as the last, as every CLIP
-    tokenizer truncates. A row that is short enough is returned as it is.
-    """
-    if max_tokens < 2:
-        raise ValueError(f"max_tokens={max_tokens}, must be at least 2: the start and the end token count.")
-    return [row if len(row) <= max_tokens else row[: max_tokens - 1] + row[-1:] for row in rows]
-
-
-def share_truncated(lengths: Sequence[int], max_tokens: int) -> float:
-    """Share, from 0 to 1, of the texts ([`token_lengths`]) that are longer than `max_tokens` and so lose their end."""
-    return sum(length > max_tokens for length in lengths) / max(len(lengths), 1)
-
-
-def text_positions(model: Any) -> int:
-    """Number of tokens, start and end included, that the model's text position table holds: 77 or 248."""
-    return model.config.text_config.max_position_embeddings
-
 
 # ------------------------------------------------------------------------------------------------------- embeddings
 
@@ -113,7 +46,7 @@ def embed_texts(
     progress: bool | str | tqdm = False,
 ) -> Tensor:
     """
-    Unit embeddings of texts. Texts longer than the model's position table are cut ([`share_truncated`] says how many).
+    Unit embeddings of texts. Texts longer than the model's position table are cut ([`~.tokens.share_truncated`] says how many).
 
     Args:
         model: `LRSCLIPModel` or `CLIPModel`; its training state is left as found.
@@ -141,7 +74,7 @@ def embed_token_rows(
     dtype: torch.dtype | None = None,
     progress: bool | str | tqdm = False,
 ) -> Tensor:
-    """As [`embed_texts`], for texts that [`encode_texts`] has turned into token ids already."""
+    """Unit embeddings of texts that [`encode_texts`] has turned into token ids; otherwise as [`embed_texts`]."""
     _check_batch_size(batch_size)
     rows = cut_tokens(rows, min(max_tokens or text_positions(model), text_positions(model)))
     unique, source = unique_rows(rows)  # equal rows are encoded once
@@ -169,13 +102,6 @@ def embed_token_rows(
     return embeds[torch.tensor(source, dtype=torch.long)]  # (N, D)
 
 
-def unique_rows(rows: Sequence[Sequence[int]]) -> tuple[list[tuple[int, ...]], list[int]]:
-    """Each row once, by falling length (what fails, fails first), and for every row given its place among those."""
-    unique = sorted(dict.fromkeys(map(tuple, rows)), key=len, reverse=True)
-    place = {row: index for index, row in enumerate(unique)}
-    return unique, [place[tuple(row)] for row in rows]
-
-
 def embed_images(
     model: Any,
     processor: Any,
@@ -200,12 +126,12 @@ def embed_images(
         `Tensor` (M, D), float32 on the CPU, in input order. No images: (0, D).
     """
     _check_batch_size(batch_size)
-    size, total = tower_batch(model, batch_size), len(images) if hasattr(images, "__len__") else None
+    size, total = image_batch_size(model, batch_size), len(images) if hasattr(images, "__len__") else None
     prepared: Any = _batches(images, size)
     if total is not None and hasattr(images, "__getitem__"):
         prepared = pixel_batches(processor, images, size, workers, pin=model.device.type == "cuda")
     embeds = [torch.empty(0, model.config.projection_dim)]
-    with _inference(model, dtype), pooled_token_only(model), _bar(total, progress, "images") as bar:
+    with _inference(model, dtype), class_token_only(model), _bar(total, progress, "images") as bar:
 
         def encode(batch: Any) -> Tensor:
             _settle_thread(model.device, dtype)
@@ -252,7 +178,7 @@ def _inference(model: Any, dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def _settle_thread(device: torch.device, dtype: torch.dtype | None) -> None:
-    """What [`_inference`] means for computing holds for its own thread; a helping thread gets it here, for its life."""
+    """Set a helping thread, for its life, to the modes of [`_inference`], which hold for the thread that enters it only."""
     if torch.is_grad_enabled():
         torch.set_grad_enabled(False)
         if _is_half(dtype):
@@ -280,6 +206,13 @@ def _bar(total: int | None, progress: bool | str | tqdm, noun: str) -> Iterator[
 # ---------------------------------------------------------------------------------------------------------- encoder
 
 
+class Embeddings(NamedTuple):
+    """Unit embeddings and what they cost."""
+
+    embeds: Tensor  # (N, D) float32 on the CPU
+    seconds: float  # that computing them took, in all processes together, when they were first computed
+
+
 @dataclass
 class Encoder:
     """
@@ -290,20 +223,16 @@ class Encoder:
 
     model: Any
     processor: Any
-    label: str = "model"
-    path: str = ""
-    batch_size: int = 64
+    label: str = "model"  # the model's name in tables
+    path: str = ""  # where it was loaded from
+    batch_size: int = 64  # texts or images encoded at once, at most
     dtype: torch.dtype | None = None  # autocast; None: the weights' own
     progress: bool = False
     workers: int = 0  # processes that decode images, as in `embed_images`
     compile: bool = False  # torch.compile of the towers' layers: minutes at first, faster from then on
     cache_dir: str | Path | None = None  # folder of embeddings; None: nothing is kept on disk
-    distributed: bool = (
-        False  # the processes of torch.distributed share the work; all of them must make the same calls
-    )
-    image_seconds: dict[str, float] = field(default_factory=dict)  # by content, as first paid, of all processes
-    text_seconds: dict[str, float] = field(default_factory=dict)  # by `hash_rows`, likewise
-    _images: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    distributed: bool = False  # processes of torch.distributed share the work; all must make the same calls
+    _images: dict[str, Embeddings] = field(default_factory=dict, repr=False)  # by content
 
     def __post_init__(self):
         if self.compile:
@@ -313,14 +242,23 @@ class Encoder:
 
     @property
     def positions(self) -> int:
-        """Tokens that the model reads of a text: what its table and its tokenizer allow."""
+        """Number of tokens that the model reads of a text: what its table and its tokenizer allow."""
         return min(text_positions(self.model), self.processor.tokenizer.model_max_length)
 
-    def images(self, images: Any) -> Tensor:
-        """(M, D) unit embeddings of an `ImageFiles`, or its like with a `content_hash`, and so have its slices."""
+    def images(self, images: Any) -> Embeddings:
+        """
+        Embed images, or return what was embedded of the same content before.
+
+        Args:
+            images: M images that can be cut into slices and have a `content_hash`, as
+                [`~evaluation.benchmarks.image_files.ImageFiles`] and its slices have.
+
+        Returns:
+            (M, D) unit embeddings and their seconds.
+        """
         key = images.content_hash
         if key not in self._images:
-            batch = tower_batch(self.model, self.batch_size)
+            batch = image_batch_size(self.model, self.batch_size)
             parts = self._parts(images, batch) if self.cache_dir or self.distributed else [images]
             work = SharedWork(self._cache("image"), self.distributed)
             with _bar(len(images), f"{self.label}: images" if self.progress else False, "images") as bar:
@@ -329,12 +267,19 @@ class Encoder:
                     options = self.batch_size, self.dtype, bar, self.workers
                     return embed_images(self.model, self.processor, part, *options)
 
-                embeds, seconds = work.embed(parts, lambda part: part.content_hash, embed)
-            self._images[key], self.image_seconds[key] = embeds, seconds
+                self._images[key] = Embeddings(*work.embed(parts, lambda part: part.content_hash, embed))
         return self._images[key]
 
-    def texts(self, rows: Sequence[list[int]]) -> Tensor:
-        """(N, D) unit embeddings of token rows."""
+    def texts(self, rows: Sequence[list[int]]) -> Embeddings:
+        """
+        Embed texts.
+
+        Args:
+            rows: N token rows of [`encode_texts`].
+
+        Returns:
+            (N, D) unit embeddings and their seconds; equal rows are embedded once.
+        """
         unique, source = unique_rows(rows)
         work = SharedWork(self._cache("text"), self.distributed)
         with _bar(len(unique), f"{self.label}: texts" if self.progress else False, "texts") as bar:
@@ -342,21 +287,19 @@ class Encoder:
             def embed(part: Sequence[list[int]]) -> Tensor:
                 return embed_token_rows(self.model, self.processor, part, self.batch_size, None, self.dtype, bar)
 
-            embeds, self.text_seconds[hash_rows(rows)] = work.embed(
-                self._parts(unique, self.batch_size), hash_rows, embed
-            )
-        return embeds[torch.tensor(source, dtype=torch.long)]
+            embeds, seconds = work.embed(self._parts(unique, self.batch_size), hash_rows, embed)
+        return Embeddings(embeds[torch.tensor(source, dtype=torch.long)], seconds)
 
     def _parts(self, items: Any, batch: int) -> list[Any]:
-        """Pieces of whole batches: embeddings do not depend on who computes a piece, nor on which were there before."""
+        """Cut items into pieces of whole batches, so that embeddings depend neither on who computes a piece nor on which were kept."""
         size = max(1, PART // batch) * batch
         return [items[start : start + size] for start in range(0, max(1, len(items)), size)]
 
     def _cache(self, kind: str) -> EmbeddingCache | None:
-        """On disk; whatever the embeddings of one item depend on, beside the item, is in its name."""
+        """The folder of embeddings on disk; its name holds all that an item's embedding depends on beside the item."""
         if self.cache_dir is None:
             return None
-        known = {
+        origin = {
             "kind": kind,
             "weights": self.weights_sha256,
             "config": _plain_config(self.model.config),
@@ -366,19 +309,19 @@ class Encoder:
             "width": self.model.config.projection_dim,
         }
         if kind == "image":
-            known["image_processor"] = self.processor.image_processor.to_dict()
+            origin["image_processor"] = self.processor.image_processor.to_dict()
             # Its own name of itself is the same with torchvision, whose pixels differ.
-            known["image_processor_class"] = type(self.processor.image_processor).__qualname__
-            known["torchvision"] = find_spec("torchvision") and version("torchvision")
-            known["pillow"] = PIL.__version__
-        return EmbeddingCache(Path(self.cache_dir).expanduser(), json.dumps(known, sort_keys=True, default=str))
+            origin["image_processor_class"] = type(self.processor.image_processor).__qualname__
+            origin["torchvision"] = find_spec("torchvision") and version("torchvision")
+            origin["pillow"] = PIL.__version__
+        return EmbeddingCache(Path(self.cache_dir).expanduser(), json.dumps(origin, sort_keys=True, default=str))
 
     @cached_property
     def weights_sha256(self) -> str:
         return weights_sha256(sorted(self.model.state_dict().items()))
 
     def describe(self) -> dict[str, Any]:
-        """What identifies the model in `results.json`."""
+        """Return the fields that identify the model in `results.json`."""
         return {
             "label": self.label,
             "path": self.path,
@@ -394,18 +337,13 @@ class Encoder:
 
 
 def _plain_config(config: Any) -> dict[str, Any]:
-    """What a configuration says of the model, without where and by which version it was saved."""
+    """A configuration's fields without those that tell where and by which version it was saved."""
     fields = config.to_dict()
     return {name: value for name, value in fields.items() if name not in ("_name_or_path", "transformers_version")}
 
 
-def hash_rows(rows: Sequence[Sequence[int]]) -> str:
-    """SHA-256 over token rows."""
-    return json_sha256([list(row) for row in rows])
-
-
 def load_encoder(
-    given: str | ModelSource,
+    source: str | ModelSource,
     device: str = "cpu",
     label: str | None = None,
     tokenizer: str | None = None,
@@ -415,17 +353,20 @@ def load_encoder(
     Loads a model with float32 weights.
 
     Args:
-        given: model folder or Hub id of an `LRSCLIPModel` or a `CLIPModel`, or what [`~modeling_lrsclip.published.registry.resolve`] made
-            of it, a published checkpoint file among them.
+        source: model folder or Hub id of an `LRSCLIPModel` or a `CLIPModel`; or the result of
+            [`~modeling_lrsclip.published.registry.resolve`], which may be a published checkpoint file.
         device: where the towers run, for example `cpu` or `cuda:0`.
         label: the model's name in tables; default its path.
         tokenizer: for a checkpoint file: Hub id, folder, or the published BPE file.
         options: `batch_size`, `dtype`, `progress`, `workers`, `compile`, `cache_dir`, `distributed` of [`Encoder`].
 
+    Returns:
+        [`Encoder`], its model in evaluation mode.
+
     Raises:
         `ValueError`: for something that cannot be loaded, or a checkpoint that lacks weights of the model.
     """
-    source = given if isinstance(given, ModelSource) else ModelSource(given)
+    source = source if isinstance(source, ModelSource) else ModelSource(source)
     model, processor = _load_file(source, tokenizer) if source.is_file else _load_pretrained(source)
     for name in ("get_text_features", "get_image_features"):
         if not hasattr(model, name):

@@ -23,7 +23,7 @@ from evaluation.results import markdown, write_json
 from modeling_lrsclip.encoding.encoder import Encoder, embed_images, embed_texts
 
 
-TASK = ClassificationTask("zic", "Zero-shot classification (ZIC)")
+TASK = ClassificationTask()
 
 
 def classify_scores(scores, labels):
@@ -123,7 +123,7 @@ def encoder(tiny_model, tiny_processor):
 
 def test_several_templates_are_averaged_as_unit_vectors(encoder):
     templates = Templates("two", None, ("a photo of {class_name}", "{} from above"))
-    embeds = class_embeddings(encoder, ["road", "field"], templates)
+    embeds, _ = class_embeddings(encoder, ["road", "field"], templates)
     for row, name in zip(embeds, ["road", "field"], strict=True):
         prompts = [f"a photo of {name}", f"{name} from above"]
         by_hand = F.normalize(embed_texts(encoder.model, encoder.processor, prompts).mean(dim=0), dim=0)
@@ -168,17 +168,17 @@ def test_the_task_agrees_with_embedding_by_hand(encoder, folder, images, tmp_pat
 
 def test_templates_and_wording_change_the_prompts_and_are_recorded(encoder, folder, tmp_path):
     data = TASK.load(str(folder))
-    human, folders = TASK.evaluate(encoder, data), TASK.evaluate(encoder, data, wording="folder")
+    human, folders = (task.evaluate(encoder, data) for task in (TASK, ClassificationTask(wording="folder")))
     assert folders["prompts"]["first"] == "a satellite photo of airport"
     assert folders["class_names"]["wording"] == "folder" and folders["prompts"]["sha256"] != human["prompts"]["sha256"]
     (tmp_path / "own.txt").write_text("{class_name} seen from space\n\nan aerial view of {}\n")
-    own = TASK.evaluate(encoder, data, templates=str(tmp_path / "own.txt"))
+    own = ClassificationTask(str(tmp_path / "own.txt")).evaluate(encoder, data)
     assert own["prompts"]["templates"] == ["{class_name} seen from space", "an aerial view of {}"]
     assert own["prompts"]["first"] == "airport seen from space"
     with pytest.raises(ValueError, match="Did you mean paper"):
-        TASK.evaluate(encoder, data, templates="papers")
+        ClassificationTask("papers")
     with pytest.raises(ValueError, match="human or folder"):
-        TASK.evaluate(encoder, data, wording="short")
+        ClassificationTask(wording="short").evaluate(encoder, data)
 
 
 def test_images_are_encoded_once_whatever_the_prompts(encoder, folder, monkeypatch):
@@ -189,7 +189,7 @@ def test_images_are_encoded_once_whatever_the_prompts(encoder, folder, monkeypat
     monkeypatch.setattr(encoding, "embed_images", lambda *given: calls.append(len(given[2])) or original(*given))
     data = TASK.load(str(folder))
     for templates in ("paper", "plain", "ensemble"):
-        TASK.evaluate(encoder, data, templates)
+        ClassificationTask(templates).evaluate(encoder, data)
     assert calls == [4]
 
 

@@ -16,10 +16,9 @@ from evaluation.localization import (
     LocalizationTask,
     localization_metrics,
     localization_table,
-    query_embeddings,
     similarity_map,
 )
-from evaluation.localization_windows import (
+from evaluation.localization_maps import (
     PROTOCOLS,
     Protocol,
     SceneWindows,
@@ -29,6 +28,7 @@ from evaluation.localization_windows import (
     mean_scores,
     near_windows,
     probability_map,
+    query_embeddings,
 )
 from evaluation.results import make_console, markdown, print_table
 from modeling_lrsclip.encoding.encoder import Encoder, embed_images, embed_texts
@@ -148,7 +148,7 @@ def test_maps_equal_the_slow_loop(name, reference_io, scene, tiny_model, tiny_pr
     assert maps.shape == (3, 180, 230) and maps.dtype == np.uint8 and maps.max() > 100
     text = embed_texts(tiny_model, tiny_processor, TEXTS[:1])[0]
     if name == "v2":  # the mean with four shuffles of the words, which are always the same
-        text = query_embeddings(Encoder(tiny_model, tiny_processor), TEXTS[:1], SMALL["v2"])[0]
+        text = query_embeddings(Encoder(tiny_model, tiny_processor), TEXTS[:1], SMALL["v2"]).embeds[0]
     slow = slow_map(
         lambda image: embed_images(tiny_model, tiny_processor, [image])[0].double(),
         text.double(),
@@ -249,7 +249,7 @@ def source(scene, tmp_path):
 
 @pytest.mark.parametrize("reference_io", [False, True], ids=["", "jpeg"])
 def test_the_task_measures_what_the_functions_do(reference_io, source, tiny_model, tiny_processor):
-    task = LocalizationTask("selo", "Semantic localization (SeLo)", SMALL["v1"], reference_io)
+    task = LocalizationTask(SMALL["v1"], reference_io)
     data = task.load(str(source))
     assert isinstance(data, LocalizationData) and data.sizes == [(180, 230), (230, 180)]
     result = task.evaluate(Encoder(tiny_model, tiny_processor, batch_size=16), data)
@@ -270,9 +270,7 @@ def test_the_task_measures_what_the_functions_do(reference_io, source, tiny_mode
     assert max(len(result["examples"][0]["map"]), len(result["examples"][0]["map"][0])) == 64
     assert ("reference_io_difference" in result) == reference_io
     if reference_io:
-        plain = LocalizationTask("selo", "", SMALL["v1"]).evaluate(
-            Encoder(tiny_model, tiny_processor, batch_size=16), data
-        )
+        plain = LocalizationTask(SMALL["v1"]).evaluate(Encoder(tiny_model, tiny_processor, batch_size=16), data)
         assert result["without_reference_io"]["metrics"] == plain["metrics"]
         assert result["reference_io_difference"]["Rsu"] == result["metrics"]["Rsu"] - plain["metrics"]["Rsu"] != 0
 
@@ -281,7 +279,7 @@ def test_a_scene_smaller_than_a_window_is_named_before_anything_is_encoded(sourc
     with pytest.raises(
         ValueError, match=r"image a\.png of .*localization\.jsonl: the scene of 230 x 180 .* window of 512"
     ):
-        LocalizationTask("selo", "", "v2").load(str(source))
+        LocalizationTask("v2").load(str(source))
 
 
 def test_the_table_sets_the_paper_and_the_gap_beside_the_figures():
@@ -326,7 +324,7 @@ def test_the_table_sets_the_paper_and_the_gap_beside_the_figures():
 
 
 def test_embeddings_of_windows_are_kept_on_disk(source, tmp_path, tiny_model, tiny_processor, images_seen):
-    task = LocalizationTask("selo", "", SMALL["v2"])
+    task = LocalizationTask(SMALL["v2"])
     data = task.load(str(source))
     first = task.evaluate(Encoder(tiny_model, tiny_processor, cache_dir=tmp_path / "kept"), data)
     assert images_seen

@@ -88,7 +88,7 @@ def test_a_published_file_is_measured_without_being_converted_first(tmp_path, ti
         image.save(tmp_path / f"tiles/class_{index % 2}/{index}.png")
     source = resolve(str(tmp_path / "LRSCLIP_ViT-B-16.pt"))
     model, processor = load_published(source.path, tokenizer=tmp_path / "tokenizer", **source.load_options)
-    task = ClassificationTask("zic", "ZIC")
+    task = ClassificationTask()
     result = task.evaluate(Encoder(model, processor, source.label), task.load(str(tmp_path / "tiles")))
     assert source.label == "lrsclip-vit-b-16" and result["images"] == 4
 

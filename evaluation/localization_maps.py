@@ -1,21 +1,27 @@
 """
-The windows of a large scene and the map that their similarities to a text make: what SeLo does apart from the model.
+Maps of where a large scene shows what a text describes: the similarities of its windows to the text, averaged over each
+pixel (semantic localization, SeLo).
 
-Shapes: H, W pixels of the scene, N windows. Source: `xiaoyuan1996/SemanticLocalizationMetrics`, `predict/
+Shapes: H, W pixels of the scene, N windows, Q queries, D width of the shared space. Source: `xiaoyuan1996/SemanticLocalizationMetrics`, `predict/
 generate_selo.py` (v1) and `generate_selo_v2.py` (v2).
 """
 
 import io
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import cv2
 import numpy as np
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
+from modeling_lrsclip.encoding import Embeddings, Encoder
 from modeling_lrsclip.encoding.ties import best_first
+from modeling_lrsclip.encoding.tokens import encode_texts
 from modeling_lrsclip.files.hashing import bytes_sha256
 
 
@@ -24,6 +30,7 @@ MEDIAN_SIDE = 251  # of the filter over a map of v1, pixels
 GAUSSIAN_SIDE = 255  # of the filter over a map of v2, pixels; OpenCV derives its deviation, 38.6
 KEPT_SHARE = 0.15  # of the windows that v2 looks at more closely
 NEAR_SIZES = (64, 128)  # half sides of the windows that v2 puts around each point of those, pixels
+SHUFFLES = 4  # of a query's words, for v2
 FLAT = 1e-6  # a spread of similarities that is only float32 rounding
 
 
@@ -65,6 +72,7 @@ PROTOCOLS = {"v1": Protocol("v1", (256, 512, 768)), "v2": Protocol("v2", (512,))
 
 
 def choose_protocol(protocol: str | Protocol) -> Protocol:
+    """Return the protocol of this name; one that is a [`Protocol`] already is returned as it is."""
     if isinstance(protocol, Protocol):
         return protocol
     if protocol not in PROTOCOLS:
@@ -77,18 +85,19 @@ def choose_protocol(protocol: str | Protocol) -> Protocol:
 
 def grid_windows(height: int, width: int, protocol: Protocol) -> list[Window]:
     """
-    All windows of a scene, column by column: a grid of each size, and for v1 another one half a window on. A window that would reach beyond the right or
-    lower edge is moved back inside; one that stands there already is left out, as the published code's file names did.
+    All windows of a scene, column by column: a grid of each size, and for v1 another one half a window on. A window that
+    would reach beyond the right or lower edge is moved back inside; one that stands there already is left out, as the
+    published code's file names did.
     """
     protocol.check_size(height, width)
-    found = []
+    windows = []
     for side in protocol.windows:
         for start in (0, side - side // 2) if protocol.name == "v1" else (0,):
             for left in range(start, width, side):
                 for top in range(start, height, side):
                     top_inside, left_inside = min(top, height - side), min(left, width - side)
-                    found.append(Window(top_inside, top_inside + side, left_inside, left_inside + side))
-    return list(dict.fromkeys(found))
+                    windows.append(Window(top_inside, top_inside + side, left_inside, left_inside + side))
+    return list(dict.fromkeys(windows))
 
 
 def best_windows(scores: np.ndarray) -> np.ndarray:
@@ -106,15 +115,15 @@ def near_windows(window: Window, height: int, width: int) -> list[Window]:
     points half way between. At the upper and left edge they are moved inside, at the others cut off.
     """
     side = window.bottom - window.top
-    places = [(row * side // 4, column * side // 4) for row, column in ((0, 0), (0, 4), (4, 0), (4, 4))]
-    places += [(row * side // 4, column * side // 4) for row in (1, 3) for column in (1, 3)]
-    places.append((side // 2, side // 2))
-    found = []
-    for down, right in places:
+    points = [(row * side // 4, column * side // 4) for row, column in ((0, 0), (0, 4), (4, 0), (4, 4))]
+    points += [(row * side // 4, column * side // 4) for row in (1, 3) for column in (1, 3)]
+    points.append((side // 2, side // 2))
+    windows = []
+    for down, right in points:
         for half in NEAR_SIZES:
             top, left = max(window.top + down - half, 0), max(window.left + right - half, 0)
-            found.append(Window(top, min(top + 2 * half, height), left, min(left + 2 * half, width)))
-    return list(dict.fromkeys(found))
+            windows.append(Window(top, min(top + 2 * half, height), left, min(left + 2 * half, width)))
+    return list(dict.fromkeys(windows))
 
 
 class SceneWindows(Sequence[Image.Image]):
@@ -170,7 +179,9 @@ def probability_map(
     DIFFERS: where all scores are equal, the published code divides by zero; here the map is 0 everywhere.
 
     Args:
+        height, width: pixels of the scene.
         windows, scores: N windows and their (N,) similarities to the query.
+        protocol: decides the filter.
         reference_io: the map goes through a JPEG file, as in the published code.
 
     Returns:
@@ -197,6 +208,10 @@ def mean_scores(
     Mean score of the windows over each pixel, without visiting pixels: the edges of the windows cut the scene into
     cells (a hundred along each side), within which all pixels have the same mean.
 
+    Args:
+        height, width: pixels of the scene.
+        windows, scores: N windows and their (N,) scores.
+
     Returns:
         (rows, columns) float64 means of the cells, 0 where there is no window; the heights (rows,) and widths
         (columns,) of the cells in pixels.
@@ -212,3 +227,87 @@ def mean_scores(
         total[top:bottom, left:right] += score
         count[top:bottom, left:right] += 1
     return total / np.maximum(count, 1), np.diff(rows), np.diff(columns)
+
+
+# -------------------------------------------------------------------------------------------------------- with a model
+
+
+def query_embeddings(encoder: Encoder, texts: Sequence[str], protocol: Protocol) -> Embeddings:
+    """
+    Unit embeddings of queries: for v1 of the texts, for v2 the mean over the text and four shuffles of its words.
+
+    DIFFERS: the published code shuffles by chance; here a text always gets the same shuffles.
+
+    Args:
+        encoder: the model.
+        texts (sequence of Q `str`).
+        protocol: `v1` or `v2`.
+
+    Returns:
+        (Q, D) embeddings and the seconds that encoding took.
+    """
+    rows = encode_texts(encoder.processor, texts)
+    if protocol.name == "v1":
+        return encoder.texts(rows)
+    shuffled = []
+    for text in texts:
+        generator = np.random.default_rng(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big"))
+        shuffled += [" ".join(generator.permutation(text.split())) for _ in range(SHUFFLES)]
+    shuffled_embeds, shuffled_seconds = encoder.texts(encode_texts(encoder.processor, shuffled))  # (Q * 4, D)
+    embeds, seconds = encoder.texts(rows)  # (Q, D)
+    total = embeds + shuffled_embeds.view(len(embeds), SHUFFLES, embeds.shape[1]).sum(dim=1)
+    return Embeddings(F.normalize(total, dim=1), seconds + shuffled_seconds)
+
+
+@dataclass
+class Locator:
+    """Makes the maps of one scene after the other; counts windows and seconds."""
+
+    encoder: Encoder
+    protocol: Protocol
+    reference_io: bool = False
+    windows: int = 0  # encoded so far
+    seconds: float = 0.0  # that encoding them took, when it was done
+    waited: float = 0.0  # seconds for them here: less where embeddings were kept
+
+    def maps(self, scene: np.ndarray, queries: Tensor) -> Iterator[np.ndarray]:
+        """
+        The map of each query over a scene, one at a time: a map of 100 megapixels takes as many bytes.
+
+        Args:
+            scene: (H, W, 3) uint8, RGB.
+            queries: (Q, D) unit embeddings.
+
+        Yields:
+            (H, W) uint8, Q times.
+        """
+        height, width = scene.shape[:2]
+        windows = grid_windows(height, width, self.protocol)
+        scores = self._scores(SceneWindows(scene, windows, self.reference_io), queries)  # (Q, N)
+        if self.protocol.name == "v1":
+            for row in scores:
+                yield probability_map(height, width, windows, row, self.protocol, self.reference_io)
+            return
+        kept = [best_windows(row) for row in scores]
+        near = [
+            list(dict.fromkeys(window for index in indices for window in near_windows(windows[index], height, width)))
+            for indices in kept
+        ]
+        union = list(dict.fromkeys(window for close in near for window in close))  # several queries share windows
+        index_of = {window: index for index, window in enumerate(union)}
+        near_scores = self._scores(SceneWindows(scene, union, self.reference_io), queries)
+        for query, (indices, close) in enumerate(zip(kept, near, strict=True)):
+            seen = [windows[index] for index in indices] + close
+            values = np.concatenate(
+                [scores[query, indices], near_scores[query, [index_of[window] for window in close]]]
+            )
+            yield probability_map(height, width, seen, values, self.protocol, self.reference_io)
+
+    def _scores(self, windows: SceneWindows, queries: Tensor) -> np.ndarray:
+        """(Q, N) cosine similarities, float64."""
+        started = time.perf_counter()
+        embeds, seconds = self.encoder.images(windows)  # (N, D)
+        self.windows += len(windows)
+        self.seconds += seconds
+        self.waited += time.perf_counter() - started
+        return (queries.double() @ embeds.double().T).numpy()
