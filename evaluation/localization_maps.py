@@ -251,7 +251,7 @@ def query_embeddings(encoder: Encoder, texts: Sequence[str], protocol: Protocol)
         return encoder.texts(rows)
     shuffled = []
     for text in texts:
-        generator = np.random.default_rng(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big"))
+        generator = np.random.default_rng(int(bytes_sha256(text)[:16], 16))
         shuffled += [" ".join(generator.permutation(text.split())) for _ in range(SHUFFLES)]
     shuffled_embeds, shuffled_seconds = encoder.texts(encode_texts(encoder.processor, shuffled))  # (Q * 4, D)
     embeds, seconds = encoder.texts(rows)  # (Q, D)
