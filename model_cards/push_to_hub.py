@@ -284,6 +284,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--create-pr", action="store_true", help="propose it as a pull request")
     parser.add_argument("--revision", metavar="TAG", help="tag for the commit; an existing one is refused")
     parser.add_argument("--message", default=MESSAGE, help=f"of the commit ({MESSAGE})")
+    parser.add_argument(
+        "--trust-checkpoint-code",
+        action="store_true",
+        help="stage and run the code beside the weights also where it is not this package's",
+    )
     parser.add_argument("--dry-run", action="store_true", help="show files, sizes and the card; contact nothing")
     return parser.parse_args(arguments)
 
@@ -303,7 +308,8 @@ def run(options: argparse.Namespace, api: HfApi) -> None:
         folder.mkdir()
         _say("staging", str(options.checkpoint))
         chosen = {"published": options.published, "license_id": options.license}
-        staged = stage(options.checkpoint, folder, options.repo, results, training, **chosen)
+        trusted = options.trust_checkpoint_code
+        staged = stage(options.checkpoint, folder, options.repo, results, training, trusted, **chosen)
         for name, size in staged.sizes.items():
             print(f"  {name:44}{_megabytes(size):>12}")
         _say("staged", f"{len(staged.sizes)} files, {_megabytes(staged.bytes)}")

@@ -20,6 +20,7 @@ from PIL import Image
 from transformers import CLIPModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
+import modeling_lrsclip
 from modeling_lrsclip import LRSCLIPConfig, LRSCLIPModel, LRSCLIPProcessor
 from modeling_lrsclip.convert import convert
 from modeling_lrsclip.files.atomic import replace_json
@@ -33,6 +34,7 @@ from .result_tables import select_model
 
 RESULTS, CARD, SUMS = "results.json", "README.md", "SHA256SUMS"
 EVALUATE, CLEAN_PROCESS = (Path(__file__).with_name(name) for name in ("evaluate_checkpoint.py", "clean_process.py"))
+PACKAGE = Path(modeling_lrsclip.__file__).parent
 SETTINGS = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 CONVERSION = "conversion.json"  # what modeling_lrsclip.convert decided
@@ -68,6 +70,7 @@ def stage(
     repo_id: str,
     results: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
+    trust_checkpoint_code: bool = False,
     **card_options: Any,
 ) -> Staged:
     """
@@ -77,18 +80,25 @@ def stage(
         checkpoint: model folder; one of LRSCLIP without its code, or of CLIP, is saved anew with it.
         results: content of results.json of `evaluation.run`; None: the card says "not yet measured here".
         training: content of run.json; default that in `checkpoint`, if it is there.
+        trust_checkpoint_code: [`verify`] runs the code beside the weights; other code than this package's is staged
+            with this only.
         card_options: `published`, `license_id` of [`build_card`].
 
     Raises:
-        `ValueError`: as [`build_card`], and for a folder without processor or tokenizer.
+        `ValueError`: as [`build_card`]; for a folder without processor or tokenizer, for code beside the weights that
+            is not this package's, and for a link to a file outside the folder.
     """
     source = checkpoint if _complete(checkpoint) else _with_code(checkpoint, folder.with_name(f"{folder.name}-saved"))
     record = checkpoint / RECORD
     if training is None and record.is_file():
         training = json.loads(record.read_text(encoding="utf-8"))
     card = build_card(source, results, training, repo_id, **card_options)  # also finds what is wrong with the weights
-    for name in [*_weight_files(source), *_code_files(source), *SETTINGS, *TOKENIZER, CONVERSION]:
+    code = _code_files(source)
+    if not trust_checkpoint_code:
+        _check_code(source, code)
+    for name in [*_weight_files(source), *code, *SETTINGS, *TOKENIZER, CONVERSION]:
         if (source / name).is_file():
+            _check_link(source, name)
             _place(source / name, folder / name)
     for needed in ("config.json", "processor_config.json", "tokenizer_config.json"):
         if not (folder / needed).is_file():
@@ -143,6 +153,29 @@ def _code_files(checkpoint: Path) -> list[str]:
     files = [checkpoint / f"{module}.py" for module in sorted(_auto_modules(checkpoint) or ())]
     files += [Path(path) for file in files for path in get_relative_import_files(file)]
     return sorted({path.name for path in files})
+
+
+def _check_code(checkpoint: Path, names: list[str]) -> None:
+    """Raise `ValueError` for code that is not this package's, byte for byte: a stranger's would be run to verify it."""
+    for name in names:
+        ours = PACKAGE / name
+        if not ours.is_file() or ours.read_bytes() != (checkpoint / name).read_bytes():
+            raise ValueError(
+                f"{checkpoint / name} is not the code of this package, and pushing runs it; save the model again from "
+                "here, or, if you know who wrote it, allow that with --trust-checkpoint-code."
+            )
+
+
+def _check_link(checkpoint: Path, name: str) -> None:
+    """Raise `ValueError` for a link out of the folder; those of a Hub download lead to the blobs beside its snapshots."""
+    target = (checkpoint / name).resolve()
+    allowed = [checkpoint.resolve()]
+    if checkpoint.resolve().parent.name == "snapshots":
+        allowed.append(checkpoint.resolve().parents[1] / "blobs")
+    if not any(target.is_relative_to(folder) for folder in allowed):
+        raise ValueError(
+            f"{checkpoint / name} is a link to {target}, outside of the folder; put the file itself there."
+        )
 
 
 def _with_code(checkpoint: Path, folder: Path) -> Path:

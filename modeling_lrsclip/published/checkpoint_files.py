@@ -123,7 +123,7 @@ def _recognise_safetensors(path: Path, length: int, size: int) -> str:
             end += max(
                 (entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0
             )
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise ValueError(f"{path} begins like safetensors, but its header cannot be read; {_AGAIN}.") from None
     if size < end:
         raise ValueError(f"{path} is truncated: it has {size:,} bytes of at least {end:,}; {_AGAIN}.")

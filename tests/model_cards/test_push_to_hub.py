@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from safetensors.torch import load_file, save_file
 from transformers.utils import hub as transformers_hub
 
 from evaluation import run as evaluation_run
@@ -18,6 +19,7 @@ from model_cards import push_to_hub
 from model_cards.checkpoint import read_checkpoint
 from model_cards.push_to_hub import MESSAGE, main
 from model_cards.redaction import without_paths
+from model_cards.staging import NotVerified, stage, verify
 from modeling_lrsclip import LRSCLIPModel
 from tests.hub_server import Fault, HubServer
 
@@ -195,12 +197,12 @@ def test_a_dry_run_contacts_nothing(hub, tiny_clip, tiny_processor, tmp_path, ca
 def test_what_does_not_do_the_same_is_not_sent(hub, tiny_checkpoint, capsys):
     code = tiny_checkpoint / "modeling_lrsclip.py"
     code.write_text(code.read_text() + "\nimport something_that_nobody_has\n")
-    assert push(tiny_checkpoint) == 4
+    assert push(tiny_checkpoint, "--trust-checkpoint-code") == 4
     assert "something_that_nobody_has" in capsys.readouterr().err
     processing = tiny_checkpoint / "processing_lrsclip.py"
     code.write_text(code.read_text().replace("\nimport something_that_nobody_has\n", ""))
     processing.write_text(processing.read_text().replace(".strip().lower()", ".strip().lower()[:20]"))
-    assert push(tiny_checkpoint) == 4
+    assert push(tiny_checkpoint, "--trust-checkpoint-code") == 4
     assert "token ids of the staged copy differ" in capsys.readouterr().err
     assert not hub.repos
 
@@ -443,3 +445,47 @@ def test_a_folder_without_its_code_gets_it(hub, commands, tiny_checkpoint, tiny_
     (again / "model.safetensors").write_bytes(hub.repo(REPO).files()["model.safetensors"])
     weights = LRSCLIPModel.from_pretrained(again).state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in tiny_model.state_dict().items())
+
+
+class TestStaging:
+    """What of a checkpoint's folder is taken, before anything of it runs."""
+
+    def test_code_of_somebody_else(self, tiny_checkpoint, tmp_path, capsys):
+        ran = tmp_path / "ran"
+        code = tiny_checkpoint / "modeling_lrsclip.py"
+        code.write_text(f"open({str(ran)!r}, 'w')\n" + code.read_text())
+        command = ["--checkpoint", str(tiny_checkpoint), "--repo", REPO, "--dry-run"]
+        assert push_to_hub.main(command) == 2
+        assert "modeling_lrsclip.py is not the code of this package" in capsys.readouterr().err and not ran.exists()
+        assert push_to_hub.main([*command, "--trust-checkpoint-code"]) == 0 and ran.exists()
+
+    def test_links_out_of_the_folder(self, tiny_checkpoint, tmp_path, capsys):
+        (tmp_path / "secret").write_text("{}")
+        (tiny_checkpoint / "vocab.json").symlink_to(tmp_path / "secret")
+        assert push_to_hub.main(["--checkpoint", str(tiny_checkpoint), "--repo", REPO, "--dry-run"]) == 2
+        assert "vocab.json is a link to" in capsys.readouterr().err
+
+    def test_a_download_from_the_hub_is_all_links(self, tiny_checkpoint, tmp_path):
+        repository = tmp_path / "models--you--tiny"
+        (repository / "blobs").mkdir(parents=True)
+        snapshot = repository / "snapshots" / "0a1b"
+        snapshot.mkdir(parents=True)
+        for path in tiny_checkpoint.iterdir():
+            path.rename(repository / "blobs" / path.name)
+            (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+        (tmp_path / "staged").mkdir()
+        assert "model.safetensors" in stage(snapshot, tmp_path / "staged", REPO).sizes
+
+    def test_weights_that_change_meanwhile(self, tiny_checkpoint, tmp_path):
+        """A temperature is in no embedding: the hash alone sees it."""
+        (tmp_path / "staged").mkdir()
+        staged = stage(tiny_checkpoint, tmp_path / "staged", REPO)
+        weights = load_file(tiny_checkpoint / "model.safetensors")
+        (staged.folder / "model.safetensors").unlink()
+        save_file(
+            weights | {"logit_scale": weights["logit_scale"] + 0.5},
+            staged.folder / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+        with pytest.raises(NotVerified, match="the staged weights are not those of"):
+            verify(tiny_checkpoint, staged)

@@ -74,6 +74,7 @@ class TestNotACheckpoint:
             (b"a text\n", "is not a checkpoint (its first bytes are b'a text\\n')"),
             (pickle.dumps({"weights": [1.0]}), "is a pickle that torch.save did not write"),
             ((100).to_bytes(8, "little") + b"{not json" + bytes(200), "its header cannot be read"),
+            ((500_005).to_bytes(8, "little") + b'{"a":' + b"[" * 500_000, "its header cannot be read"),
         ],
     )
     def test_by_its_first_bytes(self, refused, tmp_path, content, said):
