@@ -28,13 +28,24 @@ from training.config import TrainConfig
 
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line.split("#")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
-    for line in block.splitlines()
-]
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+README, MODEL_README = "README.md", "modeling_lrsclip/README.md"
+ROOMS = ("modeling_lrsclip", "geosearch", "training", "training/lrs2m", "evaluation", "model_cards")
+READMES = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in (README, *(f"{room}/README.md" for room in ROOMS))
+    if (ROOT / name).is_file()
+}
+EVERYTHING = "\n".join(READMES.values())
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The code blocks of a README in one language."""
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+COMMANDS = list(
+    dict.fromkeys(line.split("#")[0].strip() for block in blocks(EVERYTHING, "bash") for line in block.splitlines())
+)
 SMALL = [
     "--model.text", "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}",
     "--model.vision", "{image_size: 32, patch_size: 8, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}",
@@ -78,10 +89,11 @@ def test_from_scratch_then_use_then_evaluate(workplace, capsys):
     train.main([*arguments[arguments.index("training.train") + 1 :], *SMALL])
     assert capsys.readouterr().out.strip().splitlines()[-1] == "runs/mine/final"
 
-    code = PYTHON[0].replace("runs/demo/lrsclip/final", "runs/mine/final")
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=workplace)
-    assert shown.returncode == 0, shown.stderr
-    assert re.fullmatch(r"tensor\(\[\[0\.\d+, 0\.\d+\]\]\)", shown.stdout.strip()), shown.stdout
+    for code in (blocks(READMES[README], "python")[0], "".join(blocks(READMES[MODEL_README], "python")[:2])):
+        code = code.replace("runs/demo/lrsclip/final", "runs/mine/final")
+        shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=workplace)
+        assert shown.returncode == 0, shown.stderr
+        assert re.fullmatch(r"tensor\(\[\[0\.\d+, 0\.\d+\]\]\)", shown.stdout.strip()), shown.stdout
 
     arguments = command("evaluation.run", "zcrl,zcrs")
     assert evaluation_run.main(arguments[arguments.index("evaluation.run") + 1 :]) == 0
@@ -125,20 +137,21 @@ def test_every_option_of_the_commands_exists(capsys):
     """Commands that need the Hub or public data are not run, but what they say is understood."""
     arguments = command("evaluation.run", "RSITMD")
     assert evaluation_run.parse_arguments(arguments[3:]).data == ["RSITMD", "RSICD", "EuroSAT", "AIR-SLT"]
-    for name in re.findall(r"--preset ([\w-]+)", README):
+    for name in re.findall(r"--preset ([\w-]+)", EVERYTHING):
         assert name in PRESETS, name
-    for name in re.findall(r"`([a-z]+-?clip-vit-[\w-]+)`", README):
+    for name in re.findall(r"`([a-z]+-?clip-vit-[\w-]+)`", EVERYTHING):
         assert name in MODELS, name
 
 
-@pytest.mark.parametrize("readme", ["README.md", "training/README.md", "training/lrs2m/README.md"])
+@pytest.mark.parametrize("readme", READMES)
 def test_what_commands_name_is_there(readme):
-    text = (ROOT / readme).read_text()
-    commands = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
-    modules = re.findall(r"python -m ([\w.]+)", text)
-    assert commands and modules
-    for module in modules:
+    text = READMES[readme]
+    commands = [line for block in blocks(text, "bash") for line in block.splitlines()]
+    assert commands
+    for module in re.findall(r"python -m ([\w.]+)", text):
         assert importlib.util.find_spec(module), module
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text) + re.findall(r"python (\w+/\w+\.py)", text):
+        assert (ROOT / link).exists() or (ROOT / readme).with_name(link).exists(), link
     for file in re.findall(r"--config(?:_file)? (\w+/[\w/.]+)", text):
         assert (ROOT / file).is_file(), file
     for line in commands:
@@ -152,24 +165,27 @@ def test_what_commands_name_is_there(readme):
 
 def test_stretching_any_clip(workplace, tiny_tokenizer):
     CLIPModel(CLIPConfig(**tower_configs(tiny_tokenizer))).save_pretrained("clip")
-    for line in PYTHON[1].splitlines():
-        if line.startswith("model ="):
-            positions = int(re.search(r"-> (\d+)", line)[1])
-            names = {"LRSCLIPModel": LRSCLIPModel}
-            exec(line.replace("openai/clip-vit-base-patch16", "clip"), names)
-            assert names["model"].config.text_config.max_position_embeddings == positions
+    lines = [line for block in blocks(READMES[MODEL_README], "python") for line in block.splitlines()]
+    stretching = [line for line in lines if "LRSCLIPModel.from_clip" in line]
+    assert len(stretching) > 1
+    for line in stretching:
+        positions = int(re.search(r"-> (\d+)", line)[1])
+        names = {"LRSCLIPModel": LRSCLIPModel}
+        exec(line.replace("openai/clip-vit-base-patch16", "clip"), names)
+        assert names["model"].config.text_config.max_position_embeddings == positions
 
 
-def test_the_wheel_holds_the_port_only(tmp_path):
+def test_the_wheel_holds_the_library_only(tmp_path):
     source = tmp_path / "source"  # a build leaves its traces where it runs
     source.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for room in ("modeling_lrsclip", "training"):
+    for room in ("modeling_lrsclip", "geosearch", "training"):
         shutil.copytree(ROOT / room, source / room)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
     subprocess.run([*build, str(tmp_path), str(source)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("lrsclip-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"modeling_lrsclip"}
-    assert {f"modeling_lrsclip/{path.name}" for path in (ROOT / "modeling_lrsclip").glob("*.py")} <= set(names)
+    assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"modeling_lrsclip", "geosearch"}
+    files = [path for room in ("modeling_lrsclip", "geosearch") for path in (ROOT / room).rglob("*.py")]
+    assert {path.relative_to(ROOT).as_posix() for path in files} <= set(names)
