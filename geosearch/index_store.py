@@ -360,7 +360,9 @@ def write_index(folder: str | Path, tables: Iterable[pa.Table], metadata: dict[s
     return open_index(folder)
 
 
-def publish(folder: Path, files: Sequence[Path], metadata: dict[str, Any]) -> dict[str, Any]:
+def publish(
+    folder: Path, files: Sequence[Path], metadata: dict[str, Any], replaced: Sequence[str] = ()
+) -> dict[str, Any]:
     """
     Unites parquet files into the parts of an index, in the order of a Hilbert curve, and puts them in the place of the
     parts before in one step: a kill at any moment leaves the index before or the one after ([`finish_publishing`]).
@@ -372,6 +374,7 @@ def publish(folder: Path, files: Sequence[Path], metadata: dict[str, Any]) -> di
         metadata: the content of `index.json`; `model` with `id`, `weights_sha256` and `dimensions`, and `coordinates`
             (`wgs84` or `pixels`) are needed. A row is left out when `sources` is there and lacks its scene.
             `format`, `version`, `rows` and `parts` are filled in.
+        replaced: scenes whose rows in the index's own parts are left out: they were encoded again.
 
     Returns:
         The content of `index.json` as written.
@@ -380,7 +383,7 @@ def publish(folder: Path, files: Sequence[Path], metadata: dict[str, Any]) -> di
     following = folder / NEXT_PARTS
     shutil.rmtree(following, ignore_errors=True)
     following.mkdir(parents=True)
-    order = _Order(files, metadata)
+    order = _Order(files, metadata, {path: set(replaced) for path in (folder / PARTS).glob("*.parquet")})
     unsorted = folder / f".{VECTORS}.next"
     try:
         vectors = order.sorted_vectors(unsorted)
@@ -421,7 +424,7 @@ def finish_publishing(folder: Path) -> None:
 class _Order:
     """Rows of several files in the order of a Hilbert curve, without their vectors until they are asked for."""
 
-    def __init__(self, files: Sequence[Path], metadata: dict[str, Any]):
+    def __init__(self, files: Sequence[Path], metadata: dict[str, Any], left_out: dict[Path, set[str]]):
         self.files, self.dimensions = list(files), metadata["model"]["dimensions"]
         names = _row_names()
         tables, self.kept = [], []
@@ -431,6 +434,8 @@ class _Order:
             kept = np.ones(len(table), dtype=bool)
             if sources is not None:
                 kept = np.asarray(pc.is_in(table["scene"], sources))
+            if left_out.get(path):
+                kept &= ~np.asarray(pc.is_in(table["scene"], pa.array(list(left_out[path]), pa.string())))
             self.kept.append(kept)
             tables.append(table.filter(pa.array(kept)))
         schema = pa.schema([row_schema(1).field(name) for name in names])

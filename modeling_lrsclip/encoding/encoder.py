@@ -131,7 +131,28 @@ def embed_images(
     if total is not None and hasattr(images, "__getitem__"):
         prepared = pixel_batches(processor, images, size, workers, pin=model.device.type == "cuda")
     embeds = [torch.empty(0, model.config.projection_dim)]
-    with _inference(model, dtype), class_token_only(model), _bar(total, progress, "images") as bar:
+    with _bar(total, progress, "images") as bar:
+        for encoded in embed_batches(model, processor, prepared, dtype):
+            embeds.append(encoded)
+            bar.update(len(encoded))
+    return torch.cat(embeds)  # (M, D)
+
+
+def embed_batches(
+    model: Any, processor: Any, batches: Iterable[Any], dtype: torch.dtype | None = None
+) -> Iterator[Tensor]:
+    """
+    Unit embeddings of batches of images, each as soon as it is there: for work without an end in memory.
+
+    Args:
+        model, processor, dtype: as in [`embed_images`].
+        batches: each `pixel_values` (B, 3, H, W), a list of B PIL images, or a function that returns one of these. Few
+            are taken ahead of what is done.
+
+    Yields:
+        `Tensor` (B, D), float32 on the CPU, in the order of the batches.
+    """
+    with _inference(model, dtype), class_token_only(model):
 
         def encode(batch: Any) -> Tensor:
             _settle_thread(model.device, dtype)
@@ -140,10 +161,7 @@ def embed_images(
                 batch = processor(images=batch, return_tensors="pt")["pixel_values"]  # (B, 3, H, W)
             return _unit(model.get_image_features(pixel_values=batch.to(model.device, non_blocking=True)))
 
-        for encoded in in_threads(encode, prepared, model.device):
-            embeds.append(encoded)
-            bar.update(len(encoded))
-    return torch.cat(embeds)  # (M, D)
+        yield from in_threads(encode, batches, model.device)
 
 
 def _unit(features: Any) -> Tensor:

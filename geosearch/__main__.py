@@ -1,0 +1,178 @@
+"""`geosearch`: find a place by describing it, in imagery of one's own. Also `python -m geosearch`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+# Nothing heavy is imported before a command runs: the help is there at once.
+
+
+def add_index(commands: argparse._SubParsersAction) -> None:
+    """`geosearch index`."""
+    parser = commands.add_parser(
+        "index",
+        help="encode scenes into an index, or add scenes to one",
+        description="Encodes windows of georeferenced scenes. Run again after an interruption, it goes on where it was; "
+        "with other scenes, it adds them. Under accelerate launch all processes share the work.",
+    )
+    parser.add_argument(
+        "scenes",
+        nargs="+",
+        help="GeoTIFF, COG, VRT, JPEG 2000, PNG, JPEG; folders and patterns of them; STAC items, collections, item "
+        "collections (.json); tables with a column of paths (.csv, .parquet)",
+    )
+    parser.add_argument("--output", required=True, type=Path, help="folder of the index")
+    parser.add_argument("--model", help="model folder, Hub id, published name or checkpoint file (that of the index)")
+    parser.add_argument("--tokenizer", help="for checkpoint files: Hub id, folder or bpe_simple_vocab_16e6.txt.gz")
+    parser.add_argument(
+        "--window",
+        type=_windows,
+        help="side of a window in pixels (224) or metres (500m); several scales with commas (the model's input, one pixel "
+        "for one)",
+    )
+    parser.add_argument("--stride", type=float, help="step between windows as a share of their side (0.5)")
+    parser.add_argument("--bands", type=_bands, help="red, green, blue as numbers or names: 4,3,2; one for grey")
+    parser.add_argument(
+        "--range",
+        type=_range,
+        help="values that become black and white: 0,3000 or 1%%,99%% (8 bits as stored, others 2%%,98%% of each scene)",
+    )
+    parser.add_argument("--nodata", type=float, help="value that stands for nothing (what the file declares)")
+    parser.add_argument(
+        "--max-empty", type=float, help="windows with a larger share of nothing than this are left out (0.5)"
+    )
+    parser.add_argument("--asset", help="asset to take from STAC items (visual, or the only image)")
+    parser.add_argument("--max-skipped", type=int, default=100, help="scenes that may be unreadable (100)")
+    parser.add_argument("--drop-missing", action="store_true", help="take out scenes that are no longer on disk")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the towers (float16 on a GPU, else float32)"
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="windows encoded at once, at most (64)")
+    parser.add_argument("--readers", type=int, help="threads that read ahead (by the number of cores)")
+    parser.add_argument(
+        "--shard", type=_shard, help="encode only this part, such as 3/16; geosearch merge unites them"
+    )
+    parser.add_argument("--on", choices=("ray",), help="run shards as tasks of a Ray cluster")
+    parser.add_argument("--ray-address", help="of a running cluster (a new one on this machine)")
+    parser.add_argument("--shards", type=int, help="with --on ray: into how many parts the work is cut")
+    parser.set_defaults(run=run_index)
+
+
+def add_merge(commands: argparse._SubParsersAction) -> None:
+    """`geosearch merge`."""
+    parser = commands.add_parser("merge", help="unite the shards of an index")
+    parser.add_argument("index", type=Path, help="folder that was the --output of all shards")
+    parser.add_argument("others", nargs="*", type=Path, help="folders with shards copied from other machines")
+    parser.set_defaults(run=run_merge)
+
+
+COMMANDS = [add_index, add_merge]
+
+
+def run_index(options: argparse.Namespace) -> None:
+    """Builds or extends an index as the arguments say."""
+    from .index import IndexJob, build_index
+    from .shards import build_by_processes, build_on_ray, launched_processes, run_shard
+
+    for name in ("batch_size", "readers", "shards"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1.")
+    if options.shard and options.on:
+        raise ValueError("--shard and --on exclude each other: Ray makes its own shards.")
+    if options.on is None and (options.ray_address or options.shards):
+        raise ValueError("--ray-address and --shards need --on ray.")
+    names = {"sizes": "window", "stride": "stride", "bands": "bands", "value_range": "range"}
+    names |= {"nodata": "nodata", "max_empty": "max_empty"}
+    job = IndexJob(
+        options.scenes,
+        options.output,
+        options.model,
+        {field: getattr(options, name) for field, name in names.items()},
+        **{name: getattr(options, name) for name in ("device", "dtype", "batch_size", "readers", "max_skipped")},
+        **{name: getattr(options, name) for name in ("drop_missing", "asset", "tokenizer")},
+    )
+    if options.on == "ray":
+        content = build_on_ray(job, options.ray_address, options.shards)
+    elif launched_processes()[1] > 1:
+        content = build_by_processes(job, options.shard or (1, 1))
+    elif options.shard:
+        came = run_shard(job, *options.shard)
+        print(f"shard {options.shard[0]} of {options.shard[1]} is done: {came['encoded']:,} windows encoded")
+        content = None
+    else:
+        content = build_index(job)
+    if content:
+        _tell_index(options.output, content)
+
+
+def run_merge(options: argparse.Namespace) -> None:
+    """Unites shards."""
+    from .shards import merge_shards
+
+    _tell_index(options.index, merge_shards(options.index, options.others))
+
+
+def _tell_index(folder: Path, content: dict) -> None:
+    encoded = ""
+    if content.get("encoded"):
+        encoded = f", {content['encoded']:,} encoded now ({content['encoded'] / max(content['seconds'], 1e-9):,.1f} a second)"
+    print(f"{folder}: {content['rows']:,} windows of {len(content['sources'])} scenes{encoded}")
+
+
+def _windows(text: str) -> tuple:
+    from .windows import WindowSize
+
+    return _checked(lambda: tuple(WindowSize.parse(part) for part in text.split(",")))
+
+
+def _bands(text: str) -> tuple[int | str, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    return tuple(int(part) if part.isdecimal() else part for part in parts)
+
+
+def _range(text: str):
+    from modeling_lrsclip.encoding.rasters import ValueRange
+
+    return _checked(lambda: ValueRange.parse(text))
+
+
+def _shard(text: str) -> tuple[int, int]:
+    from .shards import parse_shard
+
+    return _checked(lambda: parse_shard(text))
+
+
+def _checked(parse):
+    """The parser's own way to refuse an argument, with our sentence."""
+    try:
+        return parse()
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; bad input is one sentence on standard error and exit status 2."""
+    parser = argparse.ArgumentParser(prog="geosearch", description=__doc__)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for add in COMMANDS:
+        add(commands)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder that takes no file
+        print(f"error: {error}; what is finished stays, run the command again", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; what is finished stays, run the command again", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""
+One index by several processes or machines. A shard is every n-th block of every scene, encoded into a folder of its own
+with a marker that is written last; `geosearch merge` unites the shards. Processes of `accelerate launch` and tasks of
+Ray are shards too.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from modeling_lrsclip.files.atomic import replace_text
+
+from .index import BLOCKS, SHARDS, IndexJob, check_skipped, encode_blocks, finish_index, locked, tell_plan
+from .index_store import IndexProblem, finish_publishing
+from .plan import Plan
+
+
+DONE = "done.json"
+RETRIES = 5  # of a Ray task whose worker or machine dies
+SHARDS_PER_WORKER = 4  # so that nobody waits long for the slowest
+POLL_SECONDS = 0.5
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """
+    `3/16` -> (3, 16).
+
+    Raises:
+        `ValueError`: for anything else, or a number outside 1 to n.
+    """
+    first, _, second = text.partition("/")
+    try:
+        shard, shards = int(first), int(second)
+    except ValueError as error:
+        raise ValueError(f"shard {text!r}: write which of how many, for example 3/16.") from error
+    if not 1 <= shard <= shards:
+        raise ValueError(f"shard {text!r}: the first number goes from 1 to the second.")
+    return shard, shards
+
+
+def run_shard(job: IndexJob, shard: int, shards: int) -> dict[str, Any]:
+    """
+    Encodes one shard into INDEX/shards/`shard`-of-`shards`; run again, it goes on where it was.
+
+    Args:
+        job: the same for all shards.
+        shard, shards: which of how many, from 1.
+
+    Returns:
+        `encoded` and `seconds` as of [`~geosearch.index.encode_blocks`], and `fingerprint` of the plan.
+
+    Raises:
+        `ValueError`: one sentence for what cannot be done; finished blocks stay for the next run.
+    """
+    folder = job.output / SHARDS / f"{shard}-of-{shards}"
+    with locked(folder):
+        encoder = job.load_encoder()
+        plan = job.plan(encoder)
+        done = _read_done(folder)
+        if done and done["fingerprint"] == plan.fingerprint:
+            return {"encoded": 0, "seconds": 0.0, "fingerprint": plan.fingerprint}
+        (folder / DONE).unlink(missing_ok=True)
+        if shard == 1:
+            tell_plan(plan)
+        check_skipped(plan.skipped, job.max_skipped, folder)
+        encoded = encode_blocks(plan, plan.blocks(shard, shards), job, encoder, folder / BLOCKS)
+        marker = {"shard": shard, "shards": shards, "fingerprint": plan.fingerprint, "plan": plan.to_dict()}
+        replace_text(folder / DONE, json.dumps(marker))
+        return {**encoded, "fingerprint": plan.fingerprint}
+
+
+def merge_shards(output: Path, others: Sequence[Path] = ()) -> dict[str, Any]:
+    """
+    Unites finished shards, as one process would have made the index, to the byte.
+
+    Args:
+        output: folder of the index; its own shards are taken.
+        others: folders with further shards, copied from other machines: a shard's own, or one with `shards` below.
+
+    Returns:
+        Content of `index.json`.
+
+    Raises:
+        [`~geosearch.index_store.IndexProblem`]: where shards are missing or belong to different commands.
+    """
+    with locked(output):
+        finish_publishing(output)
+        finished = {}
+        for folder in _shard_folders([output, *others]):
+            done = _read_done(folder)
+            if done is not None:
+                finished.setdefault((done["fingerprint"], done["shards"]), {})[done["shard"]] = folder, done["plan"]
+        if not finished:
+            raise IndexProblem(
+                f"{output} has no finished shards: run geosearch index ... --shard i/n for each i first."
+            )
+        complete = [key for key, shards in finished.items() if len(shards) == key[1]]
+        if not complete:
+            (_, count), shards = max(finished.items(), key=lambda item: len(item[1]))
+            missing = [str(shard) for shard in range(1, count + 1) if shard not in shards]
+            raise IndexProblem(
+                f"of {count} shards {', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''} are not finished for the "
+                f"same scenes, model and options: run geosearch index ... --shard {missing[0]}/{count} again."
+            )
+        shards = finished[complete[0]]
+        plan = Plan.from_dict(shards[1][1])
+        content = finish_index(output, plan, [folder / BLOCKS for folder, _ in shards.values()])
+        shutil.rmtree(output / SHARDS, ignore_errors=True)
+        return content
+
+
+def _shard_folders(roots: Sequence[Path]) -> list[Path]:
+    folders = []
+    for root in roots:
+        if (root / DONE).is_file():
+            folders.append(root)
+        folders += sorted(path for path in (root / SHARDS).glob("*-of-*") if path.is_dir())
+    return folders
+
+
+def _read_done(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / DONE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise IndexProblem(f"{folder / DONE} cannot be read ({error}): remove it and run that shard again.") from error
+
+
+# ------------------------------------------------------------------------------------------------ accelerate launch
+
+
+def launched_processes() -> tuple[int, int, int]:
+    """Rank, number of processes and rank on this machine, as `accelerate launch` or `torchrun` tell; 0, 1, 0 without."""
+    return tuple(
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+
+
+def build_by_processes(job: IndexJob, shard: tuple[int, int] = (1, 1)) -> dict[str, Any] | None:
+    """
+    Encodes this process's part of an index, or of a shard of one; the first process of an index waits for the others and
+    unites them.
+
+    Args:
+        job: its device is this process's GPU where there is one.
+        shard: which of how many, from 1, that the processes share.
+
+    Returns:
+        Content of `index.json` in the first process of a whole index, else None.
+    """
+    import torch
+
+    rank, world, local_rank = launched_processes()
+    if job.device is None and torch.cuda.is_available():
+        job = dataclasses.replace(job, device=f"cuda:{local_rank % torch.cuda.device_count()}")
+    (number, count), parent = shard, os.getppid()
+    came = run_shard(job, (number - 1) * world + rank + 1, count * world)
+    if rank or count > 1:
+        return None
+    waiting = set(range(1, world + 1))
+    while waiting:
+        waiting = {
+            shard
+            for shard in waiting
+            if (_read_done(job.output / SHARDS / f"{shard}-of-{world}") or {}).get("fingerprint")
+            != came["fingerprint"]
+        }
+        if os.getppid() != parent:
+            raise ValueError(
+                f"the launcher ended before all processes were done: run the same command again for {job.output}."
+            )
+        if waiting:
+            time.sleep(POLL_SECONDS)
+    return {**merge_shards(job.output), "encoded": came["encoded"] * world, "seconds": came["seconds"]}
+
+
+# --------------------------------------------------------------------------------------------------------------- Ray
+
+
+def build_on_ray(job: IndexJob, address: str | None = None, shards: int | None = None) -> dict[str, Any]:
+    """
+    Encodes the shards of an index as tasks of a Ray cluster, whose machines all see the scenes, the model and the index
+    under the same paths, and unites them. A task whose worker dies is run again and goes on where it was.
+
+    Args:
+        job: the whole index.
+        address: of a running cluster; None: `$RAY_ADDRESS`, else a new one on this machine.
+        shards: into how many the work is cut; None: a few for each worker.
+
+    Returns:
+        Content of `index.json`.
+
+    Raises:
+        `ValueError`: naming the shards that failed for good, after the others are done.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError("--on ray needs Ray: pip install 'lrsclip[ray]'.") from error
+    here = dataclasses.replace(
+        job,
+        scenes=[os.path.abspath(scene) for scene in job.scenes],
+        output=job.output.absolute(),
+        model=os.path.abspath(job.model) if job.model and os.path.exists(job.model) else job.model,
+    )
+    started = not ray.is_initialized()
+    if started:
+        try:
+            ray.init(address=address, include_dashboard=False, log_to_driver=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ValueError(f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}).") from error
+    try:
+        resources = ray.cluster_resources()
+        gpus = int(resources.get("GPU", 0))
+        shards = shards or SHARDS_PER_WORKER * max(1, gpus or int(resources.get("CPU", 1)))
+        task = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=RETRIES)(run_shard)
+        numbers = {task.remote(here, number, shards): number for number in range(1, shards + 1)}
+        failed, encoded, begun = {}, 0, time.perf_counter()
+        while numbers:
+            ready, _ = ray.wait(list(numbers), num_returns=1)
+            number = numbers.pop(ready[0])
+            try:
+                encoded += ray.get(ready[0])["encoded"]
+                print(f"shard {number} of {shards} is done", file=sys.stderr, flush=True)
+            except ray.exceptions.RayError as error:
+                failed[number] = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
+    finally:
+        if started:
+            ray.shutdown()
+    if failed:
+        number, reason = next(iter(failed.items()))
+        raise ValueError(f"{len(failed)} of {shards} shards failed, run the command again; shard {number}: {reason}")
+    return {**merge_shards(here.output), "encoded": encoded, "seconds": time.perf_counter() - begun}
