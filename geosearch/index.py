@@ -27,8 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from modeling_lrsclip.encoding.encoder import Encoder, embed_batches, load_encoder
-from modeling_lrsclip.encoding.image_tower import tower_batch
-from modeling_lrsclip.files.atomic import replace_text, sync
+from modeling_lrsclip.encoding.towers import image_batch_size
+from modeling_lrsclip.files.atomic import replace_text, replacing
 from modeling_lrsclip.published.registry import resolve
 
 from .block_reader import Block, BlockReader
@@ -249,7 +249,7 @@ def encode_blocks(
     on_gpu = encoder.model.device.type == "cuda"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     readers = job.readers or (max(2, min(16, cores - 1)) if on_gpu else max(1, min(4, cores)))
-    batch_size = tower_batch(encoder.model, job.batch_size)
+    batch_size = image_batch_size(encoder.model, job.batch_size)
     reader = BlockReader(plan.options, encoder.processor.image_processor, batch_size, readers, pin=on_gpu)
     started, encoded = time.perf_counter(), 0
     with Progress(blocks, missing, plan.options) as progress, _BlockWriter(plan, folder, job.max_skipped) as writer:
@@ -343,12 +343,8 @@ def write_block(block: Block, dimensions: int, folder: Path) -> None:
         "rendering": block.rendering.to_dict() if block.rendering else None,
         "sha256": content_hash(facts.files) if block.number == 0 else None,
     }
-    path = folder / block.scene.block_name(block.number)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    pq.write_table(table.replace_schema_metadata({"block": json.dumps(came)}), unfinished, compression="none")
-    sync(unfinished)
-    os.replace(unfinished, path)
-    sync(folder)
+    with replacing(folder / block.scene.block_name(block.number)) as growing:
+        pq.write_table(table.replace_schema_metadata({"block": json.dumps(came)}), growing, compression="none")
 
 
 class Progress:

@@ -1,7 +1,5 @@
 """What there is to do: which scenes are new or changed, their windows and blocks, and whose turn each block is."""
 
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from modeling_lrsclip.encoding.rasters import Raster, RasterError, ValueRange
+from modeling_lrsclip.files.hashing import json_sha256
 
 from .index_store import IndexProblem
 from .scenes import Scene, SceneFacts, SceneList, content_hash, describe_scene, stat_files
@@ -117,7 +116,7 @@ class Plan:
     def fingerprint(self) -> str:
         """Hash by which shards of one command know each other."""
         keys = [scene.key for scene in self.scenes]
-        return _hash(
+        return json_sha256(
             [self.model["weights_sha256"], self.options.to_dict(), self.coordinates, keys, sorted(self.sources)]
         )
 
@@ -175,7 +174,9 @@ def make_plan(
             continue
         if facts.path in plan.sources:
             plan.changed.append(facts.path)
-        key = _hash([facts.path, facts.files, options.to_dict(), model["weights_sha256"], model.get("dtype")])[:16]
+        key = json_sha256([facts.path, facts.files, options.to_dict(), model["weights_sha256"], model.get("dtype")])[
+            :16
+        ]
         windows, blocks = sum(map(len, grids)), sum(grid.blocks for grid in grids)
         plan.scenes.append(PlannedScene(facts, key, windows, blocks))
     if not plan.scenes and not plan.sources:
@@ -234,9 +235,3 @@ def _wrong_coordinates(facts: SceneFacts) -> str:
             f"index such scenes apart, or write the coordinates into the file (gdal_edit, gdalwarp)."
         )
     return f"{facts.path} has coordinates, and the index holds pictures without: index such scenes apart."
-
-
-def _hash(values: Any) -> str:
-    return hashlib.sha256(
-        json.dumps(values, sort_keys=True, default=str).encode("utf-8", "surrogateescape")
-    ).hexdigest()

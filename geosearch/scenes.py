@@ -3,7 +3,6 @@
 import csv
 import datetime
 import glob
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ import pyproj
 from affine import Affine
 
 from modeling_lrsclip.encoding.rasters import Raster, RasterError
-from modeling_lrsclip.files.atomic import sha256_of
+from modeling_lrsclip.files.hashing import bytes_sha256, file_sha256
 
 from .footprints import to_lon_lat
 
@@ -338,8 +337,8 @@ def stat_files(scene: str, files: Sequence[str]) -> tuple[tuple[str, int, int], 
 
 def content_hash(files: Sequence[tuple[str, int, int]]) -> str:
     """SHA-256 over the content of a scene's files."""
-    digests = [sha256_of(Path(file)) for file, *_ in files]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    digests = [file_sha256(file) for file, *_ in files]
+    return digests[0] if len(digests) == 1 else bytes_sha256("".join(digests))
 
 
 def _crs_name(crs: Any) -> str:
