@@ -77,6 +77,32 @@ def test_the_index_finds_what_looking_at_all_finds():
     assert (bits == every[query, entry]).all()
 
 
+@pytest.mark.parametrize("buffered", [True, False])
+def test_the_farthest_entry_that_counts(buffered):
+    """`reach` bits are near, one more is not; in the buffer and in the sorted pieces."""
+    index = HashIndex(buffer=100 if buffered else 1)
+    codes = np.array([0b111, 0b1111], dtype=np.uint64)
+    for number in range(2):
+        index.add(codes[number : number + 1], np.array([number]))
+    keys = probe_keys(np.where(np.arange(64) < 61, -1.0, 1.0)[None])  # of 0b111
+    query, entry, bits = index.search(np.zeros(1, np.uint64), keys, 3)
+    assert set(zip(entry.tolist(), bits.tolist())) == {(0, 3)}
+
+
+def test_the_farthest_copy_that_counts(scenes):
+    small = jpeg(scenes[0].resize((60, 60)), 8)
+
+    def match(distance):
+        finder = DuplicateFinder(distance=distance, crops=False)
+        assert finder.check("scene", scenes[0]) is None
+        return finder.check("copy", small)
+
+    bits = match(18).distance
+    assert 0 < bits < 18 and match(bits).kind == "copy"
+    nearer = match(bits - 1)
+    assert nearer is None or nearer.kind != "copy"
+
+
 OTHERWISE = {
     "JPEG of quality 30": (lambda image: jpeg(image, 30), "copy", ""),
     "half as large": (lambda image: image.resize((48, 48)), "copy", ""),
