@@ -19,11 +19,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib import colormaps
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from modeling_lrsclip.encoding.encoder import embed_texts, load_encoder
+from modeling_lrsclip.encoding.imagery import read_image
 from modeling_lrsclip.image_processing_lrsclip import to_rgb
 from modeling_lrsclip.published.registry import label_models, resolve
 
@@ -129,11 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_device(options.device)
         prepare_output(str(options.output.parent))
         source = resolve(options.model)
-        try:
-            with Image.open(options.image) as opened:
-                image = to_rgb(ImageOps.exif_transpose(opened))
-        except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"image {options.image} cannot be read: {error}") from error
+        image = to_rgb(read_image(options.image))
         encoder = load_encoder(source, options.device, label_models([source])[0], tokenizer=options.tokenizer)
         maps = attention_maps(encoder.model, encoder.processor, image, options.text)
         print(draw_attention(image, options.text, maps, options.output, encoder.label))

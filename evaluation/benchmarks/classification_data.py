@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from modeling_lrsclip.encoding.imagery import IMAGE_SUFFIXES, is_image_file
 from modeling_lrsclip.files.hashing import json_sha256
 
 from .class_names import Dataset, find_dataset, known_datasets, own_dataset
@@ -19,7 +20,6 @@ from .image_files import ImageFiles, complain, plain, usable_images
 from .tables import FORMATS, SPLITS, NotHere, is_hub_id, read_hub, read_parquet, read_table, table_images
 
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 LABEL_COLUMNS = ("label", "class_name", "labels", "class")
 NO_NAMES = ("images", "imgs", "data", "captions", "2750", *SPLITS)  # folders and files that do not name a data set
 
@@ -202,7 +202,7 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _image_paths(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != ".")
+    return sorted(file for file in folder.iterdir() if is_image_file(file))
 
 
 def _class_folders(path: Path) -> list[Path]:
@@ -238,7 +238,7 @@ def _read_folders(path: Path, dataset: Dataset | None) -> _Found:
         file.suffix or file.name
         for folder in folders
         for file in folder.iterdir()
-        if file.is_file() and file.suffix.lower() not in IMAGE_SUFFIXES and file.name[0] != "."
+        if file.is_file() and not is_image_file(file) and file.name[0] != "."
     )
     empty = [sibling.name for parent in {folder.parent for folder in folders} for sibling in _folders(parent)]
     empty = sorted(set(empty) - {folder.name for folder in folders})

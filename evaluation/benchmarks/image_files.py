@@ -1,21 +1,21 @@
 """Images of a data set, opened when they are asked for, and which of them may be left out."""
 
-import hashlib
-import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
+
+from modeling_lrsclip.encoding.imagery import ImageError, image_size, read_image
+from modeling_lrsclip.files.hashing import bytes_sha256, file_sha256
 
 
 SHOWN = 3  # offenders an error names before it only counts
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for bad files
 
 
 class ImageFiles(Sequence[Image.Image]):
@@ -40,13 +40,7 @@ class ImageFiles(Sequence[Image.Image]):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return ImageFiles(self.sources[index], self.names[index])
-        source = self.sources[index]
-        try:
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-            image = ImageOps.exif_transpose(image)  # upright, as for training; also reads the pixels
-        except UNREADABLE as error:
-            raise ValueError(f"image {self.names[index]} cannot be read: {error}") from error
-        return image
+        return self._read(index, read_image)
 
     def __iter__(self) -> Iterator[Image.Image]:
         return (self[index] for index in range(len(self)))
@@ -55,17 +49,27 @@ class ImageFiles(Sequence[Image.Image]):
         """Some of the images, in the order of the indices."""
         return ImageFiles([self.sources[index] for index in indices], [self.names[index] for index in indices])
 
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width of each image as it is shown, in pixels; none is decoded."""
+        return [self._read(index, image_size) for index in range(len(self))]
+
+    def _read(self, index: int, read: Callable[[Path | bytes], Any]) -> Any:
+        try:
+            return read(self.sources[index])
+        except ImageError as error:
+            raise ImageError(f"image {self.names[index]}", error.reason) from error
+
     @cached_property
     def content_hash(self) -> str:
         """SHA-256 over the content of all files, in order; file names do not enter."""
-        digest = hashlib.sha256()
+        digests = []
         for name, source in zip(self.names, self.sources, strict=True):
             try:
-                content = source if isinstance(source, bytes) else source.read_bytes()
+                digests.append(bytes_sha256(source) if isinstance(source, bytes) else file_sha256(source))
             except OSError as error:
                 raise ValueError(f"image {name} cannot be read: {error}") from error
-            digest.update(hashlib.sha256(content).digest())
-        return digest.hexdigest()
+        return bytes_sha256(bytes.fromhex("".join(digests)))
 
 
 def usable_images(
@@ -120,8 +124,8 @@ def _unreadable(images: ImageFiles, indices: list[int]) -> dict[int, str]:
     def reason(index: int) -> str | None:
         try:
             images[index]
-        except ValueError as error:
-            return str(error.__cause__).strip().split("\n")[0]
+        except ImageError as error:
+            return error.reason
         return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -1,18 +1,14 @@
 """Large scenes with queries and the regions that each query describes, from a folder or a file."""
 
-import io
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from modeling_lrsclip.files.hashing import json_sha256
 
 from ..metrics.semantic_localization.measures import check_regions
-from .image_files import UNREADABLE, ImageFiles, usable_images
+from .image_files import ImageFiles, usable_images
 from .tables import NotHere, parse_json, read_text
 
 
@@ -20,7 +16,6 @@ AIR_SLT = "AIR-SLT"
 AIR_SLT_COUNTS = {"images": 22, "texts": 59, "regions": 103}  # `test_data/annotations/anno.json` as published
 AIR_SLT_FIELDS, OWN_FIELDS = ("jpg_name", "caption", "points"), ("image", "text", "polygons")
 FILES = ("annotations/anno.json", "anno.json", "localization.jsonl", "localization.parquet")
-TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 Polygon = list[list[float]]  # corners (x, y) in pixels
 
@@ -149,7 +144,7 @@ def load_localization(source: str | Path, allow_missing: int = 0) -> Localizatio
     images = images.take(kept)
     place = {source: index for index, source in enumerate(images.sources)}
     queries = [query for query in queries if query.image in place]
-    sizes = [image_size(source, name) for source, name in zip(images.sources, images.names, strict=True)]
+    sizes = images.sizes
     owners = [place[query.image] for query in queries]
     published = path.suffix == ".json"
     return LocalizationData(
@@ -163,19 +158,6 @@ def load_localization(source: str | Path, allow_missing: int = 0) -> Localizatio
         AIR_SLT_COUNTS if published else {},
         skipped,
     )
-
-
-def image_size(source: Path | bytes, name: str) -> tuple[int, int]:
-    """Height and width of an image as it is shown, in pixels, without decoding it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # AIR-SLT has scenes of 100 megapixels
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                width, height = image.size
-                turned = image.getexif().get(0x0112) in TURNED
-    except UNREADABLE as error:
-        raise ValueError(f"image {name} cannot be read: {error}") from error
-    return (width, height) if turned else (height, width)
 
 
 # -------------------------------------------------------------------------------------------------------------- reading

@@ -64,4 +64,4 @@ def test_the_command(tiny_checkpoint, images, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(output) and min(Image.open(output).size) > 400
     (tmp_path / "tile.png").write_bytes(b"no image")
     assert attention.main([*given, "--text", "a road", "--output", str(output)]) == 2
-    assert f"error: image {tmp_path / 'tile.png'} cannot be read" in capsys.readouterr().err
+    assert f"error: {tmp_path / 'tile.png'} cannot be read" in capsys.readouterr().err

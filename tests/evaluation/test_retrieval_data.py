@@ -4,6 +4,7 @@ import io
 import json
 
 import pytest
+from PIL import Image
 
 from evaluation.benchmarks.retrieval_data import ImageFiles, find_sources, load_retrieval
 from evaluation.benchmarks.tables import read_hub
@@ -115,6 +116,14 @@ def test_a_list_of_offenders_is_capped(folder, rows):
     problem = r"^20 of 20 .*\(neither in .* nor in a folder below\), first: none/0\.png, none/1\.png, none/2\.png, …$"
     with pytest.raises(ValueError, match=problem):
         load_retrieval(write_lines(folder / "captions.jsonl", rows), "long_text")
+
+
+def test_images_have_trainings_limits(folder, rows):
+    """A strip of a few bytes that would take gigabytes, resized by its short side."""
+    Image.new("RGB", (100_000, 1)).save(folder / "tiles" / "2.png")
+    data = load_retrieval(write_lines(folder / "captions.jsonl", rows), "long_text")
+    with pytest.raises(ValueError, match=r"image tiles/2\.png cannot be read .*the short side needs 4"):
+        list(data.images)
 
 
 def test_an_unreadable_image_is_named_when_it_is_opened(folder, rows):

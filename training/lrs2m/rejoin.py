@@ -19,12 +19,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from modeling_lrsclip.encoding.imagery import is_image_file
 from modeling_lrsclip.files.hashing import file_sha256
 
 from .data_row import Row
 from .output import LISTS, WORK, Output, Progress, totals
 from .shards import read_shard
-from .sources.images import IMAGE_SUFFIXES, Picture, Skip, read_picture
+from .sources.images import Picture, Skip, read_picture
 from .statistics import read_manifest
 
 
@@ -78,7 +79,7 @@ class LocalImages:
     def _hashes(self) -> dict[str, Path]:
         if self._by_hash is None:
             files = [path for folder in self.folders for path in sorted(folder.rglob("*"))]
-            files = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+            files = [path for path in files if is_image_file(path) and path.is_file()]
             self._by_hash = {}
             for path in tqdm(files, "hashing images", unit=" images", leave=False, disable=None):
                 self._by_hash.setdefault(file_sha256(path), path)

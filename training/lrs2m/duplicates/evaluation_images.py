@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.benchmarks import classification_data, localization_data, retrieval_data
-from evaluation.benchmarks.classification_data import IMAGE_SUFFIXES
 from evaluation.benchmarks.image_files import ImageFiles
 from evaluation.benchmarks.tables import NotHere
+from modeling_lrsclip.encoding.imagery import is_image_file
 
 
 def evaluation_images(source: str | Path) -> ImageFiles:
@@ -22,7 +22,7 @@ def evaluation_images(source: str | Path) -> ImageFiles:
         `ValueError`: one sentence where there is no image, or data that a task cannot read.
     """
     source, path = str(source), Path(source).expanduser()
-    if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
+    if path.is_file() and is_image_file(path):
         return ImageFiles([path], [path.name])
     found: dict[Any, str] = {}
     for sources, load in _LOADERS:
@@ -33,7 +33,7 @@ def evaluation_images(source: str | Path) -> ImageFiles:
         except NotHere:
             continue
     if not found and path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        files = sorted(file for file in path.rglob("*") if is_image_file(file))
         found = {file: str(file.relative_to(path)) for file in files}
     if not found:
         raise ValueError(

@@ -1,20 +1,19 @@
 """Images of a source: read, checked and hashed once; as they go into a shard and as a captioner sees them."""
 
 import base64
-import hashlib
 import io
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
+
+from modeling_lrsclip.encoding.imagery import ImageError, open_image, orientation, upright
+from modeling_lrsclip.files.hashing import bytes_sha256
 
 
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for bad files
 STORED_AS_THEY_ARE = ("JPEG", "PNG", "WEBP")  # other formats become PNG: few viewers know a TIFF
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".jp2")
 EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
@@ -79,25 +78,21 @@ def read_picture(stored: Any, min_side: int) -> Picture:
     """
     content = read_content(stored)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd TIFF tags
-            image = Image.open(io.BytesIO(content))
-            form, mode = image.format, image.mode
-            image.load()
-            turned = image.getexif().get(0x0112, 1) != 1
-            upright = ImageOps.exif_transpose(image) if turned else image
-    except UNREADABLE as error:
-        raise Skip("image unreadable", str(error).split("\n")[0] or type(error).__name__) from error
+        image = open_image(content)
+    except ImageError as error:
+        raise Skip("image unreadable", error.reason) from error
+    form, mode, turned = image.format, image.mode, orientation(image) != 1
+    image = upright(image)
     if mode not in EIGHT_BITS:
         raise Skip("image not 8-bit", f"mode {mode}; scale it to 8 bits a channel")
-    if min(upright.size) < min_side:
-        raise Skip("image too small", f"{upright.size[0]} x {upright.size[1]} pixels")
-    sha256 = hashlib.sha256(content).hexdigest()
-    rgb = upright if upright.mode == "RGB" else _flatten(upright)
+    if min(image.size) < min_side:
+        raise Skip("image too small", f"{image.size[0]} x {image.size[1]} pixels")
+    sha256 = bytes_sha256(content)
+    rgb = image if image.mode == "RGB" else _flatten(image)
     plain = form in STORED_AS_THEY_ARE
     if not plain:
         content, form = _encode(rgb, "PNG"), "PNG"
-    unchanged = (not plain or not turned) and upright.mode == "RGB" and form in STORED_AS_THEY_ARE
+    unchanged = (not plain or not turned) and image.mode == "RGB" and form in STORED_AS_THEY_ARE
     return Picture(content, SUFFIXES[form], sha256, rgb, unchanged)
 
 

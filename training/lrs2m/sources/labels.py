@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from evaluation.benchmarks.class_names import derive_wording
+from modeling_lrsclip.encoding.imagery import ImageError, open_image
 
 from ..data_row import Record
 from ..recipe import LabelsConfig, resolve
 from .anchors import Box, Label
 from .geography import UnreadableVectors, image_bounds, read_vectors
-from .images import UNREADABLE, Skip
+from .images import Skip
 
 
 _BOX_FIELDS = ("x0", "y0", "x1", "y1")
@@ -100,9 +100,9 @@ class LabelReader:
         if path is None:
             raise Skip("labels missing", f"no mask named {Path(record.image_key).stem} in {self.path.name}")
         try:
-            mask = np.array(Image.open(path))
-        except UNREADABLE as error:
-            raise Skip("labels unreadable", f"mask {path.name}: {error}") from error
+            mask = np.array(open_image(path))
+        except ImageError as error:
+            raise Skip("labels unreadable", f"mask {path.name}: {error.reason}") from error
         return mask_labels(mask, self.config.names, self.config.min_share)
 
     def _vectors(self, record: Record, size: tuple[int, int]) -> list[Label]:

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from modeling_lrsclip.encoding.imagery import is_image_file
+
 from ..data_row import Record
 from ..recipe import KeyConfig, ReadConfig, SourceConfig, resolve
-from .images import IMAGE_SUFFIXES
 from .tables import TableRow, hub_rows, table_rows, tar_rows
 
 
@@ -116,7 +117,7 @@ def _image_files(folder: Path, class_folders: bool) -> Iterator[TableRow]:
         raise ValueError(f"{folder} is not a folder; read.path of kind images or class_folders must be one.")
     count = 0
     for path in _sorted_files(folder):
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
+        if not is_image_file(path):
             continue
         key = path.relative_to(folder).as_posix()
         if class_folders and "/" not in key:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .images import IMAGE_SUFFIXES
+from modeling_lrsclip.encoding.imagery import IMAGE_SUFFIXES
 
 
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
