@@ -1,5 +1,5 @@
 """
-Where an image tower looks for a phrase (paper, Fig. 2): `python -m evaluation.attention --model M --image TILE.png
+Maps of where an image tower looks for a phrase (paper, Fig. 2): `python -m evaluation.attention --model M --image TILE.png
 --text "..." ["..."] --output attention.png`.
 
 Method: gradient-weighted attention with roll-out over the layers, Chefer et al. 2021 ("Generic Attention-model
@@ -38,7 +38,7 @@ HEAT = colormaps["inferno"]
 
 def attention_maps(model: Any, processor: Any, image: Image.Image, texts: Sequence[str]) -> Tensor:
     """
-    How much each patch of an image contributes to its similarity with each text.
+    Contribution of each patch of an image to its similarity with each text.
 
     In each layer the attention weights are multiplied by the gradient of the similarity with respect to them, negative
     products dropped, heads averaged, `M = mean(relu(dA * A))`; relevance starts as the identity and grows by
@@ -87,10 +87,17 @@ def _rollout(attentions: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tenso
 
 def draw_attention(image: Image.Image, texts: Sequence[str], maps: Tensor, path: Path, label: str = "") -> Path:
     """
-    The image, and beside it the image under each text's map.
+    Draw the image, and beside it the image under each text's map.
 
     Args:
+        image: the image that was looked at; its middle square is drawn.
+        texts: T phrases.
         maps: (T, G, G) of [`attention_maps`].
+        path: PNG to write.
+        label: name of the model, for the heading.
+
+    Returns:
+        `path`.
     """
     panel, gap, margin, head, foot = 2.6, 0.2, 0.35, 1.0, 0.75  # inches
     sheet = Sheet(2 * margin + (len(texts) + 1) * panel + len(texts) * gap, head + panel + foot)
@@ -100,8 +107,8 @@ def draw_attention(image: Image.Image, texts: Sequence[str], maps: Tensor, path:
     pixels = np.asarray(square, np.float32) / 255
     sheet.tile(margin, head, panel, square, GREY, 0.8)
     sheet.text(margin, head + panel + 0.22, "what the model sees", 8.5)
-    for index, (text, own) in enumerate(zip(texts, maps, strict=True), start=1):
-        heat = F.interpolate(own[None, None], size=(SIDE, SIDE), mode="bicubic").clamp(0, 1)[0, 0].numpy()
+    for index, (text, relevance) in enumerate(zip(texts, maps, strict=True), start=1):
+        heat = F.interpolate(relevance[None, None], size=(SIDE, SIDE), mode="bicubic").clamp(0, 1)[0, 0].numpy()
         mixed = 0.45 * pixels + 0.55 * HEAT(heat)[..., :3]
         x = margin + index * (panel + gap)
         sheet.tile(x, head, panel, Image.fromarray((255 * mixed).astype(np.uint8)), GREY, 0.8)

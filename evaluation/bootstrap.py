@@ -1,7 +1,7 @@
 """
-How sure a figure is, and a difference of two: percentile bootstrap (Efron and Tibshirani 1993, chapters 13 and 16).
+Intervals of figures and of differences between two models: percentile bootstrap (Efron and Tibshirani 1993, chapters 13 and 16).
 
-What is drawn anew is what could have been other: the images of a retrieval or classification benchmark, each with all
+Drawn anew is what could have been other: the images of a retrieval or classification benchmark, each with all
 its texts, since texts of one image succeed and fail together; the queries of semantic localization. A metric is a ratio
 of sums over these items, so that a resample is a vector of how often each item was drawn.
 
@@ -90,14 +90,24 @@ def _retrieval_sums(result: dict[str, Any]) -> Sums:
 def _classification_sums(result: dict[str, Any]) -> Sums:
     """The first column is over all images, the others one a class."""
     labels, correct = np.array(result["labels"]), np.array(result["correct"], dtype=float)
-    own = np.eye(labels.max() + 1)[labels]  # (I, C)
-    below = np.concatenate([np.ones((len(labels), 1)), own], axis=1)
+    one_hot = np.eye(labels.max() + 1)[labels]  # (I, C)
+    below = np.concatenate([np.ones((len(labels), 1)), one_hot], axis=1)
     columns = {"accuracy": [0], "mean_per_class_accuracy": list(range(1, below.shape[1]))}
     return Sums(correct[:, None] * below, below, columns)
 
 
 def draws(items: int, resamples: int = RESAMPLES, seed: int = SEED) -> Iterator[np.ndarray]:
-    """Blocks of (r, I) float64: how often each item comes up when as many as there are are drawn with replacement."""
+    """
+    Draw as many items as there are, with replacement, again and again.
+
+    Args:
+        items: I, their number.
+        resamples: R, times to draw them.
+        seed: of the random numbers.
+
+    Yields:
+        Blocks of (r, I) float64 counts of how often each item was drawn, R rows in all.
+    """
     generator, rows = np.random.default_rng(seed), max(1, BLOCK // items)
     for start in range(0, resamples, rows):
         count = min(rows, resamples - start)
@@ -149,6 +159,14 @@ def differences(
     """
     Paired differences of two results on the same data, by metric: both are measured on the same resamples, so that
     what is hard for both does not blur the difference.
+
+    Args:
+        first, second: results of `results.json`, as for [`intervals`].
+        resamples: draws.
+        seed: of the draws.
+
+    Returns:
+        `dict`: [`Difference`] by metric.
 
     Raises:
         `ValueError`: for results of different kinds or numbers of items.

@@ -30,7 +30,7 @@ SEEN = "†"  # beside figures of a model that was trained on the data set
 
 
 class Predictions(NamedTuple):
-    """What each image was taken for. `predicted` equals the label exactly where the label won alone."""
+    """The class that each image was taken for. `predicted` equals the label exactly where the label won alone."""
 
     predicted: Tensor  # (M,) int64, class index
     correct: Tensor  # (M,) bool
@@ -54,11 +54,11 @@ def classify(image_embeds: Any, class_embeds: Any, labels: Any) -> Predictions:
     """
     images, classes, labels = _check(image_embeds, class_embeds, labels)
     scores = images.double() @ classes.double().T  # (M, C)
-    own = scores.gather(1, labels[:, None]).squeeze(1)  # (M,)
+    right_scores = scores.gather(1, labels[:, None]).squeeze(1)  # (M,)
     scores.scatter_(1, labels[:, None], -torch.inf)
     rival_score = scores.amax(dim=1)  # (M,) the best of the wrong classes
     rival = (scores >= rival_score[:, None] - SCORE_TIE).int().argmax(dim=1)  # (M,) the first that scores as high
-    correct = own > rival_score + SCORE_TIE
+    correct = right_scores > rival_score + SCORE_TIE
     return Predictions(torch.where(correct, labels, rival), correct)
 
 
@@ -134,7 +134,7 @@ def _check(image_embeds: Any, class_embeds: Any, labels: Any) -> tuple[Tensor, T
 @dataclass(frozen=True)
 class ClassificationTask:
     """
-    How to load images by class, and measure a model on them.
+    Zero-shot classification: loads images by class, and measures a model on them.
 
     Args:
         templates: a set of `benchmarks/classes/templates.json`, or a text file with one template a line.
@@ -222,15 +222,17 @@ def classification_table(title: str, results: Sequence[dict[str, Any]]) -> Table
     columns.append(Column("mean" if len(datasets) > 1 else "per class", "" if len(datasets) > 1 else "mean", 1, True))
     table = Table(title + (f" · {datasets[0]}" if len(datasets) == 1 else ""), columns)
     for label in dict.fromkeys(result["model"] for result in results):
-        own = {result["dataset"]: result for result in results if result["model"] == label}
-        measured = {name: result["metrics"]["accuracy"] for name, result in own.items()}
-        cells = {name: f"{value:.1f} {SEEN}" if "seen" in own[name] else value for name, value in measured.items()}
+        by_dataset = {result["dataset"]: result for result in results if result["model"] == label}
+        measured = {name: result["metrics"]["accuracy"] for name, result in by_dataset.items()}
+        cells = {
+            name: f"{value:.1f} {SEEN}" if "seen" in by_dataset[name] else value for name, value in measured.items()
+        }
         row = [label, *(cells.get(name) for name in datasets)]
         if len(datasets) == 1:
-            table.rows.append([*row, own[datasets[0]]["metrics"]["mean_per_class_accuracy"]])
+            table.rows.append([*row, by_dataset[datasets[0]]["metrics"]["mean_per_class_accuracy"]])
         else:
             table.rows.append([*row, _mean([cells.get(name) for name in averaged])])
-        table.rows += _paper_rows(own, datasets, averaged)
+        table.rows += _paper_rows(by_dataset, datasets, averaged)
     table.note = _note(results, datasets, averaged)
     return table
 
@@ -250,10 +252,12 @@ def _mean(cells: Sequence[Any]) -> float | None:
     return sum(cells) / len(cells) if all(isinstance(cell, float) for cell in cells) else None
 
 
-def _paper_rows(own: dict[str, dict[str, Any]], datasets: Sequence[str], averaged: Sequence[str]) -> list[list[Any]]:
+def _paper_rows(
+    by_dataset: dict[str, dict[str, Any]], datasets: Sequence[str], averaged: Sequence[str]
+) -> list[list[Any]]:
     """The paper's and others' figures of one model and the gaps to them; nothing where there are none."""
     beside: dict[tuple[str, type[Aside]], dict[str, Any]] = {}
-    for dataset, result in own.items():
+    for dataset, result in by_dataset.items():
         of = "paper"
         for name, kind, figures in rows_beside(result):
             of = name if kind is Aside else of  # a gap is that to the row above it

@@ -1,5 +1,5 @@
 """
-Which differences between two models are significant:
+Test of the differences between two models for significance:
 `python -m evaluation.compare A/results.json [B/results.json] [--a LABEL] [--b LABEL]`.
 
 Paired bootstrap over images or queries, on data that must be the same ([`~evaluation.bootstrap.differences`]).
@@ -79,7 +79,19 @@ def read_results(path: str) -> dict[str, Any]:
 def pair_labels(
     first: dict[str, Any], second: dict[str, Any], label_a: str | None = None, label_b: str | None = None
 ) -> list[tuple[str, str]]:
-    """Labels of the models to compare: those given, else the labels of both files, else the only model of each."""
+    """
+    Labels of the models to compare: those asked for, else the labels of both files, else the only model of each.
+
+    Args:
+        first, second: documents of [`read_results`].
+        label_a, label_b: models asked for, of the first and of the second document.
+
+    Returns:
+        Pairs of labels.
+
+    Raises:
+        `ValueError`: for a label that is not there, or where it is not clear which models are meant.
+    """
     labels = [list(dict.fromkeys(result["model"] for result in document["results"])) for document in (first, second)]
     for option, label, known, document in (("--a", label_a, labels[0], first), ("--b", label_b, labels[1], second)):
         if label is not None and label not in known:
@@ -102,6 +114,13 @@ def pair_results(
     """
     Results of two models on the same task and data set.
 
+    Args:
+        first, second: documents of [`read_results`].
+        label_a, label_b: the models, of the first and of the second document.
+
+    Returns:
+        Pairs of results.
+
     Raises:
         `ValueError`: where none is in both, or the data of one were not the same.
     """
@@ -111,7 +130,7 @@ def pair_results(
     ]
     pairs = [(keyed[0][key], keyed[1][key]) for key in keyed[0] if key in keyed[1]]
     if not pairs:
-        has = [", ".join(" on ".join(key) for key in own) for own in keyed]
+        has = [", ".join(" on ".join(key) for key in results) for results in keyed]
         raise ValueError(f"no task and data set in common: {label_a} has {has[0]}; {label_b} has {has[1]}.")
     for a, b in pairs:
         other = [what for name, what in HASHES.items() if a.get(name) != b.get(name)]
@@ -124,7 +143,7 @@ def pair_results(
 
 
 def _measured_otherwise(first: dict[str, Any], second: dict[str, Any]) -> str:
-    """In what the two procedures differ; empty where in nothing."""
+    """Names what differs between the two procedures; empty where nothing does."""
     how = ("protocol", "window_sizes", "reference_io")
     differ = [
         f"{name} {first.get(name)} and {second.get(name)}" for name in how if first.get(name) != second.get(name)
@@ -135,23 +154,32 @@ def _measured_otherwise(first: dict[str, Any], second: dict[str, Any]) -> str:
 
 
 def comparison_table(first: dict[str, Any], second: dict[str, Any], resamples: int = RESAMPLES) -> Table:
-    """A row per metric of two results on the same data: both figures, B - A, its 95 % interval and p-value."""
+    """
+    Table of two results on the same data, a row per metric: both figures, B - A, its 95 % interval and p-value.
+
+    Args:
+        first, second: results A and B of `results.json`.
+        resamples: of the bootstrap.
+
+    Returns:
+        [`Table`], without its note.
+    """
     names = ("metric", "A", "B", "B - A", f"{100 * LEVEL:.0f} % interval", "p", "")
     title = f"{first['task']} on {first['dataset']} · A: {first['model']} · B: {second['model']}"
     if otherwise := _measured_otherwise(first, second):
         title += f" · not measured alike: {otherwise}"
     table = Table(title, [Column(name) for name in names])
-    for metric, found in differences(first, second, resamples).items():
+    for metric, difference in differences(first, second, resamples).items():
         digits = DIGITS.get(metric, 1)
-        better = (found.difference > 0) != (metric == "Ras")  # the only one where lower is better
+        better = (difference.difference > 0) != (metric == "Ras")  # the only one where lower is better
         table.rows.append(
             [
                 metric,
-                *(f"{value:.{digits}f}" for value in (found.first, found.second)),
-                f"{found.difference:+.{digits}f}",
-                f"{found.low:+.{digits}f} … {found.high:+.{digits}f}",
-                f"{found.p_value:.3f}" if found.p_value >= 0.001 else "< 0.001",
-                ("B better" if better else "A better") if found.significant else "not significant",
+                *(f"{value:.{digits}f}" for value in (difference.first, difference.second)),
+                f"{difference.difference:+.{digits}f}",
+                f"{difference.low:+.{digits}f} … {difference.high:+.{digits}f}",
+                f"{difference.p_value:.3f}" if difference.p_value >= 0.001 else "< 0.001",
+                ("B better" if better else "A better") if difference.significant else "not significant",
             ]
         )
     return table

@@ -85,7 +85,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
 
 @dataclass(frozen=True)
 class LocalizationTask:
-    """How to load scenes with queries, and measure a model on them."""
+    """Semantic localization: loads scenes with queries, and measures a model on them."""
 
     protocol: str | Protocol = "v1"
     reference_io: bool = False  # as published: through JPEG; measured beside the figures without

@@ -45,7 +45,7 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a map is made: `v1` averages windows of several sizes, `v2` looks again around the best of one size."""
+    """The way a map is made: `v1` averages windows of several sizes, `v2` looks again around the best of one size."""
 
     name: str
     windows: tuple[int, ...]  # sides in pixels

@@ -40,13 +40,13 @@ def paper_figures(model: str, task: str, dataset: str) -> dict[str, float] | Non
         `dict` by the names of our metrics, in percent (`selo`: 0 to 1), or None where the paper has no such row.
     """
     second = [table for table in paper_tables()["further"] if table["source"] == VERSION_2]
-    found = (_row(table, model, task, dataset) for table in [*paper_tables()["tables"].values(), *second])
-    return next(filter(None, found), None)
+    rows = (_row(table, model, task, dataset) for table in [*paper_tables()["tables"].values(), *second])
+    return next(filter(None, rows), None)
 
 
 def other_figures(model: str, task: str, dataset: str) -> dict[str, dict[str, float]]:
     """
-    What others than the paper's authors printed for a model on a data set, in percent.
+    Figures that others than the paper's authors printed for a model on a data set, in percent.
 
     Args:
         model, task, dataset: as for [`paper_figures`].
@@ -55,8 +55,8 @@ def other_figures(model: str, task: str, dataset: str) -> dict[str, dict[str, fl
         `dict`: key of `sources` in `paper_tables.json` -> figures by the names of our metrics.
     """
     others = [table for table in paper_tables()["further"] if table["source"] != VERSION_2]
-    found = {table["source"]: _row(table, model, task, dataset) for table in others}
-    return {source: figures for source, figures in found.items() if figures}
+    rows = {table["source"]: _row(table, model, task, dataset) for table in others}
+    return {source: figures for source, figures in rows.items() if figures}
 
 
 def _row(table: dict[str, Any], model: str, task: str, dataset: str) -> dict[str, float] | None:
@@ -114,7 +114,7 @@ def _squeeze(name: str) -> str:
 
 def beside_paper(result: dict[str, Any]) -> dict[str, Any]:
     """
-    What the paper says to a result: nothing, where it has no row of this model on this very data.
+    The paper's figures and remarks beside a result: nothing, where it has no row of this model on this very data.
 
     Args:
         result: with `model`, `task`, `dataset`, `metrics` and, where there are any, `images` and `texts` (counts),
@@ -174,13 +174,13 @@ def paper_note(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def seen_in_training(model: str, dataset: str) -> str | None:
-    """Why a model's figure on a data set is not zero-shot; None: nothing known of that."""
+    """Reason why a model's figure on a data set is not zero-shot; None: none is known."""
     seen = paper_tables()["seen"].get(model.split("-vit-")[0])
     return seen["why"] if seen and dataset in seen["datasets"] else None
 
 
 def _other_procedure(result: dict[str, Any]) -> str | None:
-    """What was done otherwise than in the paper."""
+    """Sentence on what was done otherwise than in the paper; None: nothing."""
     if result.get("protocol", "v1") != "v1":
         return f"its SeLo follows protocol v1, this result {result['protocol']}"
     templates = result.get("prompts", {}).get("template_set", "paper")
@@ -188,7 +188,7 @@ def _other_procedure(result: dict[str, Any]) -> str | None:
 
 
 def _other_counts(result: dict[str, Any], dataset: str) -> str | None:
-    """Where the data is not the paper's test split by its number of images and texts."""
+    """Sentence on data that by its number of images and texts is not the paper's test split; None: it may be."""
     known = paper_tables()["datasets"][dataset]
     other = [noun for noun in ("images", "texts") if noun in known and result.get(noun, known[noun]) != known[noun]]
     counts = " and ".join(f"{known[noun]:,} {noun} (here {result[noun]:,})" for noun in other)

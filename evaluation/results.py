@@ -1,4 +1,4 @@
-"""What was measured -> `results.json`, tables on the terminal, and `results.md`."""
+"""Results as `results.json`, as tables on the terminal and in `results.md`, and as CSV."""
 
 import csv
 import importlib.metadata
@@ -52,7 +52,7 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
     """Indented JSON with lists of plain numbers on one line each."""
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
     replace_text(
-        path, re.sub(r"\[\n[\s\d.,eE+-]+\]", lambda found: "[" + " ".join(found[0][1:-1].split()) + "]", text) + "\n"
+        path, re.sub(r"\[\n[\s\d.,eE+-]+\]", lambda match: "[" + " ".join(match[0][1:-1].split()) + "]", text) + "\n"
     )
 
 
@@ -68,8 +68,8 @@ def csv_lines(results: Sequence[dict[str, Any]]) -> str:
         for metric, value in result["metrics"].items():
             low, high = result["intervals"].get(metric, ("", ""))
             beside = {name: result.get(name, {}).get(metric, "") for name in ("paper", "gap")}
-            own = {name: result[name] for name in ("model", "task", "dataset")} | {"seen": result.get("seen", "")}
-            writer.writerow(own | {"metric": metric, "value": value, "low": low, "high": high} | beside)
+            named = {name: result[name] for name in ("model", "task", "dataset")} | {"seen": result.get("seen", "")}
+            writer.writerow(named | {"metric": metric, "value": value, "low": low, "high": high} | beside)
     return file.getvalue()
 
 

@@ -30,7 +30,7 @@ EXAMPLES, SHOWN_IMAGES = 4, 5  # queries of the gallery, and images shown for ea
 
 
 class RetrievalRanks(NamedTuple):
-    """How many wrong candidates score at least as well as the right one: 0 is a hit at the first place."""
+    """Numbers of wrong candidates that score at least as well as the right one: 0 is a hit at the first place."""
 
     text_to_image: Tensor  # (N,) int64, per text
     image_to_text: Tensor  # (M,) int64, per image: rank of the best of its own texts
@@ -59,21 +59,21 @@ def retrieval_ranks(
     images, texts, own_image = _check(image_embeds, text_embeds, text_to_image)
     images, own_image = images.double(), own_image.to(images.device)
     size = max(1, block_bytes // (8 * len(images)))
-    own = torch.cat(
+    right = torch.cat(
         [
             (texts[start : start + size].double() * images[own_image[start : start + size]]).sum(dim=1)
             for start in range(0, len(texts), size)
         ]
     )  # (N,) score of each text with its image
-    best_own = torch.full((len(images),), -math.inf, dtype=own.dtype, device=images.device)
-    best_own.scatter_reduce_(0, own_image, own, "amax")  # (M,) score of each image with the best of its texts
+    best_right = torch.full((len(images),), -math.inf, dtype=right.dtype, device=images.device)
+    best_right.scatter_reduce_(0, own_image, right, "amax")  # (M,) score of each image with the best of its texts
     text_ranks, image_ranks = [], torch.zeros(len(images), dtype=torch.int64, device=images.device)
     for start in range(0, len(texts), size):
         rows = slice(start, start + size)
         scores = texts[rows].double() @ images.T  # (block, M)
         scores.scatter_(1, own_image[rows, None], -math.inf)  # the right pairs do not compete
-        text_ranks.append((scores >= own[rows, None] - SCORE_TIE).sum(dim=1))  # (block,)
-        image_ranks += (scores >= best_own - SCORE_TIE).sum(dim=0)  # (M,)
+        text_ranks.append((scores >= right[rows, None] - SCORE_TIE).sum(dim=1))  # (block,)
+        image_ranks += (scores >= best_right - SCORE_TIE).sum(dim=0)  # (M,)
     return RetrievalRanks(torch.cat(text_ranks).cpu(), image_ranks.cpu())
 
 
@@ -174,7 +174,7 @@ def evaluate_retrieval(
 
 @dataclass(frozen=True)
 class RetrievalTask:
-    """How to load texts of one kind with their images, and measure a model on them."""
+    """Retrieval: loads texts of one kind with their images, and measures a model on them."""
 
     text_column: str  # `long_text` or `short_text`
     tokens_kept: Sequence[int] = ()  # text lengths for the curve of recall, in tokens; none: no curve
@@ -255,7 +255,7 @@ def _examples(
     count = min(EXAMPLES, len(data.texts))
     indices = [int((position + 0.5) * len(data.texts) / count) for position in range(count)]
     scores = (text_embeds[indices].double() @ image_embeds.double().T).numpy()  # (count, M)
-    found = [best_first(row)[:SHOWN_IMAGES] for row in scores]
+    nearest = [best_first(row)[:SHOWN_IMAGES] for row in scores]
     examples = []
     for position, index in enumerate(indices):
         words = data.texts[index].split()
@@ -266,7 +266,7 @@ def _examples(
                 "word_tokens": list(itertools.accumulate(lengths)),  # tokens up to the end of each word
                 "image": data.text_to_image[index],
                 "rank": ranks.text_to_image[index].item(),
-                "found": found[position].tolist(),
+                "found": nearest[position].tolist(),
             }
         )
     return examples

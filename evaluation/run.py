@@ -230,7 +230,17 @@ def make_tables(benchmarks: Sequence[Benchmark], document: dict[str, Any]) -> li
 
 
 def draw_figures(benchmarks: Sequence[Benchmark], document: dict[str, Any], output: Path) -> list[Path]:
-    """Draw each task's pictures; their names tell the task and the data set where there are several."""
+    """
+    Draw each task's pictures; their names tell the task and the data set where there are several.
+
+    Args:
+        benchmarks: what was measured.
+        document: content of `results.json`.
+        output: folder to write to.
+
+    Returns:
+        The files written.
+    """
     paths: list[Path] = []
     tasks = list(dict.fromkeys(benchmark.task for benchmark in benchmarks))
     for benchmark in benchmarks:

@@ -89,21 +89,23 @@ def build_card(
         )
     if training:
         _check_training(training, facts, checkpoint)
-    measured, own = {}, []
+    measured, model_results = {}, []
     if results is not None:
         if checkpoint is None:
             raise ValueError("results belong to weights; give the checkpoint folder that was measured.")
-        measured, own = select_model(results, facts.weights_sha256, checkpoint)
+        measured, model_results = select_model(results, facts.weights_sha256, checkpoint)
         seen = {"seen": "it was trained on this very file"}
-        own = [
+        model_results = [
             result
             | (seen if any(_same_file(result.get("source"), data["name"]) for data in _trained_on(training)) else {})
-            for result in own
+            for result in model_results
         ]
     address = repo_id or (_folder_name(checkpoint, address=True) if checkpoint else published)
     title = repo_id.split("/")[-1] if repo_id else _folder_name(checkpoint) if checkpoint else published
-    data = card_data(title, own, training, description, license_id)
-    paper_model = published or next((result["paper_model"] for result in own if "paper_model" in result), None)
+    data = card_data(title, model_results, training, description, license_id)
+    paper_model = published or next(
+        (result["paper_model"] for result in model_results if "paper_model" in result), None
+    )
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -113,11 +115,11 @@ def build_card(
         text=facts.config.text_config,
         vision=facts.config.vision_config,
         address=address,
-        results_section=results_section(own, paper_model),
-        tokens_section=tokens_section(own),
+        results_section=results_section(model_results, paper_model),
+        tokens_section=tokens_section(model_results),
         paper_name=paper_tables()["names"].get(paper_model),
         commands=_commands(address, description, training, results),
-        versions_section=_versions(results, measured, own, training),
+        versions_section=_versions(results, measured, model_results, training),
         arxiv=paper_tables()["source"]["arxiv"],
         second=paper_tables()["sources"]["v2"],
         **_origin(description, training),
@@ -139,7 +141,7 @@ def card_data(
     if training and training["data"]["kind"] == "hub":
         datasets = [data["name"] for data in _trained_on(training)]
     metrics = dict.fromkeys(
-        "recall" if "R@" in name or name == "mR" else name for own in results for name in own["metrics"]
+        "recall" if "R@" in name or name == "mR" else name for result in results for name in result["metrics"]
     )
     return ModelCardData(
         language="en",
@@ -165,7 +167,7 @@ def _read_record(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def _read_conversion(checkpoint: Path) -> dict[str, Any] | None:
-    """What modeling_lrsclip.convert left beside the weights, if they are from there."""
+    """The record that modeling_lrsclip.convert left beside the weights, if they are from there."""
     path = checkpoint / CONVERSION
     return _read_json(path) if path.is_file() else None
 
@@ -193,7 +195,7 @@ def _same_file(measured_on: Any, trained_on: str) -> bool:
 
 
 def _origin(description: dict[str, Any] | None, training: dict[str, Any] | None) -> dict[str, Any]:
-    """What the template says of where the weights come from."""
+    """The template's variables on where the weights come from."""
     variables: dict[str, Any] = {"published": description, "training": training}
     if description:
         lrs2m, recipe = paper_tables()["lrs2m"], paper_tables()["recipe"]
@@ -255,7 +257,7 @@ def _commands(
 def _versions(
     results: dict[str, Any] | None,
     measured: dict[str, Any],
-    own: Sequence[dict[str, Any]],
+    model_results: Sequence[dict[str, Any]],
     training: dict[str, Any] | None,
 ) -> str:
     lines = []
@@ -265,7 +267,7 @@ def _versions(
         environment = results["environment"]
         versions = {"python": environment["python"]} | environment["versions"]
         lines.append(f"- Measured with {_listed(versions)}, in {measured['dtype']} on {measured['device']}.")
-    for result in own:
+    for result in model_results:
         hashes = [
             f"{noun} `{result[f'{noun}_sha256'][:16]}`"
             for noun in ("images", "texts", "labels")

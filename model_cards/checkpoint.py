@@ -1,4 +1,4 @@
-"""What a card says about the model itself, read from its folder or from a description of published weights."""
+"""Facts for a card about the model itself, read from its folder or from a description of published weights."""
 
 import json
 from collections.abc import Iterator

@@ -72,16 +72,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def evaluate(folder: Path, options: argparse.Namespace) -> int:
     print(f"files    {check_files(folder)}")
     stored = read_results(options.results or folder / "results.json", must_exist=options.results is not None)
-    found = {task: pairs for task in TASKS if (pairs := read_pairs(options.data, task))}
-    if not found:
+    pairs_of = {task: pairs for task in TASKS if (pairs := read_pairs(options.data, task))}
+    if not pairs_of:
         raise ValueError(f"{options.data} has no column of texts; name a file with image, long_text, short_text.")
-    wanted = choose(stored, found, options.data) if stored else [(task, None) for task in found]
+    wanted = choose(stored, pairs_of, options.data) if stored else [(task, None) for task in pairs_of]
 
     encoder = Encoder(folder, options.device, options.batch_size, stored)
     print(f"weights  {encoder.check_weights(stored)}")
     gaps = []
     for task, result in wanted:
-        pairs, known = found[task], stored_figures(result) if result else {}
+        pairs, known = pairs_of[task], stored_figures(result) if result else {}
         title = f"{task} on {result['dataset'] if result else options.data}"
         print(f"\n{title}: {len(pairs.images):,} images, {len(pairs.texts):,} texts")
         figures = encoder.measure(pairs, [point["tokens"] for point in (result or {}).get("curve", [])])
@@ -146,16 +146,16 @@ def read_results(path: Path, must_exist: bool) -> dict[str, Any] | None:
     return stored
 
 
-def choose(stored: dict[str, Any], found: dict[str, "Pairs"], data: Path) -> list[tuple[str, dict[str, Any]]]:
+def choose(stored: dict[str, Any], pairs_of: dict[str, "Pairs"], data: Path) -> list[tuple[str, dict[str, Any]]]:
     """The stored results that this data is the data of, recognised by its hashes; says which are left out and why."""
     chosen = []
     for result in stored["results"]:
         task, name = result["task"], f"{result['task']} on {result['dataset']}"
         if task not in TASKS:
             print(f"skipped  {name}: this script recomputes retrieval, evaluation.run all of it")
-        elif task not in found:
+        elif task not in pairs_of:
             print(f"skipped  {name}: {data} has no {TASKS[task][0]}")
-        elif (found[task].texts_sha256, found[task].images_sha256) != (
+        elif (pairs_of[task].texts_sha256, pairs_of[task].images_sha256) != (
             result["texts_sha256"],
             result["images_sha256"],
         ):
@@ -214,16 +214,16 @@ def read_pairs(source: Path, task: str) -> Pairs | None:
     if column is None or image_column is None:
         return None
     folder = _image_folder(files[0].parent, [row[image_column] for row in rows])
-    place: dict[Any, int] = {}
+    index_of: dict[Any, int] = {}
     images, texts, text_to_image = [], [], []
     for row in rows:
         key, image = _image(row[image_column], folder)
-        if key not in place:
-            place[key] = len(images)
+        if key not in index_of:
+            index_of[key] = len(images)
             images.append(image)
-        own = row[column] if isinstance(row[column], list) else [row[column]]
-        texts += [text["raw"] if isinstance(text, dict) else text for text in own]
-        text_to_image += [place[key]] * len(own)
+        captions = row[column] if isinstance(row[column], list) else [row[column]]
+        texts += [text["raw"] if isinstance(text, dict) else text for text in captions]
+        text_to_image += [index_of[key]] * len(captions)
     missing = [image for image in images if isinstance(image, Path) and not image.is_file()]
     if missing:
         raise ValueError(f"{len(missing)} of {len(images)} images of {files[0]} are missing, first: {missing[0]}")
@@ -232,10 +232,10 @@ def read_pairs(source: Path, task: str) -> Pairs | None:
 
 def _data_files(folder: Path) -> list[Path]:
     for pattern in IN_A_FOLDER:
-        if found := sorted(folder.glob(pattern)):
-            if len(found) > 1 and found[0].suffix != ".parquet":
-                raise ValueError(f"{folder} holds {', '.join(file.name for file in found)}; name one of them.")
-            return found
+        if files := sorted(folder.glob(pattern)):
+            if len(files) > 1 and files[0].suffix != ".parquet":
+                raise ValueError(f"{folder} holds {', '.join(file.name for file in files)}; name one of them.")
+            return files
     raise ValueError(f"{folder} does not exist or holds none of {', '.join(IN_A_FOLDER[:5])}, captions.jsonl, …")
 
 
@@ -274,7 +274,7 @@ def _image_folder(folder: Path, values: list[Any]) -> Path:
 
 
 def _image(value: Any, folder: Path) -> tuple[Any, Path | bytes]:
-    """What tells one image from another, and the file or its bytes."""
+    """A key that tells one image from another, and the file or its bytes."""
     path, content = (value.get("path"), value.get("bytes")) if isinstance(value, dict) else (value, None)
     if isinstance(path, bytes):
         path, content = None, path
@@ -311,11 +311,11 @@ class Encoder:
         for name, weight in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        own = digest.hexdigest()
+        sha256 = digest.hexdigest()
         known = [model["weights_sha256"] for model in stored["models"]] if stored else []
-        if known and own not in known:
-            raise Differs(f"these weights ({own[:12]}) are not those that were measured ({known[0][:12]}).")
-        return f"{own[:12]}" + (", those that were measured" if known else "")
+        if known and sha256 not in known:
+            raise Differs(f"these weights ({sha256[:12]}) are not those that were measured ({known[0][:12]}).")
+        return f"{sha256[:12]}" + (", those that were measured" if known else "")
 
     def measure(self, pairs: Pairs, tokens_kept: Sequence[int]) -> dict[str, float]:
         """Figures by name, in percent but for the tokens; `tokens_kept` are the lengths of the stored curve."""
@@ -371,11 +371,13 @@ def recall(images: torch.Tensor, texts: torch.Tensor, text_to_image: Sequence[in
     Recall at 1, 5 and 10 in both directions and their mean, in percent. A wrong candidate with the score of the right
     one stands before it; an image's further texts never count against it.
     """
-    own = torch.tensor(text_to_image)
+    image_of_text = torch.tensor(text_to_image)
     scores = texts.double() @ images.double().T  # (N, M)
-    right = scores.gather(1, own[:, None])  # (N, 1)
-    best = torch.full((len(images),), -torch.inf).double().scatter_reduce_(0, own, right[:, 0], "amax")  # (M,)
-    scores.scatter_(1, own[:, None], -torch.inf)  # right pairs do not compete
+    right = scores.gather(1, image_of_text[:, None])  # (N, 1)
+    best = (
+        torch.full((len(images),), -torch.inf).double().scatter_reduce_(0, image_of_text, right[:, 0], "amax")
+    )  # (M,)
+    scores.scatter_(1, image_of_text[:, None], -torch.inf)  # right pairs do not compete
     ranks = {"text_to_image": (scores >= right - TIE).sum(1), "image_to_text": (scores >= best - TIE).sum(0)}
     figures = {f"{way}_R@{k}": 100 * (each < k).sum().item() / len(each) for way, each in ranks.items() for k in KS}
     return figures | {"mR": sum(figures.values()) / len(figures)}

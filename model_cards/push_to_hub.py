@@ -65,7 +65,7 @@ class Target:
 
 def check_target(api: HfApi, repo_id: str, tag: str | None = None, private: bool = False) -> Target:
     """
-    Whether the token is accepted, and what is there already. Nothing is changed.
+    Ask the Hub whether the token is accepted, and what is there already. Nothing is changed.
 
     Raises:
         `ValueError`: for a tag that exists, or a public repository that was meant to be private.
@@ -190,14 +190,14 @@ def _propose(send: Callable[..., CommitInfo], url: str) -> tuple[str, str]:
 
 def _holds(api: HfApi, repo_id: str, revision: str, staged: Staged) -> bool:
     """Whether a revision has every staged file with its very content."""
-    found = {file.path: file for file in api.list_repo_tree(repo_id, revision=revision) if isinstance(file, RepoFile)}
+    remote = {file.path: file for file in api.list_repo_tree(repo_id, revision=revision) if isinstance(file, RepoFile)}
 
     def same(file: RepoFile | None, path: Path) -> bool:
         if file is None or not file.lfs:
             return file is not None and file.blob_id == git_blob_id(path.read_bytes())
         return file.lfs.sha256 == file_sha256(path)
 
-    return all(same(found.get(name), staged.folder / name) for name in staged.sizes)
+    return all(same(remote.get(name), staged.folder / name) for name in staged.sizes)
 
 
 def _is_own(path: str) -> bool:
@@ -219,7 +219,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _path(error: BaseException) -> str:
-    """What was asked for when it happened; empty where that is not known."""
+    """Path of the request that an error answers; empty where it is not known."""
     for cause in _causes(error):
         try:
             return urlsplit(str(cause.request.url)).path

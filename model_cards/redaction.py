@@ -1,4 +1,4 @@
-"""What of a run may be seen by everybody: no folder of somebody's machine."""
+"""Records of a run without the folders of somebody's machine, for everybody to see."""
 
 import itertools
 import re

@@ -1,5 +1,5 @@
 """
-What results.json holds of one model -> the card's tables and its `model-index`.
+The results of one model as a card's tables and its `model-index`.
 
 Every number shown comes out of results.json or of the paper's own figures (`evaluation/paper_tables.json`, read as a
 file: this folder imports nothing from `evaluation/`).
@@ -42,16 +42,18 @@ def paper_tables() -> dict[str, Any]:
 def paper_rows(model: str | None, task: str) -> dict[str, dict[str, float]]:
     """Data set -> figures by metric, for one model (a key such as `lrsclip-vit-b-16`) and task, in the paper's order."""
     second = [table for table in paper_tables()["further"] if table["source"] == "v2"]  # of the paper
-    metrics, found = paper_tables()["metrics"][task], {}
+    metrics, figures = paper_tables()["metrics"][task], {}
     for table in [*paper_tables()["tables"].values(), *second]:
         if table["task"] != task:
             continue
         if "columns" in table:
-            found |= {name: {metrics[0]: value} for name, value in zip(table["columns"], table["rows"].get(model, ()))}
+            figures |= {
+                name: {metrics[0]: value} for name, value in zip(table["columns"], table["rows"].get(model, ()))
+            }
         else:
             rows = table["rows"].items()
-            found |= {name: dict(zip(metrics, models[model])) for name, models in rows if model in models}
-    return found
+            figures |= {name: dict(zip(metrics, models[model])) for name, models in rows if model in models}
+    return figures
 
 
 def select_model(document: dict[str, Any], weights_sha256: str, folder: Path) -> tuple[dict[str, Any], list[Any]]:
@@ -90,43 +92,43 @@ def results_section(results: Sequence[dict[str, Any]], paper_model: str | None) 
     parts = []
     for task, title in TASKS.items():
         rows = paper_rows(paper_model, task)
-        own = [_with_paper(result, rows) for result in results if result["task"] == task]
+        measured = [_with_paper(result, rows) for result in results if result["task"] == task]
         parts += [f"### {title}", ""]
-        if own or rows:
+        if measured or rows:
             lines = _one_metric_table if len(paper_tables()["metrics"][task]) == 1 else _table
-            parts += [*lines(task, own, rows), "", *_notes(task, own)]
+            parts += [*lines(task, measured, rows), "", *_notes(task, measured)]
         else:
             parts += [f"{NOT_YET.capitalize()}.", ""]
     return "\n".join(parts).strip()
 
 
-def _table(task: str, own: Sequence[dict[str, Any]], paper: dict[str, dict[str, float]]) -> list[str]:
+def _table(task: str, measured: Sequence[dict[str, Any]], paper: dict[str, dict[str, float]]) -> list[str]:
     """A row measured, one of the paper and one of the gap for each data set; metrics in columns."""
     metrics = paper_tables()["metrics"][task]
     lines = [_line(["data set", "", *map(_heading, metrics)]), _rule(2, len(metrics))]
-    for result in own:
+    for result in measured:
         lines.append(_line([_dataset(result), "measured", *_cells(task, result["metrics"], metrics)]))
         if "paper" in result:
             lines.append(_line(["", "paper", *_cells(task, result["paper"], metrics)]))
             lines.append(_line(["", "gap", *_cells(task, result["gap"], metrics, "+")]))
-    for key, figures in _unmeasured(own, paper).items():
+    for key, figures in _unmeasured(measured, paper).items():
         lines.append(_line([_paper_name(key), NOT_YET, *["–"] * len(metrics)]))
         lines.append(_line(["", "paper", *_cells(task, figures, metrics)]))
     return lines
 
 
-def _one_metric_table(task: str, own: Sequence[dict[str, Any]], paper: dict[str, dict[str, float]]) -> list[str]:
+def _one_metric_table(task: str, measured: Sequence[dict[str, Any]], paper: dict[str, dict[str, float]]) -> list[str]:
     """A row for each data set; measured, paper and gap in columns."""
     metrics = paper_tables()["metrics"][task]
     lines = [_line([f"{metrics[0]}, %", "measured", "paper", "gap"]), _rule(1, 3)]
-    for result in own:
+    for result in measured:
         kinds = [("metrics", ""), ("paper", ""), ("gap", "+")]
         cells = [cell for kind, sign in kinds for cell in _cells(task, result.get(kind, {}), metrics, sign)]
         lines.append(_line([_dataset(result), *cells]))
-    for key, figures in _unmeasured(own, paper).items():
+    for key, figures in _unmeasured(measured, paper).items():
         # The paper's mean is of its six sets; what was measured of them is shown set by set.
-        told = "–" if key == "mean" and own else NOT_YET
-        lines.append(_line([_paper_name(key), told, *_cells(task, figures, metrics), "–"]))
+        cell = "–" if key == "mean" and measured else NOT_YET
+        lines.append(_line([_paper_name(key), cell, *_cells(task, figures, metrics), "–"]))
     return lines
 
 
@@ -148,9 +150,9 @@ def _squeeze(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _unmeasured(own: Sequence[dict[str, Any]], paper: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+def _unmeasured(measured: Sequence[dict[str, Any]], paper: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """The paper's rows that stand beside nothing measured."""
-    shown = [result["paper"] for result in own if "paper" in result]
+    shown = [result["paper"] for result in measured if "paper" in result]
     return {key: figures for key, figures in paper.items() if figures not in shown}
 
 
@@ -182,14 +184,14 @@ def _rule(words: int, numbers: int) -> str:
     return "|" + "|".join([":--"] * words + ["--:"] * numbers) + "|"
 
 
-def _notes(task: str, own: Sequence[dict[str, Any]]) -> list[str]:
-    lines = [f"- † seen, not zero-shot: {result['seen']}." for result in own if "seen" in result]
-    lines += [f"- {remark}" for result in own for remark in result.get("remarks", [])]
+def _notes(task: str, measured: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [f"- † seen, not zero-shot: {result['seen']}." for result in measured if "seen" in result]
+    lines += [f"- {remark}" for result in measured for remark in result.get("remarks", [])]
     return [*dict.fromkeys(lines), ""] if lines else []
 
 
 def tokens_section(results: Sequence[dict[str, Any]]) -> str:
-    """How long the measured texts were, how many the model cut, and recall against tokens kept, as Markdown."""
+    """Markdown on the length of the measured texts, the share that the model cut, and recall against tokens kept."""
     counted = [result for result in results if {"tokens", "share_truncated", "texts"} <= result.keys()]
     if not counted:
         return f"How many of a benchmark's texts are cut, and recall against the number of tokens kept: {NOT_YET}."

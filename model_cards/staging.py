@@ -216,8 +216,8 @@ def public_results(document: dict[str, Any], weights_sha256: str, folder: Path, 
     The part of results.json that is about these weights, under the repository's name; without the example captions,
     which are somebody's data set.
     """
-    measured, own = select_model(document, weights_sha256, folder)
-    kept = [{name: value for name, value in result.items() if name != "examples"} for result in own]
+    measured, model_results = select_model(document, weights_sha256, folder)
+    kept = [{name: value for name, value in result.items() if name != "examples"} for result in model_results]
     if "command" in document:
         document = document | {"command": command_for(document["command"], repo_id)}
     return without_paths(document | {"models": [measured | {"path": repo_id}], "results": kept})
@@ -260,13 +260,13 @@ def verify(checkpoint: Path, staged: Staged) -> dict[str, float]:
     if done.returncode:
         reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
         raise NotVerified(f"the staged copy of {checkpoint} does not load without this package: {reason}")
-    found = torch.load(work / "outputs.pt")
+    outputs = torch.load(work / "outputs.pt")
     differences = {}
     reference = (CLIPModel if of_clip else LRSCLIPModel).from_pretrained(checkpoint, dtype=torch.float32).eval()
     processor = LRSCLIPProcessor.from_pretrained(staged.folder if of_clip else checkpoint)
     for name, expected in _outputs(reference, processor, work / "image.png").items():
-        same = found[name].shape == expected.shape
-        differences[name] = (found[name] - expected).abs().max().item() if same else float("inf")
+        same = outputs[name].shape == expected.shape
+        differences[name] = (outputs[name] - expected).abs().max().item() if same else float("inf")
         if not differences[name] <= (0 if name == "token ids" else TOLERANCE):
             raise NotVerified(
                 f"{name} of the staged copy differ from those of {checkpoint} by {differences[name]:.1e} (allowed: "
@@ -276,7 +276,7 @@ def verify(checkpoint: Path, staged: Staged) -> dict[str, float]:
 
 
 def _outputs(model: CLIPModel, processor: LRSCLIPProcessor, image: Path) -> dict[str, torch.Tensor]:
-    """As `clean_process.py`, by the package."""
+    """Token ids, pixels and embeddings that `clean_process.py` writes, computed by the package."""
     inputs = processor(text=PROBE, images=Image.open(image), return_tensors="pt")
     with torch.inference_mode():
         outputs = model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"])

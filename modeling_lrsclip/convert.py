@@ -245,9 +245,9 @@ def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _check_output(output_dir: Path, source: str | Path, tokenizer: str | Path | None) -> None:
     if output_dir.is_dir() and os.path.exists(source) and output_dir.samefile(source):
         raise ValueError(f"{output_dir} is the source itself; give another folder to write.")
-    for given in (source, tokenizer):
-        if given is not None and os.path.exists(given) and Path(given).resolve().is_relative_to(output_dir):
-            raise ValueError(f"{given} lies in {output_dir}, which would be replaced; give another folder to write.")
+    for path in (source, tokenizer):
+        if path is not None and os.path.exists(path) and Path(path).resolve().is_relative_to(output_dir):
+            raise ValueError(f"{path} lies in {output_dir}, which would be replaced; give another folder to write.")
     if output_dir.is_dir() and any(output_dir.iterdir()):
         try:
             written = set(json.loads((output_dir / RECORD).read_text(encoding="utf-8"))["files"])

@@ -1,1 +1,1 @@
-"""Where each benchmark's data comes from."""
+"""Data of the benchmarks: where it comes from, its classes and prompts."""

@@ -68,7 +68,7 @@ class Dataset:
         return spellings
 
     def describe(self, wording: str) -> dict[str, Any]:
-        """What `results.json` says of the names."""
+        """Return the fields that identify the names in `results.json`."""
         file = f"evaluation/benchmarks/classes/{self.key}.json" if self.key else None
         return {"file": file, "version": self.version, "sha256": self.file_sha256, "wording": wording}
 
@@ -76,10 +76,10 @@ class Dataset:
 @cache
 def known_datasets() -> dict[str, Dataset]:
     """The data sets of `classes/` by key; those of the paper's Table IV first, in its order."""
-    found = {path.stem: path for path in sorted(FOLDER.glob("*.json")) if path.stem != "templates"}
+    files = {path.stem: path for path in sorted(FOLDER.glob("*.json")) if path.stem != "templates"}
     order = ["resisc45", "eurosat", "patternnet", "whu_rs19", "optimal31", "rs_c11", "aid", "uc_merced"]
     order += ["skyscript", "fmow", "millionaid", "rsicb256", "rsicb128"]
-    return {key: _read_dataset(found[key]) for key in sorted(found, key=lambda key: (order + [key]).index(key))}
+    return {key: _read_dataset(files[key]) for key in sorted(files, key=lambda key: (order + [key]).index(key))}
 
 
 def _read_dataset(path: Path) -> Dataset:

@@ -21,12 +21,16 @@ NUMBERED = 32  # classes up to which every cell says its percentage
 
 def draw_confusion_matrix(result: Mapping[str, Any], path: Path, label: str = "", dataset: str = "") -> Path:
     """
-    Which classes a model takes for which: a row per true class, its images' predictions in percent, and the class's
+    Draw which classes a model takes for which: a row per true class, its images' predictions in percent, and the class's
     accuracy at the right.
 
     Args:
         result: of [`~evaluation.classification.ClassificationTask.evaluate`].
+        path: PNG to write.
         label, dataset: names of the model and of the data set, for the heading.
+
+    Returns:
+        `path`.
     """
     names = [row["name"] for row in result["per_class"]]
     counts = np.asarray(result["confusion"], dtype=float)  # (C, C)

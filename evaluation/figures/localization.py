@@ -29,12 +29,16 @@ CAPTION, LINE, WRAP = 0.62, 0.17, 84  # inches above a pair of panels, inches a 
 
 def draw_localization(result: Mapping[str, Any], data: LocalizationData, path: Path, label: str = "") -> Path:
     """
-    Scenes beside the map that a model makes for a query, the annotated regions outlined in both.
+    Draw scenes beside the map that a model makes for a query, the annotated regions outlined in both.
 
     Args:
         result: of [`~evaluation.localization.LocalizationTask.evaluate`]; its `examples` are drawn.
-        data: what was measured.
+        data: the scenes and queries that were measured.
+        path: PNG to write.
         label: the model's name, for the heading.
+
+    Returns:
+        `path`.
     """
     examples = result["examples"]
     columns = min(2, len(examples))
@@ -52,9 +56,9 @@ def draw_localization(result: Mapping[str, Any], data: LocalizationData, path: P
     say(MARGIN, 0.45, f"Where {label or 'the model'} looks for a text", 14, INK, "bold")
     what = f"{data.name}, protocol {result['protocol']} · queries spread evenly, not picked · green: the annotated regions"
     say(MARGIN, 0.73, what, 9.5)
-    for place, example in enumerate(examples):
+    for number, example in enumerate(examples):
         query = example["query"]
-        left, top = MARGIN + place % columns * cell_width, HEAD + place // columns * cell_height
+        left, top = MARGIN + number % columns * cell_width, HEAD + number // columns * cell_height
         lines = textwrap.wrap(textwrap.shorten(data.texts[query], 2 * WRAP - 10, placeholder=" …"), WRAP)
         for above, line in enumerate(reversed(lines), start=1):
             say(left, top + CAPTION - 0.1 - LINE * above, line, 8.5, INK)

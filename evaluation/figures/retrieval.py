@@ -1,4 +1,4 @@
-"""Pictures of what was measured; every function writes one PNG and returns its path."""
+"""Pictures of retrieval; every function writes one PNG and returns its path."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,12 +35,17 @@ def draw_recall_vs_tokens(
     curves: Mapping[str, Sequence[Mapping[str, float]]], path: Path, dataset: str = "", longest: int = 248
 ) -> Path:
     """
-    R@1 text to image against tokens kept, a line per model (paper, Fig. 3).
+    Draw R@1 text to image against tokens kept, a line per model (paper, Fig. 3).
 
     Args:
         curves: per model its points `{"tokens": …, "text_to_image_R@1": …}` by rising length; the last one is the
             model's number of positions, from where the line goes on dashed: longer texts change nothing.
+        path: PNG to write.
+        dataset: its name, for the heading.
         longest: tokens of the longest text, where the axis ends if no model reads that far.
+
+    Returns:
+        `path`.
     """
     figure = _figure(8.2, 4.7)
     axes = figure.add_axes((0.085, 0.13, 0.66, 0.665))
@@ -106,15 +111,15 @@ def _label_ends(axes: Any, labels: list[tuple[float, str, str]], x: float, limit
     for index in order:
         placed.append(max(labels[index][0], placed[-1] + gap if placed else 0))
     overshoot = max(0.0, placed[-1] - limit)
-    for place in range(len(placed) - 1, -1, -1):  # push down again what left the axes
-        above = placed[place + 1] - gap if place + 1 < len(placed) else placed[place] - overshoot
-        placed[place] = min(placed[place], above)
-    for place, index in zip(placed, order, strict=True):
+    for position in range(len(placed) - 1, -1, -1):  # push down again what left the axes
+        above = placed[position + 1] - gap if position + 1 < len(placed) else placed[position] - overshoot
+        placed[position] = min(placed[position], above)
+    for position, index in zip(placed, order, strict=True):
         y, text, color = labels[index]
         axes.annotate(
             text,
             (x, y),
-            (x * 1.03, place),
+            (x * 1.03, position),
             color=color,
             fontsize=9.5,
             va="center",
@@ -133,10 +138,15 @@ def _label_ends(axes: Any, labels: list[tuple[float, str, str]], x: float, limit
 
 def draw_token_lengths(counts: Sequence[int], path: Path, dataset: str = "") -> Path:
     """
-    How long the texts are (paper, Fig. 6), with the share that a model of 77 and of 248 positions reads whole.
+    Draw how long the texts are (paper, Fig. 6), with the lengths that a model of 77 and of 248 positions reads whole.
 
     Args:
         counts: texts by their number of tokens, in bins of `TOKEN_BIN` from 0 on.
+        path: PNG to write.
+        dataset: its name, for the heading.
+
+    Returns:
+        `path`.
     """
     figure = _figure(8.2, 3.9)
     axes = figure.add_axes((0.085, 0.15, 0.88, 0.62))
@@ -165,7 +175,7 @@ def draw_token_lengths(counts: Sequence[int], path: Path, dataset: str = "") -> 
 
 
 class Sheet:
-    """A page on which places are inches from the top left corner."""
+    """A page on which positions are inches from the top left corner."""
 
     def __init__(self, width: float, height: float):
         self.width, self.height = width, height
@@ -196,12 +206,17 @@ def draw_retrieval_gallery(
     examples: Sequence[Mapping[str, Any]], images: ImageFiles, path: Path, label: str = "", positions: int = 248
 ) -> Path:
     """
-    Texts with the images that a model ranks first for them (paper, Fig. 1 and 8).
+    Draw texts with the images that a model ranks first for them (paper, Fig. 1 and 8).
 
     Args:
         examples: as `evaluation.retrieval` returns them: `text`, `word_tokens`, `image`, `rank`, `found`.
         images: all images, indexed by `image` and `found`.
+        path: PNG to write.
+        label: the model's name, for the heading.
         positions: tokens that the model reads; words beyond are set pale.
+
+    Returns:
+        `path`.
     """
     text_width, side, gap, margin, head = 4.6, 1.42, 0.12, 0.35, 0.95  # inches
     left = margin + text_width + 0.3  # where the images start
@@ -218,9 +233,9 @@ def draw_retrieval_gallery(
         sheet.rule(margin, top - 0.06, sheet.width - 2 * margin)
         for word in words:
             sheet.text(margin + word.x, top + 0.19 + LEADING * word.line, word.text, TEXT_SIZE, word.color)
-        for place, index in enumerate(example["found"]):
-            x, hit = left + place * (side + gap), index == example["image"]
-            sheet.text(x, top + 0.14, str(place + 1), color=RIGHT if hit else GREY, weight="bold" if hit else "normal")
+        for rank, index in enumerate(example["found"]):
+            x, hit = left + rank * (side + gap), index == example["image"]
+            sheet.text(x, top + 0.14, str(rank + 1), color=RIGHT if hit else GREY, weight="bold" if hit else "normal")
             sheet.tile(x, top + 0.22, side, images[index], RIGHT if hit else FAINT, 4 if hit else 1)
         if example["image"] not in example["found"]:
             x = left + shown * (side + gap) + 0.25

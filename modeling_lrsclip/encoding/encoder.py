@@ -74,7 +74,16 @@ def embed_token_rows(
     dtype: torch.dtype | None = None,
     progress: bool | str | tqdm = False,
 ) -> Tensor:
-    """Unit embeddings of texts that [`encode_texts`] has turned into token ids; otherwise as [`embed_texts`]."""
+    """
+    Unit embeddings of texts that [`~.tokens.encode_texts`] has turned into token ids.
+
+    Args:
+        model, processor, batch_size, max_tokens, dtype, progress: as in [`embed_texts`].
+        rows: N rows of token ids.
+
+    Returns:
+        `Tensor` (N, D), float32 on the CPU, in input order.
+    """
     _check_batch_size(batch_size)
     rows = cut_tokens(rows, min(max_tokens or text_positions(model), text_positions(model)))
     unique, source = unique_rows(rows)  # equal rows are encoded once

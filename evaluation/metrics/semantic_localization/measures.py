@@ -36,7 +36,7 @@ class Circle(NamedTuple):
 
 def localization_metrics(probability_map: Any, regions: Polygons) -> dict[str, float]:
     """
-    How well a map of attention agrees with the annotated regions of one query.
+    Agreement of a map of attention with the annotated regions of one query.
 
     Args:
         probability_map: (H, W) uint8 array or tensor, 255 the highest probability.
@@ -60,9 +60,9 @@ def localization_metrics(probability_map: Any, regions: Polygons) -> dict[str, f
         )
     polygons = check_regions(regions, *prob.shape)
     circles = [region_circle(polygon) for polygon in polygons]
-    found = peaks(prob)
+    attention_peaks = peaks(prob)
     rsu = _rsu(prob, region_mask(polygons, *prob.shape))
-    ras, rda = _ras(circles, found), _rda(circles, found)
+    ras, rda = _ras(circles, attention_peaks), _rda(circles, attention_peaks)
     return {"Rsu": rsu, "Ras": ras, "Rda": rda, "Rmi": WEIGHT_RSU * rsu + WEIGHT_RAS * (1 - ras) + WEIGHT_RDA * rda}
 
 
@@ -121,7 +121,7 @@ def region_circle(polygon: np.ndarray) -> Circle:
 
 def peaks(probability_map: np.ndarray) -> list[tuple[int, int]]:
     """
-    Where the attention is: (x, y) of the peaks of the smoothed map, the highest of the map itself first.
+    Peaks of attention: (x, y) of the peaks of the smoothed map, the highest of the map itself first.
 
     Args:
         probability_map: (H, W) uint8.
@@ -132,9 +132,9 @@ def peaks(probability_map: np.ndarray) -> list[tuple[int, int]]:
     highest = _highest_around(_highest_around(smooth, axis=0), axis=1)
     tops = ((smooth == highest) & (smooth > 0)).view(np.uint8)  # (H, W)
     _, _, _, centres = cv2.connectedComponentsWithStats(tops, connectivity=8)
-    found = [(int(x), int(y)) for x, y in centres[1:]]  # 0 is the background
-    found = [(x, y) for x, y in found if probability_map[y, x] >= PEAK_LEVEL]
-    return sorted(found, key=lambda place: probability_map[place[1], place[0]], reverse=True)
+    points = [(int(x), int(y)) for x, y in centres[1:]]  # 0 is the background
+    points = [(x, y) for x, y in points if probability_map[y, x] >= PEAK_LEVEL]
+    return sorted(points, key=lambda point: probability_map[point[1], point[0]], reverse=True)
 
 
 def _highest_around(values: np.ndarray, axis: int) -> np.ndarray:
@@ -154,10 +154,10 @@ def _highest_around(values: np.ndarray, axis: int) -> np.ndarray:
     return np.moveaxis(np.maximum(running[:length], running[last : last + length]), 0, axis)
 
 
-def _within(circle: Circle, found: Sequence[tuple[int, int]]) -> np.ndarray:
+def _within(circle: Circle, points: Sequence[tuple[int, int]]) -> np.ndarray:
     """(n, 2) the peaks within a region's circle, from its middle."""
-    places = np.array(found, dtype=np.float64).reshape(-1, 2) - (circle.x, circle.y)
-    return places[np.linalg.norm(places, axis=1) <= circle.radius]
+    offsets = np.array(points, dtype=np.float64).reshape(-1, 2) - (circle.x, circle.y)
+    return offsets[np.linalg.norm(offsets, axis=1) <= circle.radius]
 
 
 # ------------------------------------------------------------------------------------------------------------- measures
@@ -172,23 +172,23 @@ def _rsu(prob: np.ndarray, mask: np.ndarray) -> float:
     return float(1 - np.exp(-RSU_BETA * ratio * (prob.size - area) / area))
 
 
-def _ras(circles: Sequence[Circle], found: Sequence[tuple[int, int]]) -> float:
+def _ras(circles: Sequence[Circle], points: Sequence[tuple[int, int]]) -> float:
     """Mean distance of the peaks from a region's middle in radii (1 where none is within), exponentially scaled."""
     offsets = []
     for circle in circles:
-        own = _within(circle, found)  # (n, 2)
-        offsets.append(np.linalg.norm(own, axis=1).mean() / circle.radius if len(own) else 1.0)
+        inside = _within(circle, points)  # (n, 2)
+        offsets.append(np.linalg.norm(inside, axis=1).mean() / circle.radius if len(inside) else 1.0)
     return float(np.expm1(RAS_BETA * np.mean(offsets)) / np.expm1(RAS_BETA))
 
 
-def _rda(circles: Sequence[Circle], found: Sequence[tuple[int, int]]) -> float:
+def _rda(circles: Sequence[Circle], points: Sequence[tuple[int, int]]) -> float:
     """1 where a region holds one peak, 0 where none; several count by how close together they are."""
     values = []
     for circle in circles:
-        own = _within(circle, found)  # (n, 2)
-        if len(own) < 2:
-            values.append(float(len(own)))
+        inside = _within(circle, points)  # (n, 2)
+        if len(inside) < 2:
+            values.append(float(len(inside)))
             continue
-        spread = np.linalg.norm(own - own.mean(axis=0), axis=1).mean() / circle.radius
-        values.append(0.5 * (1 - spread) + np.exp(-RDA_ETA * (len(own) + 2)))
+        spread = np.linalg.norm(inside - inside.mean(axis=0), axis=1).mean() / circle.radius
+        values.append(0.5 * (1 - spread) + np.exp(-RDA_ETA * (len(inside) + 2)))
     return float(np.mean(values))
