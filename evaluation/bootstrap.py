@@ -178,7 +178,7 @@ def differences(
             "items, or different metrics; compare results on the same data."
         )
     everything = np.ones((1, sums[0].items))
-    measured = [own.metrics(everything)[0] for own in sums]
+    measured = [model_sums.metrics(everything)[0] for model_sums in sums]
     drawn = np.concatenate(
         [sums[1].metrics(counts) - sums[0].metrics(counts) for counts in draws(sums[0].items, resamples, seed)]
     )  # (R, metrics)
@@ -186,7 +186,7 @@ def differences(
     rarer = np.minimum((drawn <= 0).sum(axis=0), (drawn >= 0).sum(axis=0))
     p_values = np.minimum(1, 2 * (rarer + 1) / (len(drawn) + 1))
     values = zip(*(array.tolist() for array in (*measured, low, high, p_values)), strict=True)
-    return {name: Difference(*own) for name, own in zip(sums[0].columns, values, strict=True)}
+    return {name: Difference(*row) for name, row in zip(sums[0].columns, values, strict=True)}
 
 
 def _ends(drawn: np.ndarray) -> np.ndarray:
