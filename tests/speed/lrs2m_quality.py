@@ -22,8 +22,8 @@ from PIL import Image
 from pyarrow import parquet
 
 from training.lrs2m.data_row import SCHEMA
+from training.lrs2m.duplicates.finder import DuplicateFinder
 from training.lrs2m.duplicates.fingerprints import SIDE, coefficients, hashes
-from training.lrs2m.duplicates.guard import DuplicateFinder
 from training.lrs2m.statistics import write
 
 

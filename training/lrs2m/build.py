@@ -27,13 +27,12 @@ from modeling_lrsclip.files.atomic import replace_json
 from modeling_lrsclip.files.configuration import plain_values
 from training.run_record import git_state, versions
 
-from .captioners.answer_journal import Journal
-from .captioners.captioner import Captioner, CaptionerDown, Gate, build_captioner
+from .captioners.captioner import AnswerStore, Captioner, CaptionerDown, Gate
+from .captioners.prompts import load_prompts
 from .data_row import Record, split_of
 from .output import LISTS, MANIFEST, PROGRESS, WORK, Output, Progress, load_progress, totals
 from .pipeline import Duplicate, Outcome, Pipeline, Written
-from .provenance import load_prompts, public_recipe, recipe_hash
-from .recipe import Recipe, SourceConfig, read_recipe, resolve
+from .recipe import CaptionerConfig, Recipe, SourceConfig, public_recipe, read_recipe, recipe_hash, resolve
 from .routes import Failed, Item, Writer
 from .row_builder import RowMaker, TokenCounter
 from .sources.captions_by_key import JoinedCaptions, Unmatched
@@ -78,7 +77,7 @@ class Build:
         self.captioners = self._build_captioners()
         self.finder = self._build_finder()
         self.choose = self._build_chooser()
-        self.journal = Journal(folder / WORK / "answers.sqlite")
+        self.answers = AnswerStore(folder / WORK / "answers.sqlite")
         self.output = Output(folder, recipe.format, (recipe.shard_rows, recipe.shard_bytes), progress)
         self.silent = 0  # rows in a row that got no answer
 
@@ -92,7 +91,7 @@ class Build:
                     self.output.checkpoint(number + 1, 0)
             return self._finish()
         finally:
-            self.journal.close()
+            self.answers.close()
             self.output.close()
             if self.finder is not None:
                 self.finder.close()
@@ -113,7 +112,7 @@ class Build:
         maker = RowMaker(self.recipe, source, self._writer(source), self.counter)
         outcomes = self._pipeline(source, maker.writer).outcomes(records)
         with tqdm(desc=source.name, unit=" rows", initial=done, disable=None) as bar:
-            async with aclosing(outcomes):  # what is under way ends before the journal is closed
+            async with aclosing(outcomes):  # what is under way ends before the file of answers is closed
                 async for outcome in outcomes:
                     index += 1
                     bar.update()
@@ -219,7 +218,7 @@ class Build:
     def _build_captioners(self) -> dict[str, Captioner]:
         used = {text.captioner for source in self.recipe.sources for text in (source.long, source.short)}
         built = {
-            name: build_captioner(config, self.gate.settle)
+            name: _build_captioner(config, self.gate)
             for name, config in self.recipe.captioners.items()
             if name in used
         }
@@ -242,7 +241,7 @@ class Build:
         (self.folder / WORK).mkdir(parents=True, exist_ok=True)
         if not config.inside and not against:
             return None
-        from .duplicates.guard import DuplicateFinder
+        from .duplicates.finder import DuplicateFinder
 
         store = self.folder / WORK / "duplicates.sqlite"
         return DuplicateFinder(against, config.inside, config.distance, config.crops, store)
@@ -258,7 +257,7 @@ class Build:
     def _writer(self, source: SourceConfig) -> Writer:
         prompts = self.prompts[source.name]
         count = self.counter.count_one
-        return Writer(self.recipe, source, self.captioners, prompts, self.journal, count, self.choose)
+        return Writer(self.recipe, source, self.captioners, prompts, self.answers, count, self.choose)
 
     def _pipeline(self, source: SourceConfig, writer: Writer) -> Pipeline:
         labels = LabelReader(source.labels, self.root) if source.labels else None
@@ -281,6 +280,17 @@ class Build:
             8 * config.concurrency if config.kind == "openai" else 16 * config.batch_size for config in asked
         ]  # fmt: skip
         return max(sizes, default=1)
+
+
+def _build_captioner(config: CaptionerConfig, gate: Gate) -> Captioner:
+    """The captioner of a recipe; only the engine that is asked for is imported."""
+    if config.kind == "openai":
+        from .captioners.openai_compatible import OpenAICaptioner
+
+        return OpenAICaptioner(config)
+    from .captioners.transformers_model import TransformersCaptioner
+
+    return TransformersCaptioner(config, gate.settle)
 
 
 def rows_seen(counts: dict[str, int]) -> int:

@@ -1,18 +1,26 @@
 """A recipe: which sources become rows by which route, with which captioners and prompts. One YAML file or several."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from modeling_lrsclip.files.configuration import read_yaml, set_field, split_setting, validate
+from modeling_lrsclip.files.configuration import plain_values, read_yaml, set_field, split_setting, validate
+from modeling_lrsclip.files.hashing import json_sha256
 
 
 STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 Route = Literal["merge", "compress", "expand", "anchor"]
+# What may change between two runs of one build: it decides how fast a row comes, or when to stop, not what is in it.
+FREE = ("max_skipped_fraction", "max_failures_in_a_row", "max_failed_fraction", "lookahead")
+FREE_OF_CAPTIONER = (
+    *("base_url", "api_key_variable", "concurrency", "timeout", "tries"),
+    *("batch_size", "device_map"),
+)
+LOCAL = ("path", "images", "against", "tokenizer", "model", "prompt")  # fields that may hold a path of this machine
 
 
 @dataclass(config=STRICT)
@@ -223,6 +231,34 @@ def read_recipe(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
     for override in overrides:
         set_field(values, *split_setting(override))
     return validate(Recipe, values, hints={"licence": "every source must name it: it goes into the rows and the card"})
+
+
+def recipe_hash(recipe: Recipe, prompts: Mapping[str, Mapping[str, Any]]) -> str:
+    """SHA-256 of what decides the rows: the recipe but for its `FREE` fields, and its prompts by source and text."""
+    values = plain_values(recipe)
+    for name in FREE:
+        values.pop(name)
+    for captioner in values["captioners"].values():
+        for name in FREE_OF_CAPTIONER:
+            captioner.pop(name)
+    words = {source: {which: prompt.hash for which, prompt in texts.items()} for source, texts in prompts.items()}
+    return json_sha256([values, words], sort_keys=True)
+
+
+def public_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without this machine's paths and addresses: of a path its last part."""
+
+    def shown(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: shown(key, one) for key, one in value.items() if key not in ("base_url", "api_key_variable")}
+        if isinstance(value, list):
+            return [shown(name, one) for one in value]
+        hidden = (
+            isinstance(value, str) and name in LOCAL and (value[:1] in ("/", "~", "$", ".") or Path(value).exists())
+        )
+        return Path(value).name if hidden else value
+
+    return shown("", plain_values(recipe))
 
 
 def resolve(path: str, root: Path) -> Path:

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .captioners.answer_checks import Checks, clean_answer, find_fault
-from .captioners.answer_journal import Journal
-from .captioners.captioner import Captioner, NoAnswer, Request, Sampling
+from .captioners.captioner import AnswerStore, Captioner, NoAnswer, Request, Sampling
 from .captioners.prompts import Prompt
 from .data_row import GIVEN, Record
 from .recipe import Recipe, SourceConfig, TextConfig
@@ -65,7 +64,7 @@ class Writer:
     source: SourceConfig
     captioners: dict[str, Captioner]
     prompts: dict[str, Prompt]
-    journal: Journal
+    answers: AnswerStore
     count_tokens: Callable[[str], int]
     choose: Callable[[Any, list[str]], int] | None = None
 
@@ -127,14 +126,14 @@ class Writer:
             sampling = self._sampling(config, prompt, user, item.picture.sha256, attempt)
             request = Request(prompt.system, user, picture, sampling)
             key = request.key(captioner.identity)
-            answer = self.journal.find(key)
+            answer = self.answers.find(key)
             if answer is None:
                 try:
                     answer = await captioner.ask(request)
                 except NoAnswer as error:
                     attempts.append({"seed": sampling.seed, "reason": str(error)})
                     break
-                answer = self.journal.store(key, answer)
+                answer = self.answers.store(key, answer)
             text = clean_answer(answer.text)
             fault = find_fault(text, checks, count, answer.finished)
             if fault:
@@ -201,16 +200,3 @@ def check_given(text: str | None, which: str) -> str:
     if garbled(text):
         raise Skip(f"garbled {which} caption", f"{text[:60]!r} is not of the encoding read.encoding says")
     return " ".join(text.split())
-
-
-def missing_places(source: SourceConfig, which: str, prompt: Prompt) -> set[str]:
-    """Places of a prompt that this source cannot fill on its route, for the check before anything is asked."""
-    able = {"class_name", *source.fields, *source.read.columns}
-    if source.labels:
-        able.add("anchors")
-    other = source.short if which == "long" else source.long
-    if which == "short":
-        able.add("long_text")
-    elif other.captioner is None:
-        able |= {"short_text", "short_texts"}
-    return prompt.places - able

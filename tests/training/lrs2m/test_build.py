@@ -27,8 +27,7 @@ from tests.training.lrs2m.small_builds import (
 )
 from training.lrs2m import build as build_module
 from training.lrs2m import output
-from training.lrs2m.captioners.answer_journal import Journal
-from training.lrs2m.captioners.captioner import Gate
+from training.lrs2m.captioners.captioner import AnswerStore, Gate
 from training.lrs2m.pipeline import Pipeline
 from training.lrs2m.recipe import ReadConfig, SourceConfig, TextConfig
 from training.lrs2m.sources.captions_by_key import Unmatched
@@ -189,7 +188,7 @@ def test_a_stopped_build_goes_on_to_the_same_files(whole, expected, write_recipe
         for at in range(2, 40, 6):
             calls.clear()
             if where == "answer":
-                stop_at(Journal, "store", at)
+                stop_at(AnswerStore, "store", at)
             elif where == "checkpoint":
                 stop_at(output, "sync", at)
             elif where == "placing":

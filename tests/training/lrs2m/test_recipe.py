@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
+from training.lrs2m.captioners.prompts import load_prompts
 from training.lrs2m.data_row import SCHEMA, split_of
-from training.lrs2m.provenance import load_prompts, public_recipe, recipe_hash
-from training.lrs2m.recipe import read_recipe
+from training.lrs2m.recipe import public_recipe, read_recipe, recipe_hash
 from training.lrs2m.sources.records import normalise_key
 from training.lrs2m.sources.tables import table_rows
 

@@ -1,7 +1,8 @@
-"""What a captioner is asked and what it answers, whichever engine is behind it."""
+"""Requests to a captioner, their answers, and the file that keeps each answer, whichever engine is behind it."""
 
 import json
-from collections.abc import Callable
+import sqlite3
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +11,9 @@ from modeling_lrsclip.files.hashing import json_sha256
 
 from ..recipe import CaptionerConfig
 from ..sources.images import Picture
+
+
+SYNC_EVERY = 1.0  # seconds between two times that answers are forced to disk
 
 
 class NoAnswer(Exception):
@@ -76,15 +80,49 @@ def captioner_identity(config: CaptionerConfig) -> str:
     return json.dumps([config.model, config.revision, config.dtype, config.max_image_side, config.extra])
 
 
-def build_captioner(config: CaptionerConfig, settle: Callable[[], None]) -> Captioner:
-    """The captioner of a recipe; `settle` is called by one that waits for a batch to fill ([`Gate`])."""
-    if config.kind == "openai":
-        from .openai_compatible import OpenAICaptioner
+class AnswerStore:
+    """
+    Answers by the key of their request, in a SQLite file.
 
-        return OpenAICaptioner(config)
-    from .transformers_model import TransformersCaptioner
+    An answer is written before it is used: a killed process loses none that it had received. They are forced to disk
+    every second, so a machine that loses its power loses a second's at most; the file stays readable in any case.
+    """
 
-    return TransformersCaptioner(config, settle)
+    def __init__(self, file: Path):
+        self.file = file
+        self.database = sqlite3.connect(file, isolation_level=None)
+        self.database.executescript(
+            "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA wal_autocheckpoint = 0;"
+            "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT, finished INTEGER) WITHOUT ROWID;"
+        )
+        self._synced = time.monotonic()
+
+    def find(self, key: str) -> Answer | None:
+        """The answer kept under a request's key."""
+        row = self.database.execute("SELECT text, finished FROM answers WHERE key = ?", (key,)).fetchone()
+        return Answer(row[0], bool(row[1])) if row else None
+
+    def store(self, key: str, answer: Answer) -> Answer:
+        """Keep an answer and return the one that is kept: the first, where equal requests were under way together."""
+        # Surrogates, which JSON allows in an answer, are not text that can be stored.
+        text = answer.text.encode("utf-8", "replace").decode()
+        insert = "INSERT OR IGNORE INTO answers VALUES (?, ?, ?)"
+        new = self.database.execute(insert, (key, text, answer.finished)).rowcount
+        if time.monotonic() - self._synced > SYNC_EVERY:
+            self.sync()
+        return Answer(text, answer.finished) if new else self.find(key)
+
+    def sync(self) -> None:
+        """Force what was stored to disk."""
+        self.database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        self._synced = time.monotonic()
+
+    def __len__(self) -> int:
+        return self.database.execute("SELECT count(*) FROM answers").fetchone()[0]
+
+    def close(self) -> None:
+        self.sync()
+        self.database.close()
 
 
 class Gate:

@@ -8,7 +8,7 @@ from pathlib import Path
 from modeling_lrsclip.files.configuration import read_yaml
 from modeling_lrsclip.files.hashing import json_sha256
 
-from ..recipe import TextConfig, resolve
+from ..recipe import Recipe, SourceConfig, TextConfig, resolve
 
 
 FOLDER = Path(__file__).parents[1] / "prompts"
@@ -38,6 +38,47 @@ class Prompt:
     def fill(self, values: dict[str, str]) -> str:
         """The user's words with `values` in their places."""
         return self.user.format(**{place: values[place] for place in self.places})
+
+
+Prompts = dict[str, dict[str, Prompt]]  # by source and text ("long", "short")
+
+
+def load_prompts(recipe: Recipe, root: Path) -> Prompts:
+    """
+    The prompts of all sources.
+
+    Raises:
+        `ValueError`: for one that is not there, or has a place that nothing fills on its source's route.
+    """
+    return {source.name: _prompts_of(source, root) for source in recipe.sources}
+
+
+def _prompts_of(source: SourceConfig, root: Path) -> dict[str, Prompt]:
+    prompts = {}
+    for which in ("long", "short"):
+        text: TextConfig = getattr(source, which)
+        if text.prompt is None:
+            continue
+        prompts[which] = load_prompt(text, root)
+        if missing := missing_places(source, which, prompts[which]):
+            raise ValueError(
+                f"prompt {text.prompt} of source {source.name} has the place {{{min(missing)}}}, which nothing fills on "
+                f"route {source.route}; give it in fields, or take another prompt."
+            )
+    return prompts
+
+
+def missing_places(source: SourceConfig, which: str, prompt: Prompt) -> set[str]:
+    """Places of a prompt that this source cannot fill on its route, for the check before anything is asked."""
+    able = {"class_name", *source.fields, *source.read.columns}
+    if source.labels:
+        able.add("anchors")
+    other = source.short if which == "long" else source.long
+    if which == "short":
+        able.add("long_text")
+    elif other.captioner is None:
+        able |= {"short_text", "short_texts"}
+    return prompt.places - able
 
 
 def load_prompt(text: TextConfig, root: Path) -> Prompt:

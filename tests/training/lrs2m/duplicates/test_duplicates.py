@@ -8,8 +8,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from evaluation.benchmarks.aerial_scenes.data_set import scene_row
+from training.lrs2m.duplicates.finder import DuplicateFinder
 from training.lrs2m.duplicates.fingerprints import PARTS, TURNS, coefficients, hashes, thumbnail, turned
-from training.lrs2m.duplicates.guard import DuplicateFinder
 from training.lrs2m.duplicates.hash_index import HashIndex, probe_keys
 
 
