@@ -82,7 +82,7 @@ class Build:
         self.silent = 0  # rows in a row that got no answer
 
     async def run(self) -> dict[str, Any]:
-        """Goes through what is left of the sources, finishes the folder and returns the manifest."""
+        """Go through what is left of the sources, finish the folder and return the manifest."""
         progress = self.output.progress
         try:
             if not progress.complete:
@@ -180,9 +180,9 @@ class Build:
             count = counts.get(what, 0)
             if count > (max(cap, min(0.5, EARLY_FACTOR * cap)) if early else cap) * seen:
                 reasons = {name: times for name, times in counts.items() if name.startswith(f"{what}: ")}
-                told = "; ".join(f"{name.partition(': ')[2]} {times}" for name, times in sorted(reasons.items()))
+                listed = "; ".join(f"{name.partition(': ')[2]} {times}" for name, times in sorted(reasons.items()))
                 raise ValueError(
-                    f"{count} of {seen} rows of {source.name} {what}{f' ({told})' if told else ''}, more than "
+                    f"{count} of {seen} rows of {source.name} {what}{f' ({listed})' if listed else ''}, more than "
                     f"max_{what}_fraction={cap:g} allows; {what}.jsonl in {self.folder} lists them. Mend them, or raise "
                     "it and run the command again."
                 )
@@ -233,8 +233,8 @@ class Build:
             named = [name for names in lists for name in names]
         elif source.against is not None:
             named = source.against
-        found = [(name, resolve(name, self.root)) for name in dict.fromkeys(named)]
-        return [str(path) if path.exists() else name for name, path in found]
+        paths = [(name, resolve(name, self.root)) for name in dict.fromkeys(named)]
+        return [str(path) if path.exists() else name for name, path in paths]
 
     def _build_finder(self) -> Any:
         config, against = self.recipe.duplicates, self._against()
@@ -310,7 +310,7 @@ def forget(folder: Path) -> None:
 
 
 def report(manifest: dict[str, Any]) -> str:
-    """What came of the build, a line a source."""
+    """Summary of a build, a line a source."""
     lines = []
     for source, counts in manifest["counts"].items():
         kept = counts.get("train", 0) + counts.get("validation", 0)

@@ -32,59 +32,61 @@ SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "1
 _MARK = re.compile(r"\n<!-- made by training\.lrs2m\.card ([0-9a-f]{16}) -->\n*\Z")
 
 
-def build_card(told: dict[str, Any], manifest: dict[str, Any], figures: Sequence[str] = ()) -> str:
+def build_card(statistics: dict[str, Any], manifest: dict[str, Any], figures: Sequence[str] = ()) -> str:
     """
     The card of a data set.
 
     Args:
-        told: of [`training.lrs2m.statistics`].
+        statistics: of [`training.lrs2m.statistics`].
         manifest: of the build.
         figures: names of pictures beside the card.
 
     Raises:
         `ValueError`: for a source whose licence is not known, naming it.
     """
-    unlicensed = [source["name"] for source in told["sources"] if not source["licence"].strip()]
+    unlicensed = [source["name"] for source in statistics["sources"] if not source["licence"].strip()]
     if unlicensed:
         raise ValueError(
             f"{len(unlicensed)} sources have no licence, first: {unlicensed[0]}; name it in the recipe and build again: "
             "nobody may use a data set whose terms are unknown."
         )
-    sources = [_source(source) for source in told["sources"]]
+    sources = [_source(source) for source in statistics["sources"]]
     values = {
-        "name": told["name"],
-        "rows": told["rows"],
-        "images": told["images"],
+        "name": statistics["name"],
+        "rows": statistics["rows"],
+        "images": statistics["images"],
         "sources": sources,
-        "long_mean_tokens": told["long"]["mean_tokens"],
-        "short_mean_tokens": told["short"]["mean_tokens"],
-        "over_77": 100 * told["long"]["over_77"],
-        "over_248": 100 * told["long"]["over_248"],
-        "vocabulary": told["vocabulary"],
-        "failed": told["left_out"]["failed"],
-        "skipped": told["left_out"]["skipped"],
-        "duplicates": told["left_out"]["duplicates"],
-        "evaluation_sets": told["evaluation_sets"] or None,
+        "long_mean_tokens": statistics["long"]["mean_tokens"],
+        "short_mean_tokens": statistics["short"]["mean_tokens"],
+        "over_77": 100 * statistics["long"]["over_77"],
+        "over_248": 100 * statistics["long"]["over_248"],
+        "vocabulary": statistics["vocabulary"],
+        "failed": statistics["left_out"]["failed"],
+        "skipped": statistics["left_out"]["skipped"],
+        "duplicates": statistics["left_out"]["duplicates"],
+        "evaluation_sets": statistics["evaluation_sets"] or None,
         "captioners": _captioners(manifest),
-        "subsets": [source["paper"]["name"] for source in told["sources"] if "paper" in source],
+        "subsets": [source["paper"]["name"] for source in statistics["sources"] if "paper" in source],
         "figures": list(figures),
         "commands": ["python -m training.lrs2m.build --config recipe.yaml --output DIR"],
         "recipe": yaml.safe_dump(_short(manifest["recipe"]), sort_keys=False, width=110).strip(),
         "versions": ", ".join(f"{name} {version}" for name, version in manifest["versions"].items() if version),
     }
-    given = {name: value for name, value in values.items() if value is not None}
-    card = DatasetCard.from_template(DatasetCardData(), template_path=str(TEMPLATE), **given)
-    card.data = _metadata(told, manifest)  # the template has a block of its own, which would stay
+    known = {name: value for name, value in values.items() if value is not None}
+    card = DatasetCard.from_template(DatasetCardData(), template_path=str(TEMPLATE), **known)
+    card.data = _metadata(statistics, manifest)  # the template has a block of its own, which would stay
     return str(card)
 
 
-def _metadata(told: dict[str, Any], manifest: dict[str, Any]) -> DatasetCardData:
+def _metadata(statistics: dict[str, Any], manifest: dict[str, Any]) -> DatasetCardData:
     fixed = DatasetCard.load(TEMPLATE).data.to_dict()
-    size = next((name for most, name in SIZES if told["rows"] < most), "n>10M")
+    size = next((name for most, name in SIZES if statistics["rows"] < most), "n>10M")
     suffix = SUFFIXES[manifest["format"]]
-    files = [{"split": split, "path": f"{DATA}/{split}-*{suffix}"} for split, rows in told["splits"].items() if rows]
-    own = {"pretty_name": told["name"], "size_categories": [size]}
-    return DatasetCardData(**fixed | own, configs=[{"config_name": "default", "data_files": files}])
+    files = [
+        {"split": split, "path": f"{DATA}/{split}-*{suffix}"} for split, rows in statistics["splits"].items() if rows
+    ]
+    described = {"pretty_name": statistics["name"], "size_categories": [size]}
+    return DatasetCardData(**fixed | described, configs=[{"config_name": "default", "data_files": files}])
 
 
 def _source(source: dict[str, Any]) -> dict[str, Any]:
@@ -103,11 +105,11 @@ def _source(source: dict[str, Any]) -> dict[str, Any]:
 
 
 def _captioners(manifest: dict[str, Any]) -> list[str]:
-    told = []
+    captioners = []
     for captioner in manifest["recipe"].get("captioners", {}).values():
         settings = f"temperature {captioner['temperature']:g}, top-p {captioner['top_p']:g}"
-        told.append(f"{captioner['model']} ({settings})")
-    return sorted(set(told)) or ["none: all captions were given"]
+        captioners.append(f"{captioner['model']} ({settings})")
+    return sorted(set(captioners)) or ["none: all captions were given"]
 
 
 def _short(value: Any) -> Any:
@@ -127,10 +129,12 @@ def write_card(folder: Path, replace: bool = False) -> Path:
     """
     manifest = read_manifest(folder)
     path = folder / STATISTICS
-    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else write(folder)
-    if told.get("data_sha256") != data_hash(manifest):
-        told = write(folder)  # of another build
-    card = build_card(told, manifest, [name for name in ("token_lengths.png", "map.png") if (folder / name).is_file()])
+    statistics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else write(folder)
+    if statistics.get("data_sha256") != data_hash(manifest):
+        statistics = write(folder)  # of another build
+    card = build_card(
+        statistics, manifest, [name for name in ("token_lengths.png", "map.png") if (folder / name).is_file()]
+    )
     path = folder / CARD
     if path.is_file() and not replace and not is_own(path.read_text(encoding="utf-8")):
         raise ValueError(f"{path} was written or changed by somebody; add --replace, or keep it and leave this out.")
@@ -139,7 +143,7 @@ def write_card(folder: Path, replace: bool = False) -> Path:
 
 
 def is_own(text: str) -> bool:
-    """Whether a card is as [`write_card`] wrote it."""
+    """Tell whether a card is as [`write_card`] wrote it."""
     mark = _MARK.search(text)
     return bool(mark) and mark[1] == _digest(text[: mark.start()])
 

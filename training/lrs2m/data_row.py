@@ -51,7 +51,7 @@ Row = dict[str, Any]  # the columns above
 
 @dataclass
 class Record:
-    """What a source says about one row, before images are opened and texts are made."""
+    """One row as its source has it, before images are opened and texts are made."""
 
     source: str
     position: int  # in the source, from 0

@@ -21,7 +21,7 @@ LISTS = ("failed", "unmatched", "skipped", "duplicates")  # each a JSON lines fi
 
 @dataclass
 class Progress:
-    """What a restart needs: everything up to here is on disk."""
+    """The point a restart goes on from: everything up to here is on disk."""
 
     recipe_hash: str
     source: int = 0  # place in the recipe of the source at work
@@ -34,7 +34,7 @@ class Progress:
 
 class Output:
     """
-    Takes rows and list entries in a stable order and makes them durable at checkpoints.
+    Rows and list entries, taken in a stable order and made durable at checkpoints.
 
     Rows go to parts below `work/`; a checkpoint closes the open parts, forces them and the lists to disk and writes
     `progress.json` in one step. After a kill, what came after the last checkpoint is cut off and made again.

@@ -123,14 +123,14 @@ def _prepare(api: HfApi, repo_id: str, private: bool) -> dict[str, RepoFile]:
         return {}
     if private and not info.private:
         raise _Public(f"{repo_id} exists and is public; make it private in its settings, or name another one.")
-    found = {}
+    files = {}
     for folder in ("", DATA):
         try:
             entries = list(api.list_repo_tree(repo_id, folder or None, repo_type=KIND))
         except EntryNotFoundError:
             continue
-        found |= {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-    return found
+        files |= {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+    return files
 
 
 class _Public(Exception):
@@ -138,7 +138,7 @@ class _Public(Exception):
 
 
 def _is_there(file: File, folder: Path, present: dict[str, RepoFile]) -> bool:
-    """Whether the repository has a file with this very content; the Hub knows small ones by Git's id."""
+    """Tell whether the repository has a file with this very content; the Hub knows small ones by Git's id."""
     entry = present.get(file.path)
     if entry is None or entry.size != file.size:
         return False

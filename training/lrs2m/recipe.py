@@ -25,7 +25,7 @@ LOCAL = ("path", "images", "against", "tokenizer", "model", "prompt")  # fields 
 
 @dataclass(config=STRICT)
 class KeyConfig:
-    """How an image's name becomes the key that two sources are joined on: the steps in order."""
+    """Steps, in order, from an image's name to the key that two sources are joined on."""
 
     basename: bool = False  # without folders
     stem: bool = False  # without suffix
@@ -35,7 +35,7 @@ class KeyConfig:
 
 @dataclass(config=STRICT)
 class ReadConfig:
-    """Where rows come from. Every path may be relative to the root and may hold ~ and environment variables."""
+    """The place that rows are read from. Every path may be relative to the root and may hold ~ and environment variables."""
 
     kind: Literal["images", "class_folders", "table", "webdataset", "hub"]
     path: str  # folder; file or glob of files; glob of tars; Hub id
@@ -66,7 +66,7 @@ class LabelsConfig:
 
 @dataclass(config=STRICT)
 class TextConfig:
-    """Where a long or a short text comes from: the source itself, a template, or a captioner and its prompt."""
+    """The origin of a long or a short text: the source itself, a template, or a captioner and its prompt."""
 
     captioner: str | None = None  # of the recipe's captioners
     prompt: str | None = None  # name@version of training/lrs2m/prompts, or a YAML file
@@ -215,7 +215,8 @@ class Recipe:
 
 def read_recipe(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Recipe:
     """
-    Reads recipe files. Of several, sources and captioners are put together, other fields come from the first.
+    Read recipe files. When there are several, their sources and captioners are put together, other fields come from the
+    first.
 
     Args:
         paths: YAML files.

@@ -105,8 +105,8 @@ def rejoin(folder: Path, images: LocalImages, target: Path) -> dict[str, Any]:
     output = Output(target, manifest["format"], limits, Progress(manifest["recipe_hash"]))
     rows = sum(split["rows"] for split in manifest["splits"].values())
     with tqdm(total=rows, unit=" rows", disable=None, leave=False) as bar:
-        for split, told in manifest["splits"].items():
-            for row in (row for file in told["files"] for row in read_shard(folder / file["path"])):
+        for split, shards in manifest["splits"].items():
+            for row in (row for file in shards["files"] for row in read_shard(folder / file["path"])):
                 _add(output, row, split, images)
                 bar.update()
     counts = totals(output.counts)
@@ -169,8 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     rows = sum(split["rows"] for split in manifest["splits"].values())
     left = {name: count for name, count in manifest["totals"].items() if name.startswith("unmatched ")}
-    told = ", ".join(f"{name.removeprefix('unmatched ')} {count:,}" for name, count in left.items())
-    print(f"{rows:,} rows with images in {os.fspath(options.output)}{f'; left out: {told}' if told else ''}")
+    reasons = ", ".join(f"{name.removeprefix('unmatched ')} {count:,}" for name, count in left.items())
+    print(f"{rows:,} rows with images in {os.fspath(options.output)}{f'; left out: {reasons}' if reasons else ''}")
     return 0
 
 

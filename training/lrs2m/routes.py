@@ -154,12 +154,12 @@ class Writer:
     def _places(self, item: Item, other: Text | None) -> dict[str, str]:
         record = item.record
         shorts = record.short_texts or [record.short_text or ""]
-        told = other.text if other else ""
+        other_text = other.text if other else ""
         fields = {name: str(value) for name, value in record.fields.items()}
         return fields | {
-            "short_text": told,
+            "short_text": other_text,
             "short_texts": "; ".join(f'"{text.strip()}"' for text in dict.fromkeys(shorts) if text.strip()),
-            "long_text": told,
+            "long_text": other_text,
             "anchors": self._anchor_text(item) if item.labels else "",
             "class_name": record.class_name or "",
         }
@@ -182,10 +182,10 @@ class Writer:
 
 
 def metadata_of(record: Record) -> dict[str, Any]:
-    """What a template may use: a record's own fields and the source's further columns."""
+    """Fields that a template may use: a record's own and the source's further columns."""
     known = ("class_name", "longitude", "latitude", "gsd", "date")
-    own = {name: getattr(record, name) for name in known if getattr(record, name) is not None}
-    return record.fields | own
+    fields = {name: getattr(record, name) for name in known if getattr(record, name) is not None}
+    return record.fields | fields
 
 
 def check_given(text: str | None, which: str) -> str:

@@ -56,7 +56,7 @@ class RowMaker:
             yield self._row(one) | {"long_tokens": long_count, "short_tokens": short_count}
 
     def _tokens(self, texts: list[Text]) -> list[int]:
-        """Of written texts as their check counted them; given ones are counted together."""
+        """CLIP tokens of each text: those that its check has counted, the others counted together."""
         counted = iter(self.counter.count(text.text for text in texts if text.tokens is None))
         return [next(counted) if text.tokens is None else text.tokens for text in texts]
 

@@ -55,17 +55,17 @@ class SourceTally:
     long_from: Counter = field(default_factory=Counter)  # captioners
     short_from: Counter = field(default_factory=Counter)
 
-    def add(self, columns: Columns, places: Sequence[int]) -> None:
-        self.rows += len(places)
+    def add(self, columns: Columns, indices: Sequence[int]) -> None:
+        self.rows += len(indices)
         for name, counter in (
             ("route", self.routes),
             ("licence", self.licences),
             ("long_captioner", self.long_from),
             ("short_captioner", self.short_from),
         ):
-            counter.update(columns[name][place] for place in places)
-        self.long_tokens += sum(columns["long_tokens"][place] for place in places)
-        self.short_tokens += sum(columns["short_tokens"][place] for place in places)
+            counter.update(columns[name][index] for index in indices)
+        self.long_tokens += sum(columns["long_tokens"][index] for index in indices)
+        self.short_tokens += sum(columns["short_tokens"][index] for index in indices)
 
 
 class Tally:
@@ -83,10 +83,10 @@ class Tally:
     def add(self, split: str, columns: Columns) -> None:
         """Takes some rows, as a list a column."""
         by_source: dict[str, list[int]] = {}
-        for place, source in enumerate(columns["source"]):
-            by_source.setdefault(source, []).append(place)
-        for source, places in by_source.items():
-            self.sources.setdefault(source, SourceTally()).add(columns, places)
+        for index, source in enumerate(columns["source"]):
+            by_source.setdefault(source, []).append(index)
+        for source, indices in by_source.items():
+            self.sources.setdefault(source, SourceTally()).add(columns, indices)
         self.splits[split] += len(columns["source"])
         for which, lengths in self.lengths.items():
             tokens = np.asarray(columns[f"{which}_tokens"])
@@ -118,8 +118,8 @@ def tally(folder: Path, manifest: dict[str, Any]) -> Tally:
     counts = Tally()
     rows = sum(split["rows"] for split in manifest["splits"].values())
     with tqdm(total=rows, unit=" rows", disable=None, leave=False) as bar:
-        for split, told in manifest["splits"].items():
-            for file in told["files"]:
+        for split, described in manifest["splits"].items():
+            for file in described["files"]:
                 for columns in _batches(folder / file["path"]):
                     counts.add(split, columns)
                     bar.update(len(columns["source"]))
@@ -177,7 +177,7 @@ def describe(counts: Tally, manifest: dict[str, Any]) -> dict[str, Any]:
     """Counts as values for JSON."""
     rows = sum(counts.splits.values())
     duplicates = manifest["totals"].get("duplicates", 0)
-    told = {
+    described = {
         "name": manifest["name"],
         "data_sha256": data_hash(manifest),
         "rows": rows,
@@ -193,14 +193,14 @@ def describe(counts: Tally, manifest: dict[str, Any]) -> dict[str, Any]:
         "with_coordinates": int(counts.places.sum()),
     }
     unmatched = {name: count for name, count in manifest["totals"].items() if name.startswith("unmatched ")}
-    told["left_out"] |= unmatched
-    return told
+    described["left_out"] |= unmatched
+    return described
 
 
 def _describe_source(name: str, counts: SourceTally, manifest: dict[str, Any]) -> dict[str, Any]:
     recipe = next((one for one in manifest["recipe"]["sources"] if one["name"] == name), {})
     images = recipe.get("images") or manifest["images"]
-    told = {
+    described = {
         "name": name,
         "route": list(counts.routes)[0],
         "rows": counts.rows,
@@ -213,7 +213,7 @@ def _describe_source(name: str, counts: SourceTally, manifest: dict[str, Any]) -
         "images": "yes" if images == "embed" else "no",
     }
     paper = paper_row(recipe.get("paper_source") or name)
-    return told | ({"paper": paper} if paper else {})
+    return described | ({"paper": paper} if paper else {})
 
 
 def _shown(captioners: Counter) -> str:
@@ -234,7 +234,7 @@ def paper_row(name: str) -> dict[str, Any] | None:
 def _describe_text(which: str, counts: Tally, rows: int) -> dict[str, Any]:
     lengths = counts.lengths[which]
     longest = np.flatnonzero(lengths)
-    told = {
+    described = {
         "mean_tokens": counts.tokens[which] / max(1, rows),
         "median_tokens": int(np.searchsorted(np.cumsum(lengths), (rows + 1) // 2)) if rows else 0,
         "longest": int(longest[-1]) if len(longest) else 0,  # LONGEST stands for it and more
@@ -243,27 +243,35 @@ def _describe_text(which: str, counts: Tally, rows: int) -> dict[str, Any]:
         "histogram": lengths[: longest[-1] + 1 if len(longest) else 0].tolist(),  # texts by tokens
     }
     for positions in (CLIP_POSITIONS, LONG_POSITIONS):
-        told[f"over_{positions}"] = float(lengths[positions + 1 :].sum() / max(1, rows))
-    return told
+        described[f"over_{positions}"] = float(lengths[positions + 1 :].sum() / max(1, rows))
+    return described
 
 
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-def report(told: dict[str, Any]) -> str:
+def report(statistics: dict[str, Any]) -> str:
     """The statistics as Markdown."""
     head = ["source", "route", "rows", "long captions from", "mean tokens", "short captions from", "mean tokens"]
-    lines = [f"# {told['name']}", "", _row([*head, "paper: pairs", "long", "short"])]
+    lines = [f"# {statistics['name']}", "", _row([*head, "paper: pairs", "long", "short"])]
     lines.append(_row([":--", ":--", "--:", ":--", "--:", ":--", *["--:"] * 4]))
-    for one in told["sources"]:
+    for one in statistics["sources"]:
         paper = one.get("paper")
         cells = [one["name"], one["route"], f"{one['rows']:,}", one["long_from"], f"{one['long_mean_tokens']:.2f}"]
         cells += [one["short_from"], f"{one['short_mean_tokens']:.2f}"]
         beside = ("pairs", "long_text_mean_tokens", "short_text_mean_tokens")
         cells += [f"{paper[name]:,}" for name in beside] if paper else ["", "", ""]
         lines.append(_row(cells))
-    long, short, stated = told["long"], told["short"], paper_tables()["lrs2m"]["stated"]
-    total = ["**all**", "", f"{told['rows']:,}", "", f"{long['mean_tokens']:.2f}", "", f"{short['mean_tokens']:.2f}"]
+    long, short, stated = statistics["long"], statistics["short"], paper_tables()["lrs2m"]["stated"]
+    total = [
+        "**all**",
+        "",
+        f"{statistics['rows']:,}",
+        "",
+        f"{long['mean_tokens']:.2f}",
+        "",
+        f"{short['mean_tokens']:.2f}",
+    ]
     lines.append(_row([*total, *(f"{stated[name]:,}" for name in stated if name != "pairs_by_route")]))
     lines += ["", "Paper: Table I as printed; its last row is what its text says.", ""]
     lines += [_row(["", "long", "short"]), _row([":--", "--:", "--:"])]
@@ -276,13 +284,16 @@ def report(told: dict[str, Any]) -> str:
         ("different words", "vocabulary", "{:,}"),
     ):
         lines.append(_row([name, form.format(long[key]), form.format(short[key])]))
-    against = ", ".join(told["evaluation_sets"]) or "no evaluation set"
-    left_out = ", ".join(f"{name} {count:,}" for name, count in told["left_out"].items())
-    lines += ["", f"- {told['images']:,} distinct images in {told['rows']:,} rows ({_counted(told['splits'])})."]
-    lines.append(f"- {told['vocabulary']:,} different words in both kinds of text.")
+    against = ", ".join(statistics["evaluation_sets"]) or "no evaluation set"
+    left_out = ", ".join(f"{name} {count:,}" for name, count in statistics["left_out"].items())
+    lines += [
+        "",
+        f"- {statistics['images']:,} distinct images in {statistics['rows']:,} rows ({_counted(statistics['splits'])}).",
+    ]
+    lines.append(f"- {statistics['vocabulary']:,} different words in both kinds of text.")
     lines.append(f"- Left out: {left_out}.")
-    lines.append(f"- Near-duplicates: {told['duplicate_rate']:.2%} of what was read; compared with {against}.")
-    lines.append(f"- {told['with_coordinates']:,} rows know where on Earth they are.")
+    lines.append(f"- Near-duplicates: {statistics['duplicate_rate']:.2%} of what was read; compared with {against}.")
+    lines.append(f"- {statistics['with_coordinates']:,} rows know where on Earth they are.")
     return "\n".join(lines) + "\n"
 
 
@@ -297,16 +308,16 @@ def _row(cells: Sequence[str]) -> str:
 def write(folder: Path) -> dict[str, Any]:
     """Writes statistics.json, statistics.md and the figures into a data set's folder, and returns the statistics."""
     counts = tally(folder, manifest := read_manifest(folder))
-    told = describe(counts, manifest)
-    if not told["rows"]:
+    statistics = describe(counts, manifest)
+    if not statistics["rows"]:
         raise ValueError(f"{folder} has no rows; see failed.jsonl and skipped.jsonl there.")
-    histograms = {which: told[which]["histogram"] for which in ("long", "short")}
-    draw_token_lengths(histograms, folder / "token_lengths.png", told["name"])
-    if told["with_coordinates"]:
-        draw_map(counts.places, folder / "map.png", told["name"])
-    (folder / TABLES).write_text(report(told), encoding="utf-8")
-    replace_json(folder / STATISTICS, told)
-    return told
+    histograms = {which: statistics[which]["histogram"] for which in ("long", "short")}
+    draw_token_lengths(histograms, folder / "token_lengths.png", statistics["name"])
+    if statistics["with_coordinates"]:
+        draw_map(counts.places, folder / "map.png", statistics["name"])
+    (folder / TABLES).write_text(report(statistics), encoding="utf-8")
+    replace_json(folder / STATISTICS, statistics)
+    return statistics
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,7 +23,7 @@ def _figure(width: float, height: float) -> Figure:
 
 def draw_token_lengths(histograms: Mapping[str, Sequence[int]], path: Path, name: str = "") -> Path:
     """
-    How long the long and the short texts are (paper, Fig. 6).
+    Draw the lengths of the long and the short texts (paper, Fig. 6).
 
     Args:
         histograms: for `long` and `short` the number of texts by their number of tokens, from 0 on.
@@ -54,15 +54,15 @@ def draw_token_lengths(histograms: Mapping[str, Sequence[int]], path: Path, name
     figure.text(0.1, 0.93, "How long the captions are", fontsize=13, weight="bold", color=INK)
     subtitle = f"texts by length, {BIN} tokens a bar" + (f", in {name}" if name else "")
     figure.text(0.1, 0.875, f"{subtitle} · dotted: what CLIP (77) and LRSCLIP (248) read", fontsize=9.5, color=GREY)
-    for place, which in enumerate(binned):
-        figure.text(0.8 + 0.09 * place, 0.93, f"■ {which}", fontsize=10, color=_COLORS[which])
+    for column, which in enumerate(binned):
+        figure.text(0.8 + 0.09 * column, 0.93, f"■ {which}", fontsize=10, color=_COLORS[which])
     figure.savefig(path)
     return path
 
 
 def draw_map(places: np.ndarray, path: Path, name: str = "") -> Path:
     """
-    Where on Earth the images are, on a graticule; no coastlines, which would need a file from elsewhere.
+    Draw where on Earth the images are, on a graticule; no coastlines, which would need a file from elsewhere.
 
     Args:
         places (180, 360): rows by degree of latitude, from the south, and of longitude, from the west.

@@ -1,1 +1,1 @@
-"""Who writes captions, what they are asked, and how their answers are checked."""
+"""Engines that write captions, the prompts they are asked with, and the checks of their answers."""

@@ -1,4 +1,4 @@
-"""What comes back from a captioner: cleaned of what is not caption, and checked before it enters the data set."""
+"""Answers of a captioner: cleaned of what is not caption, and checked before they enter the data set."""
 
 import re
 from collections import Counter
@@ -10,7 +10,7 @@ from ..sources.anchors import mentioned_share
 
 @dataclass(frozen=True)
 class Checks:
-    """What an answer must fulfil to become a text."""
+    """Conditions that an answer must fulfil to become a text."""
 
     min_tokens: int = 0  # CLIP tokens, start and end included
     max_tokens: int | None = None
@@ -42,61 +42,12 @@ _REFUSAL = re.compile(
 )
 # Words that English prose can hardly do without and that other Latin-script languages do not share.
 _ENGLISH = frozenset(
-    [
-        "the",
-        "of",
-        "and",
-        "with",
-        "from",
-        "are",
-        "is",
-        "there",
-        "which",
-        "this",
-        "that",
-        "by",
-        "while",
-        "along",
-        "beside",
-        "between",
-        "into",
-        "their",
-        "its",
-        "has",
-        "have",
-        "some",
-        "several",
-        "near",
-        "through",
-        "behind",
-        "around",
-        "across",
-        "appears",
-        "visible",
-        "features",
-        "surrounded",
-        "two",
-        "three",
-        "four",
-        "many",
-        "few",
-        "where",
-        "it",
-        "at",
-        "on",
-        "to",
-        "for",
-        "as",
-        "an",
-        "be",
-        "was",
-        "were",
-        "also",
-        "left",
-        "right",
-        "upper",
-        "lower",
-    ]
+    re.findall(
+        r"\w+",
+        "the of and with from are is there which this that by while along beside between into their its has have "
+        "some several near through behind around across appears visible features surrounded two three four many "
+        "few where it at on to for as an be was were also left right upper lower",
+    )
 )
 
 
@@ -119,7 +70,7 @@ def clean_answer(text: str) -> str:
 
 def find_fault(text: str, checks: Checks, count_tokens: Callable[[str], int], finished: bool = True) -> str | None:
     """
-    Why an answer cannot be used, in a few words that are counted, or None.
+    Return the reason why an answer cannot be used, in a few words that are counted, or None.
 
     Args:
         text: cleaned.
@@ -150,7 +101,7 @@ def find_fault(text: str, checks: Checks, count_tokens: Callable[[str], int], fi
 
 def english(text: str) -> bool:
     """
-    Whether a caption is in English: nearly all of its letters are Latin ones, and of 12 words or more, one in twelve
+    Tell whether a caption is in English: nearly all of its letters are Latin ones, and of 12 words or more, one in twelve
     is a function word of English. Shorter captions are judged by their letters alone.
     """
     latin = len(re.findall(r"[A-Za-z]", text))
@@ -163,7 +114,7 @@ def english(text: str) -> bool:
 
 def repeats(text: str) -> bool:
     """
-    Whether a text goes in circles: a word four times in a row, a sentence three times, or, of 24 words or more, fewer
+    Tell whether a text goes in circles: a word four times in a row, a sentence three times, or, of 24 words or more, fewer
     than six in ten of its groups of four words being new ones.
     """
     words = re.findall(r"\w+", text.lower())

@@ -17,7 +17,7 @@ _TURNS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Tra
 
 def stable_scores(similarities: Tensor, stability: float = 1.0) -> Tensor:
     """
-    How good candidates are: an overhead image has no upright, so a caption that fits should fit however it is turned.
+    Scores of candidate captions. An overhead image has no upright: a caption that fits should fit however it is turned.
 
     After RS5M (Zhang et al., arXiv:2306.11300), which ranks captions by similarity and by its deviation over rotated
     copies of the image. DIFFERS: one score in place of two rankings, so that one candidate is left.

@@ -127,8 +127,8 @@ class AnswerStore:
 
 class Gate:
     """
-    When batches go: as soon as every row that is worked on waits for a batch and no other may come in. Batches so
-    depend on the rows alone, not on the clock.
+    The moment at which batches go: as soon as every row that is worked on waits for a batch and no other may come in.
+    Batches so depend on the rows alone, not on the clock.
     """
 
     def __init__(self) -> None:

@@ -54,13 +54,13 @@ def metadata_caption(fields: dict[str, Any], template: str) -> str:
     used = set(re.findall(r"\{(\w+)\}", text)) & set(known)
 
     def filled(clause: re.Match) -> str:
-        places = re.findall(r"\{(\w+)\}", clause[1])
-        return clause[1] if all(place in known for place in places) else ""
+        names = re.findall(r"\{(\w+)\}", clause[1])
+        return clause[1] if all(name in known for name in names) else ""
 
     text = re.sub(r"\[([^\]]*)\]", filled, text)
-    if not used or not all(place in known for place in re.findall(r"\{(\w+)\}", text)):
+    if not used or not all(name in known for name in re.findall(r"\{(\w+)\}", text)):
         return ""
-    text = re.sub(r"\{(\w+)\}", lambda place: str(known[place[1]]), text)
+    text = re.sub(r"\{(\w+)\}", lambda field: str(known[field[1]]), text)
     return " ".join(text.split())
 
 
@@ -87,34 +87,34 @@ def season(month: int, latitude: float) -> str:
 
 def _derived(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields as they are worded, and those that follow from them."""
-    told = dict(fields)
+    worded = dict(fields)
     if fields.get("class_name"):
-        told["class_name"] = derive_wording(fields["class_name"])
+        worded["class_name"] = derive_wording(fields["class_name"])
     if fields.get("gsd") is not None:
-        told["gsd"] = _distance(float(fields["gsd"]))
+        worded["gsd"] = _distance(float(fields["gsd"]))
     longitude, latitude = _coordinates(fields)
     if latitude is not None:
-        told["hemisphere"] = "northern" if latitude >= 0 else "southern"
+        worded["hemisphere"] = "northern" if latitude >= 0 else "southern"
     if longitude is not None and latitude is not None:
-        told["utm_zone"] = utm_zone(longitude, latitude)
+        worded["utm_zone"] = utm_zone(longitude, latitude)
         north, east = "N" if latitude >= 0 else "S", "E" if longitude >= 0 else "W"
-        told["place"] = f"{abs(latitude):.2f}° {north}, {abs(longitude):.2f}° {east}"
+        worded["place"] = f"{abs(latitude):.2f}° {north}, {abs(longitude):.2f}° {east}"
     if fields.get("date"):
         year, month = _year_and_month(str(fields["date"]))
-        told |= {"year": year, "month": MONTHS[month - 1]}
+        worded |= {"year": year, "month": MONTHS[month - 1]}
         if latitude is not None:
-            told["season"] = season(month, latitude)
-    return told
+            worded["season"] = season(month, latitude)
+    return worded
 
 
 def _coordinates(fields: dict[str, Any]) -> tuple[float | None, float | None]:
-    found = []
+    degrees = []
     for name, most in (("longitude", 180), ("latitude", 90)):
         value = None if fields.get(name) is None else float(fields[name])
         if value is not None and not abs(value) <= most:  # nan neither
             raise Skip("impossible metadata", f"{name} {value} is not between -{most} and {most} degrees")
-        found.append(value)
-    return found[0], found[1]
+        degrees.append(value)
+    return degrees[0], degrees[1]
 
 
 def _year_and_month(date: str) -> tuple[int, int]:

@@ -111,8 +111,8 @@ class Engine:
             self.sees = model_config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
             model_class = AutoModelForImageTextToText if self.sees else AutoModelForCausalLM
             self.processor = _load_processor(config.model, model_config.model_type, self.sees, options)
-            place = {} if config.device_map == "cpu" else {"device_map": _device_map(config.device_map)}
-            self.model = model_class.from_pretrained(config.model, dtype=_dtype(config.dtype), **place, **options)
+            placement = {} if config.device_map == "cpu" else {"device_map": _device_map(config.device_map)}
+            self.model = model_class.from_pretrained(config.model, dtype=_dtype(config.dtype), **placement, **options)
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).strip().split("\n")[0]
             raise CaptionerDown(f"captioner {config.model} cannot be loaded: {reason}") from error
@@ -165,7 +165,7 @@ class Engine:
         return [self._read(row, request) for row, request in zip(written, requests, strict=True)]
 
     def inputs(self, requests: list[Request]) -> Any:
-        """What the model reads for these conversations, padded on the left: `input_ids` (B, L), images where it sees."""
+        """Inputs of the model for these conversations, padded on the left: `input_ids` (B, L), images where it sees."""
         if any(request.picture for request in requests) and not self.sees:
             raise CaptionerDown(f"captioner {self.config.model} reads no images; its prompt needs one that does.")
         texts = [self._chat(request) for request in requests]
@@ -204,9 +204,9 @@ class Engine:
     def _read(self, ids: list[int], request: Request) -> Answer:
         ends = self.model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])
-        place = next((place for place, token in enumerate(ids) if token in ends), None)
-        text = self.tokenizer.decode(ids[:place], skip_special_tokens=True)
-        return Answer(text, place is not None)
+        end = next((end for end, token in enumerate(ids) if token in ends), None)
+        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return Answer(text, end is not None)
 
 
 def _load_processor(name: str, model_type: str, sees: bool, options: dict[str, Any]) -> Any:

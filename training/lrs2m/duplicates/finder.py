@@ -43,7 +43,7 @@ CREATE TABLE IF NOT EXISTS owners (owner TEXT PRIMARY KEY, signature TEXT);
 
 @dataclass(frozen=True)
 class Match:
-    """Why an image is left out: a line of `duplicates.jsonl`."""
+    """The match for which an image is left out: a line of `duplicates.jsonl`."""
 
     id: str  # of the row
     match: str  # id of the kept row, or name of the evaluation image
@@ -119,7 +119,7 @@ class DuplicateFinder:
         self, row_id: str, image: Image.Image, key: str | None = None, against: Sequence[str] | None = None
     ) -> Match | None:
         """
-        Whether an image is a near-duplicate; if not, it is remembered.
+        Tell whether an image is a near-duplicate; remember it if not.
 
         Args:
             row_id: of the row.
@@ -155,16 +155,16 @@ class DuplicateFinder:
         theirs = coefficients(thumbs)[np.arange(len(thumbs)), np.where(contains, 0, part)]
         alike = likeness(theirs, turns[turn, np.where(contains, part, 0)])
         views, best = turned(thumb), None
-        for place in best_first(alike)[:LAID]:
-            if alike[place] < LIKE:
+        for row in best_first(alike)[:LAID]:
+            if alike[row] < LIKE:
                 break
-            laid, kind = _lay(thumbs[place], views[turn[place]], int(part[place]), bool(contains[place]))
+            laid, kind = _lay(thumbs[row], views[turn[row]], int(part[row]), bool(contains[row]))
             laid = round(float(laid), 4)  # last bits of a correlation are the processor's: of equal ones the first
             if laid >= SAME and (best is None or laid > best.correlation):
-                kind = "copy" if part[place] == 0 and bits[place] <= self.distance else kind
+                kind = "copy" if part[row] == 0 and bits[row] <= self.distance else kind
                 query = "SELECT owner, id FROM images WHERE number = ?"
-                owner, name = self._store.execute(query, (int(numbers[place]),)).fetchone()
-                best = Match(row_id, name, owner, kind, list(TURNS)[turn[place]], int(bits[place]), laid)
+                owner, name = self._store.execute(query, (int(numbers[row]),)).fetchone()
+                best = Match(row_id, name, owner, kind, list(TURNS)[turn[row]], int(bits[row]), laid)
         return best
 
     def _thumb(self, number: int) -> np.ndarray:
@@ -180,15 +180,15 @@ class DuplicateFinder:
         keys, codes = probe_keys(wholes), hashes(wholes)
         if self.crops:
             asked, entry, bits = self._parts.search(codes, keys, REACH)
-            found = [(entry // len(PARTS), asked, entry % len(PARTS), bits, np.zeros(len(asked), bool))]
+            matches = [(entry // len(PARTS), asked, entry % len(PARTS), bits, np.zeros(len(asked), bool))]
             parts = turns[:, 1:].reshape(-1, turns.shape[-1])  # (8 * (P - 1), 64)
             asked, entry, bits = self._wholes.search(hashes(parts), probe_keys(parts), REACH)
             turn, part = np.divmod(asked, len(PARTS) - 1)
-            found.append((entry, turn, part + 1, bits, np.ones(len(asked), bool)))
+            matches.append((entry, turn, part + 1, bits, np.ones(len(asked), bool)))
         else:
             asked, entry, bits = self._wholes.search(codes, keys, self.distance)
-            found = [(entry, asked, np.zeros_like(asked), bits, np.zeros(len(asked), bool))]
-        number, turn, part, bits, contains = (np.concatenate(column) for column in zip(*found))
+            matches = [(entry, asked, np.zeros_like(asked), bits, np.zeros(len(asked), bool))]
+        number, turn, part, bits, contains = (np.concatenate(column) for column in zip(*matches))
         allowed_owner = np.isin(self._owners.values[number], list(allowed))
         rows = np.stack([number, turn, part, bits, contains], axis=1).astype(np.int64)[allowed_owner]
         rows = rows[np.lexsort((rows[:, 4], rows[:, 2], rows[:, 1], rows[:, 0], rows[:, 3]))]
@@ -198,15 +198,17 @@ class DuplicateFinder:
     # ------------------------------------------------------------------------------------------------- remembering
 
     def _remember(
-        self, owner: str, name: str, own: np.ndarray | None, thumb: np.ndarray, match: Match | None = None
+        self, owner: str, name: str, fingerprint: np.ndarray | None, thumb: np.ndarray, match: Match | None = None
     ) -> None:
         """Keeps an answer, and the fingerprint (`own`: (P, 64) coefficients) of an image that others may match."""
-        codes = None if own is None or match else hashes(own)
+        codes = None if fingerprint is None or match else hashes(fingerprint)
         number = len(self._owners)
-        told = match and json.dumps(asdict(match))
+        stored_match = match and json.dumps(asdict(match))
         content = thumb.tobytes() if codes is not None else None
         blob = codes.tobytes() if codes is not None else None
-        self._store.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", (number, owner, name, blob, content, told))
+        self._store.execute(
+            "INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", (number, owner, name, blob, content, stored_match)
+        )
         self._owners.append(-1 if codes is None else self.against.index(owner) + 1 if owner else 0)
         if codes is not None:
             self._index(np.array([number]), codes[None])
@@ -255,9 +257,9 @@ class DuplicateFinder:
         """Images shown so far, matches by kind, evaluation images by set, images too flat to compare."""
         count = "SELECT COUNT(*) FROM images WHERE owner = ?"
         shown = self._store.execute(count, (INSIDE,)).fetchone()[0]
-        told = self._store.execute("SELECT match FROM images WHERE owner = ? AND match IS NOT NULL", (INSIDE,))
+        matches = self._store.execute("SELECT match FROM images WHERE owner = ? AND match IS NOT NULL", (INSIDE,))
         kinds: dict[str, int] = {}
-        for (match,) in told:
+        for (match,) in matches:
             kind = json.loads(match)["kind"]
             kinds[kind] = kinds.get(kind, 0) + 1
         sets = {source: self._store.execute(count, (source,)).fetchone()[0] for source in self.against}
@@ -267,23 +269,23 @@ class DuplicateFinder:
         return {"images": shown, "matches": kinds, "evaluation_images": sets, "flat": flat}
 
 
-def _lay(known: np.ndarray, own: np.ndarray, part: int, contains: bool) -> tuple[float, str]:
+def _lay(known: np.ndarray, other: np.ndarray, part: int, contains: bool) -> tuple[float, str]:
     """Correlation of two thumbnails, and the kind of match."""
-    crop = correlation(known, own, part) if not contains else -1.0
-    holds = correlation(own, known, part) if contains or part == 0 else -1.0
+    crop = correlation(known, other, part) if not contains else -1.0
+    holds = correlation(other, known, part) if contains or part == 0 else -1.0
     return (crop, "crop") if crop >= holds else (holds, "contains")
 
 
 def _fingerprints(source: str, images: ImageFiles, number: int) -> Iterator[tuple[Any, ...]]:
     seen: set[str] = set()
     progress = tqdm(zip(images.names, images, strict=True), source, len(images), leave=False, disable=None)
-    for place, (name, image) in enumerate(progress):
-        name = name if name not in seen else f"{name} ({place})"
+    for index, (name, image) in enumerate(progress):
+        name = name if name not in seen else f"{name} ({index})"
         seen.add(name)
         thumb = thumbnail(image)
         codes = hashes(coefficients(thumb[None])[0])
         comparable = not is_flat(thumb)
-        yield number + place, source, name, codes.tobytes() if comparable else None, thumb.tobytes()
+        yield number + index, source, name, codes.tobytes() if comparable else None, thumb.tobytes()
 
 
 def evaluation_images(source: str | Path) -> ImageFiles:
@@ -300,22 +302,22 @@ def evaluation_images(source: str | Path) -> ImageFiles:
     source, path = str(source), Path(source).expanduser()
     if path.is_file() and is_image_file(path):
         return ImageFiles([path], [path.name])
-    found: dict[Any, str] = {}
+    names: dict[Any, str] = {}
     for sources, load in _LOADERS:
         try:
             for one in sources(source):
                 images = load(one).images
-                found |= dict(zip(images.sources, images.names, strict=True))
+                names |= dict(zip(images.sources, images.names, strict=True))
         except NotHere:
             continue
-    if not found and path.is_dir():
+    if not names and path.is_dir():
         files = sorted(file for file in path.rglob("*") if is_image_file(file))
-        found = {file: str(file.relative_to(path)) for file in files}
-    if not found:
+        names = {file: str(file.relative_to(path)) for file in files}
+    if not names:
         raise ValueError(
             f"{source} holds no evaluation images; give a folder of images, or what --data of evaluation.run takes."
         )
-    return ImageFiles(list(found), list(found.values()))
+    return ImageFiles(list(names), list(names.values()))
 
 
 def _captioned(column: str) -> tuple[Callable[[str], list[str]], Callable[[str], Any]]:

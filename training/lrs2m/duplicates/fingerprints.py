@@ -97,20 +97,20 @@ def likeness(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return (one * other).sum(axis=-1) / np.maximum(norms, 1e-6)
 
 
-def correlation(whole: np.ndarray, part: np.ndarray, place: int) -> float:
+def correlation(whole: np.ndarray, part: np.ndarray, part_index: int) -> float:
     """
-    How well `part` can be laid over `whole` near one of the `PARTS`.
+    Correlation of `part` laid over `whole` near one of the `PARTS`.
 
     Args:
         whole, part (S, S): thumbnails.
-        place: index in `PARTS`.
+        part_index: index in `PARTS`.
 
     Returns:
         `float`: the highest normalised correlation, -1 to 1, of the sizes and offsets tried: sides around those of the
         part, `SMALLEST` to 1, by whole pixels of the thumbnail first; where that comes to `FAR` or more, by half
         pixels around the best.
     """
-    lengths = [_lengths(length) for _, length in PARTS[place]]
+    lengths = [_lengths(length) for _, length in PARTS[part_index]]
     sizes = {(high, wide) for high in lengths[0] for wide in lengths[1] if abs(high - wide) <= 4}
     best, (high, wide) = _lay(whole, part, sizes)
     if best < FAR:
@@ -143,11 +143,11 @@ def _lengths(length: float) -> list[int]:
 
 def _basis(start: float, length: float) -> np.ndarray:
     """(K, S): from S pixels to K frequencies of the window, which is sampled at S places by linear interpolation."""
-    places = np.clip((start + length * (np.arange(SIDE) + 0.5) / SIDE) * SIDE - 0.5, 0, SIDE - 1)
-    left = np.minimum(places.astype(int), SIDE - 2)
+    points = np.clip((start + length * (np.arange(SIDE) + 0.5) / SIDE) * SIDE - 0.5, 0, SIDE - 1)
+    left = np.minimum(points.astype(int), SIDE - 2)
     sampled = np.zeros((SIDE, SIDE))
-    sampled[np.arange(SIDE), left] = 1 - (places - left)
-    sampled[np.arange(SIDE), left + 1] = places - left
+    sampled[np.arange(SIDE), left] = 1 - (points - left)
+    sampled[np.arange(SIDE), left + 1] = points - left
     frequencies = np.cos(np.pi * np.outer(np.arange(LOW), 2 * np.arange(SIDE) + 1) / (2 * SIDE))
     return frequencies @ sampled
 

@@ -54,8 +54,8 @@ def stored_keys(hashes: np.ndarray, table: int) -> np.ndarray:
     for start in range(0, len(hashes), _CHUNK):
         piece = hashes[start : start + _CHUNK]
         key = np.zeros(len(piece), np.int32)
-        for place, bit in enumerate(_BITS[table]):
-            key |= ((piece >> np.uint64(63 - bit)) & np.uint64(1)).astype(np.int32) << place
+        for position, bit in enumerate(_BITS[table]):
+            key |= ((piece >> np.uint64(63 - bit)) & np.uint64(1)).astype(np.int32) << position
         keys[start : start + len(piece)] = key
     return keys
 
@@ -104,8 +104,8 @@ class HashIndex:
             self._filled = 0
             self._push(_Piece.sort(hashes, entries))
             return
-        place = slice(self._filled, self._filled + len(hashes))
-        self._hashes[place], self._entries[place] = hashes, entries
+        free = slice(self._filled, self._filled + len(hashes))
+        self._hashes[free], self._entries[free] = hashes, entries
         self._filled += len(hashes)
 
     def _push(self, piece: _Piece) -> None:
@@ -130,8 +130,8 @@ class HashIndex:
             Three arrays of the same length: the query's index, the entry, the bits that differ. A pair may recur.
         """
         near = np.bitwise_count(hashes[:, None] ^ self._hashes[None, : self._filled])  # (Q, filled)
-        query, place = np.nonzero(near <= reach)
-        found = [(query, self._entries[place], near[query, place])]
+        query, row = np.nonzero(near <= reach)
+        matches = [(query, self._entries[row], near[query, row])]
         asked = np.repeat(np.arange(len(hashes)), keys.shape[2])  # (Q * probes,)
         for piece in self._pieces:
             for table in range(TABLES):
@@ -144,9 +144,9 @@ class HashIndex:
                 starts, lengths = starts[hit], lengths[hit]
                 ends = np.cumsum(lengths)
                 spread = np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1])
-                place = piece.order[table][spread]
+                row = piece.order[table][spread]
                 query = np.repeat(asked[hit], lengths)
-                bits = np.bitwise_count(piece.hashes[place] ^ hashes[query])
+                bits = np.bitwise_count(piece.hashes[row] ^ hashes[query])
                 kept = bits <= reach
-                found.append((query[kept], piece.entries[place[kept]], bits[kept]))
-        return tuple(np.concatenate(column) for column in zip(*found))
+                matches.append((query[kept], piece.entries[row[kept]], bits[kept]))
+        return tuple(np.concatenate(column) for column in zip(*matches))

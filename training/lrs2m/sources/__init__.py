@@ -1,1 +1,1 @@
-"""Where records come from: tables, images, labels, vector files."""
+"""Sources of records: tables, images, labels, vector files."""

@@ -21,7 +21,7 @@ class Label:
 
 
 def position_of(box: Box) -> str:
-    """Where the middle of a box lies on a grid of three by three: `upper left` to `lower right`, `centre`."""
+    """Position of the middle of a box on a grid of three by three: `upper left` to `lower right`, `centre`."""
     x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
     row, column = (min(2, max(0, int(3 * share))) for share in (y, x))
     if row == 1:
@@ -36,12 +36,15 @@ def count_labels(labels: Sequence[Label]) -> dict[str, int]:
 
 
 def anchor_text(labels: Sequence[Label], max_positions: int) -> str:
-    """What a captioner reads: `3 white planes (upper left 2, centre), 1 runway (whole image)`."""
+    """Labels as a captioner reads them: `3 white planes (upper left 2, centre), 1 runway (whole image)`."""
     parts = []
     for name, count in count_labels(labels).items():
-        places = Counter(position_of(label.box) for label in labels if label.name == name and label.box)
-        named = [f"{place} {times}" if times > 1 else place for place, times in places.most_common(max_positions)]
-        more = ["elsewhere"] if len(places) > max_positions > 0 else []
+        positions = Counter(position_of(label.box) for label in labels if label.name == name and label.box)
+        named = [
+            f"{position} {times}" if times > 1 else position
+            for position, times in positions.most_common(max_positions)
+        ]
+        more = ["elsewhere"] if len(positions) > max_positions > 0 else []
         where = f" ({', '.join(named + more)})" if named else ""
         boxed = any(label.box for label in labels if label.name == name)
         parts.append(f"{count} {plural(name) if count > 1 else name}{where}" if boxed else name)
@@ -59,7 +62,7 @@ def labels_caption(labels: Sequence[Label]) -> str:
 
 
 def anchors_json(labels: Sequence[Label], sentence: str) -> str:
-    """What a row stores: counts, objects with boxes as shares of width and height, and the text the captioner read."""
+    """Labels as a row stores them: counts, objects with boxes as shares of width and height, the text a captioner read."""
     objects = [
         {"label": label.name, "position": position_of(label.box), "box": [round(edge, 4) for edge in label.box]}
         for label in labels
@@ -75,11 +78,11 @@ def mentioned_share(text: str, names: Sequence[str]) -> float:
     words = set(re.findall(r"[a-z]+", text.lower()))
     joined = re.sub(r"[\W_]+", "", text.lower())  # "baseballdiamond" is mentioned by its two words
     heads = [re.findall(r"[a-z]+", name.lower()) or [""] for name in names]
-    told = [
+    mentioned = [
         bool({plural(head[-1]), *_singulars(head[-1])} & words) or len("".join(head)) > 7 and "".join(head) in joined
         for head in heads
     ]
-    return sum(told) / len(told)
+    return sum(mentioned) / len(mentioned)
 
 
 def plural(name: str) -> str:
@@ -92,7 +95,7 @@ def plural(name: str) -> str:
 
 
 def _singulars(word: str) -> set[str]:
-    """What a word may be the plural of."""
+    """Words that a word may be the plural of."""
     return {word, word.removesuffix("s"), word.removesuffix("es"), re.sub(r"ies$", "y", word)}
 
 

@@ -101,10 +101,10 @@ class JoinedCaptions:
         position = 0
         for record in read_source(self.source, self.root):
             key = join_key({"key": record.image_key}, self.source.read)
-            found = self._look_up(key) if key is not None else []
-            if not found and key is not None:
+            captions = self._look_up(key) if key is not None else []
+            if not captions and key is not None:
                 yield Unmatched("images", key, record.position)
-            for long_text, short_text in found:
+            for long_text, short_text in captions:
                 values = vars(record) | {"position": position}
                 if long_text is not None:
                     values["long_text"] = long_text

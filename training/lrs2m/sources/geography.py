@@ -137,8 +137,8 @@ def _reference(text: str | None, shapes: np.ndarray) -> CRS | None:
 
 def image_bounds(image: Any) -> tuple[Bounds, CRS | None] | None:
     """
-    Where an image lies and in which reference system, from its GeoTIFF tags or the world file beside it, which names
-    none; None without either. Rotated images are not supported and count as without.
+    Extent of an image and its reference system, from its GeoTIFF tags or the world file beside it, which names none;
+    None without either. Rotated images are not supported and count as without.
     """
     if not isinstance(image, str | Path):
         return None

@@ -1,4 +1,4 @@
-"""Where an image's labels come from: its class, a column of objects, COCO boxes, segmentation masks, vector files."""
+"""Labels of images: from their class, a column of objects, COCO boxes, segmentation masks, vector files."""
 
 import json
 from collections.abc import Callable
@@ -136,8 +136,8 @@ class _CocoBoxes:
             self._boxes: dict[str, list[tuple[str, Box]]] = {name: [] for name in files.values()}
             for annotation in annotations:
                 x, y, width, height = annotation["bbox"]
-                found = (names[annotation["category_id"]], (x, y, x + width, y + height))
-                self._boxes[files[annotation["image_id"]]].append(found)
+                named_box = (names[annotation["category_id"]], (x, y, x + width, y + height))
+                self._boxes[files[annotation["image_id"]]].append(named_box)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a COCO file with images, categories and boxes: {error!r}") from error
 

@@ -1,4 +1,4 @@
-"""What a source of a recipe holds, as a stream of records in a stable order."""
+"""Records of a source of a recipe, one after another in a stable order."""
 
 import re
 from collections.abc import Iterator
