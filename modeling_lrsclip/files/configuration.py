@@ -195,7 +195,9 @@ def _explain(mistake: Mapping[str, Any], kind: Any, values: Any, hints: Mapping[
     parts = [str(part) for part in mistake["loc"]]
     name, message = ".".join(parts), mistake["msg"]
     if mistake["type"] == "unexpected_keyword_argument":
-        nearest = difflib.get_close_matches(name, field_types(kind, values), n=1, cutoff=0.0)
+        fields = [field.split(".") for field in field_types(kind, values)]
+        known = dict.fromkeys(".".join(field[:end]) for field in fields for end in range(1, len(field) + 1))
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)  # a section's own name may be misspelt too
         return f"{name} is not a field; did you mean {nearest[0]}?"
     if mistake["type"] in ("missing", "missing_argument"):
         return f"{name} is required and not set" + (f"; {hints[parts[-1]]}." if parts[-1] in hints else ".")

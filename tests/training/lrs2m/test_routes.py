@@ -376,7 +376,7 @@ def test_answers_that_leave_the_anchors_out_are_refused(tmp_path, tiles, write_r
         ({"long": {"captioner": "other", "prompt": "expand@1"}}, "asks captioner other; the recipe has llm, mllm"),
         ({"read": {"kind": "images", "path": "nowhere"}}, "nowhere is not a folder"),
         ({"read": {"kind": "table", "path": "nowhere.csv"}}, "nowhere.csv names no"),
-        ({"raed": 1}, "sources.0.raed is not a field; did you mean read?"),
+        ({"raed": 1}, "sources.0.raed is not a field; did you mean sources.0.read?"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_asked(tiles, tmp_path, write_recipe, capsys, change, message):

@@ -141,7 +141,7 @@ def test_a_taught_model_makes_a_data_set(tiles, seeing, reading, write_recipe, t
     ]
     short_lesson = Request(compress.system, compress.fill({"long_text": TAUGHT_LONG}), None, greedy)
     teach(Engine(config(seeing)), seeing, [(request, TAUGHT_LONG) for request in long_lessons])
-    teach(Engine(config(reading)), reading, [(short_lesson, TAUGHT_SHORT)], steps=50)
+    teach(Engine(config(reading)), reading, [(short_lesson, TAUGHT_SHORT)])
     captioners = {"mllm": local(seeing, max_tokens=120), "llm": local(reading, max_tokens=40)}
     read = {"kind": "table", "path": str(tiles / "captions.jsonl"), "limit": 5}
     sources = [
