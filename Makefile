@@ -62,7 +62,7 @@ demo: $(DEMO)/clip77-short/final/config.json $(DEMO)/clip77-long-stretched/confi
 	  $(DEMO)/clip77-short/final $(DEMO)/clip77-long/final $(DEMO)/clip77-long-stretched $(DEMO)/lrsclip/final
 	@echo
 	@echo "== 7/7 Reloading through AutoModel, as somebody would who downloads the folder"
-	cd $(DEMO) && $(CURDIR)/$(BIN)/python $(CURDIR)/training/demo_reload.py lrsclip/final scenes/test.parquet
+	cd $(DEMO) && $(CURDIR)/$(BIN)/python $(CURDIR)/model_cards/reload_folder.py lrsclip/final scenes/test.parquet
 	@echo
 	@echo "The table:        $(DEMO)/results/results.md"
 	@echo "The two pictures: $(DEMO)/results/recall_vs_tokens.png, $(DEMO)/results/retrieval_gallery.png"

@@ -39,6 +39,7 @@ setup(
             "psutil",
             "pydantic>=2.7",
             "pyyaml",
+            "scipy",
             "tensorboard",
             "tqdm",
         ],

@@ -104,11 +104,7 @@ def load_published(source: str | Path, **options: Any) -> tuple[LRSCLIPModel, LR
         As [`prepare`].
     """
     prepared = prepare(source, **options)
-    config, dtype = prepared.skeleton.config, prepared.skeleton.dtype
-    # Copies: the tensors are those of a mapped file, which may go away while the model lives.
-    owned = {name: tensor.to(dtype, copy=True) for name, tensor in prepared.tensors.items()}
-    model = LRSCLIPModel.from_pretrained(None, config=config, state_dict=owned, dtype=dtype)
-    return model.eval(), prepared.processor
+    return prepared.build_model(), prepared.processor
 
 
 @dataclass
@@ -120,6 +116,13 @@ class Prepared:
     processor: LRSCLIPProcessor
     decisions: list[str]  # what was found and decided, a line each
 
+    def build_model(self) -> LRSCLIPModel:
+        """The model in evaluation mode, on the CPU, all its weights of one type."""
+        config, dtype = self.skeleton.config, self.skeleton.dtype
+        # Copies: the tensors are those of a mapped file, which may go away while the model lives.
+        owned = {name: tensor.to(dtype, copy=True) for name, tensor in self.tensors.items()}
+        return LRSCLIPModel.from_pretrained(None, config=config, state_dict=owned, dtype=dtype).eval()
+
 
 def prepare(
     source: str | Path,
@@ -128,6 +131,7 @@ def prepare(
     dtype: torch.dtype | None = None,
     kept_positions: int = 20,
     stretch_ratio: int = 1,
+    keep_stretched: bool = False,
     **reading: Any,
 ) -> Prepared:
     """
@@ -139,6 +143,7 @@ def prepare(
         dtype (`torch.dtype`, *optional*): type of all weights. By default each keeps the source's; where these differ
             (OpenAI's archives: fp16, but embeddings and norms fp32), `from_pretrained` loads all as the widest.
         kept_positions, stretch_ratio (`int`): see [`stretch_position_embedding`]; ratio 1 keeps the table as it is.
+        keep_stretched (`bool`): whether a table that was stretched before is left as it is, instead of refused.
         reading: `preset`, `activation` and `heads` of [`read_published_checkpoint`], for a file.
 
     Raises:
@@ -157,6 +162,8 @@ def prepare(
         _say("reading", str(source))
         checkpoint = read_pretrained(_folder_or_hub_id(source))
     decisions, tensors = checkpoint.notes, checkpoint.tensors
+    if keep_stretched and getattr(checkpoint.config.text_config, "stretch_ratio", 1) != 1:
+        kept_positions, stretch_ratio = 20, 1
     model_class = LRSCLIPModel if isinstance(checkpoint.config, LRSCLIPConfig) else CLIPModel
     with torch.device("meta"):
         unstretched = model_class(checkpoint.config)

@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
@@ -29,35 +28,30 @@ from transformers.utils import logging
 
 from evaluation.benchmarks.aerial_scenes.data_set import CLASS_NAMES, write_dataset
 from evaluation.benchmarks.scene_mosaics import write_mosaics
-from evaluation.bootstrap import LEVEL, RESAMPLES, Sums, draws, sums_of
-from evaluation.paper import ARXIV, ablation_figures, paper_tables
-from evaluation.results import Column, Table, environment, make_console, markdown, print_table, write_json
+from evaluation.results import environment, make_console, markdown, print_table, write_json
 from evaluation.run import parse_arguments as evaluation_options
 from evaluation.tasks import choose_tasks, load_benchmarks
 from modeling_lrsclip.encoding.encoder import load_encoder
 from modeling_lrsclip.files.atomic import replace_text
 
-from .ablations.figure import Point, draw_study
+from .ablations.figure import draw_study
 from .ablations.models import PAPER_RECIPE, OwnModels, SmallModels
 from .ablations.options import WEIGHTS, parse_arguments, parse_seeds, parse_setting
+from .ablations.outcome import Outcome, Results
 from .ablations.runs import Run, RunFolders, Source, Work, field_of, identify, read_recipe, with_starts
-from .ablations.studies import TASKS, Ladders, Ordering, Study, Verdict, choose_studies
-from .run_record import git_state
+from .ablations.studies import TASKS, Ladders, choose_studies
+from .run_folder import git_state
 
 
 IMAGE_SIZE = 96  # pixels along a drawn scene's side
 SCENE_SEED, GENERAL_SEED, MOSAIC_TILES = 0, 1, 4
 GENERAL_CLASSES = CLASS_NAMES[::2]  # those that pre-training sees
-METRICS = {"zcrl": "mR", "zcrs": "mR", "zic": "accuracy", "selo": "Rmi"}
-DIGITS = {"zcrl": 1, "zcrs": 1, "zic": 1, "selo": 4}
 EVALUATION = "evaluation.json"  # beside a run's model
 INTERRUPTED = 130  # exit status, as shells count it
 
-Results = dict[str, list[dict[str, Any]]]  # of a run: by task, a result per data set
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; bad input is one sentence on standard error and exit status 2."""
+    """Run the command; bad input is one sentence on standard error and exit status 2."""
     options = parse_arguments(arguments, __doc__)
     logging.disable_progress_bar()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the run in progress is told, too
@@ -73,9 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def ablate(options: argparse.Namespace) -> None:
-    """Plans all runs, trains those that are missing study by study, and reports each study when its arms are there."""
+    """Plan all runs, train those that are missing study by study, and report each study when its arms are there."""
     choose_studies(options.study, Ladders())  # says what is wrong with the names before anything is drawn
-    settings = dict(parse_setting(given) for given in options.set)
+    settings = dict(parse_setting(setting) for setting in options.set)
     seeds = parse_seeds(options)
     console, output = make_console(), Path(options.output)
     say = _sayer(console)
@@ -110,7 +104,7 @@ def _sayer(console: Console) -> Callable[[str], None]:
 def _models(
     options: argparse.Namespace, settings: dict[str, Any], folder: Path, say: Callable[[str], None]
 ) -> tuple[SmallModels | OwnModels, list[str]]:
-    """What the arms are made of, and the paths they are measured on."""
+    """Models and data of the arms, and the paths they are measured on."""
     named = field_of(read_recipe(options.config), "data.train") if options.config else None
     if options.data is None and named is None:
         for name in ("evaluation_data", "long_clip", "sizes"):
@@ -137,8 +131,16 @@ def draw_data(
     folder: Path, options: argparse.Namespace, say: Callable[[str], None]
 ) -> tuple[Source, Source, list[str]]:
     """
-    Draws what is not there yet: the scenes of the arms; general scenes, of half of the classes, for what they start
+    Draw the scenes that are not there yet: those of the arms; general ones, of half of the classes, for what they start
     from; landscapes for localization.
+
+    Args:
+        folder: of all drawn data.
+        options: how many of each.
+        say: prints a line.
+
+    Returns:
+        the data of the arms, that of what they start from, and the paths to measure on.
     """
     scenes = folder / f"scenes-{options.scenes}-{options.test_scenes}"
     general = folder / f"general-{options.scenes}"
@@ -160,9 +162,9 @@ def draw_data(
         say(f"drawing {options.mosaics} landscapes to localize in")
         write_mosaics(mosaics, options.mosaics, SCENE_SEED, MOSAIC_TILES)
     sources = []
-    for place in (scenes, general):
-        pairs = pyarrow.parquet.read_metadata(place / "train.parquet").num_rows
-        sources.append(Source(str(place.resolve()), f"{place.name} {(place / 'scenes.json').read_text()}", pairs))
+    for drawn in (scenes, general):
+        pairs = pyarrow.parquet.read_metadata(drawn / "train.parquet").num_rows
+        sources.append(Source(str(drawn.resolve()), f"{drawn.name} {(drawn / 'scenes.json').read_text()}", pairs))
     return *sources, [str(scenes / "test.parquet"), str(mosaics)]
 
 
@@ -177,8 +179,8 @@ class Measured:
         self.options, tasks = evaluation_options(words), choose_tasks("all")
         self.benchmarks = load_benchmarks(tasks, self.options, say)
         self.identity = [identify(source) for source in data]
-        there = {benchmark.task.name for benchmark in self.benchmarks}
-        self.left_out = [TASKS[task.name] for task in tasks if task.name not in there]
+        measured = {benchmark.task.name for benchmark in self.benchmarks}
+        self.left_out = [TASKS[task.name] for task in tasks if task.name not in measured]
 
     def __call__(self, model: Path, kept: Path) -> Results:
         """By task, a result per data set; read from the file `kept` where it is of this very data."""
@@ -195,127 +197,19 @@ class Measured:
         return results
 
 
-# -------------------------------------------------------------------------------------------------------- the outcome
-
-
-def judge(ordering: Ordering, better: Sequence[Results], worse: Sequence[Results]) -> Verdict:
-    """
-    Compares two arms, each a run per seed, by a paired bootstrap: images (queries, for localization) are drawn anew,
-    the same for both arms and all seeds; the difference is the mean over seeds and data sets.
-    """
-    task, measured, drawn = ordering.task, [], []
-    for place in range(len(better[0][task])):
-        pairs = [(sums_of(a[task][place]), sums_of(b[task][place])) for a, b in zip(better, worse, strict=True)]
-        items = pairs[0][0].items
-        measured.append(_differences(pairs, task, np.ones((1, items)))[:, 0])  # (seeds,)
-        drawn.append(
-            np.concatenate([_differences(pairs, task, counts).mean(axis=0) for counts in draws(items)])
-        )  # (R,)
-    by_seed = np.mean(measured, axis=0)
-    low, high = np.quantile(np.mean(drawn, axis=0), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Verdict(ordering, float(by_seed.mean()), float(low), float(high), by_seed.tolist())
-
-
-def _differences(pairs: Sequence[tuple[Sums, Sums]], task: str, counts: np.ndarray) -> np.ndarray:
-    """(R, items) how often each item counts -> (seeds, R) differences of the task's metric."""
-    column = list(pairs[0][0].columns).index(METRICS[task])
-    return np.stack([(a.metrics(counts) - b.metrics(counts))[:, column] for a, b in pairs])
-
-
-class Outcome:
-    """A study's measures: by arm, a run per seed; and what becomes of the paper's orderings."""
-
-    def __init__(
-        self, study: Study, arms: dict[str, list[Results]], left_out: list[str], remark: str, seeds: Sequence[int]
-    ):
-        self.study, self.arms, self.left_out, self.seeds = study, arms, left_out, seeds
-        self.remark = " ".join(text for text in (study.remark, remark) if text)
-        self.tasks = [task for task in TASKS if task in next(iter(arms.values()))[0]]
-        self.verdicts = [
-            judge(ordering, arms[ordering.better], arms[ordering.worse])
-            for ordering in study.orderings
-            if ordering.task in self.tasks
-        ]
-        self.paper = ablation_figures(study.name)
-
-    def values(self, arm: str, task: str) -> list[float]:
-        """A figure per seed, the mean over the data sets."""
-        return [
-            statistics.fmean(result["metrics"][METRICS[task]] for result in results[task])
-            for results in self.arms[arm]
-        ]
-
-    def point(self, arm: str, task: str) -> Point:
-        """Mean and s over the seeds; of one seed, the 95 % interval over images or queries."""
-        values = self.values(arm, task)
-        mean = statistics.fmean(values)
-        if len(values) > 1:
-            spread = statistics.stdev(values)
-            return Point(mean, mean - spread, mean + spread)
-        ends = [result["intervals"][METRICS[task]] for result in self.arms[arm][0][task]]
-        return Point(mean, *(statistics.fmean(end[side] for end in ends) for side in (0, 1)))
-
-    def table(self) -> Table:
-        source = paper_tables()["ablations"][self.study.name]["source"]
-        columns = [Column(self.study.axis)]
-        for task in TASKS:
-            columns += [Column("here", TASKS[task])] + [Column("paper", TASKS[task])] * bool(self.paper)
-        table = Table(f"{self.study.title} ({source.partition(',')[0]})", columns)
-        for arm in self.study.arms:
-            row = [arm.name]
-            for task in TASKS:
-                row.append(self._cell(arm.name, task) if task in self.tasks else None)
-                if self.paper:
-                    row.append(f"{self.paper[arm.name][task]:.{4 if task == 'selo' else 2}f}")
-            table.rows.append(row)
-        table.note = "\n".join(self._notes())
-        return table
-
-    def _cell(self, arm: str, task: str) -> str:
-        values = self.values(arm, task)
-        spread = f" ± {statistics.stdev(values):.{DIGITS[task]}f}" if len(values) > 1 else ""
-        return f"{statistics.fmean(values):.{DIGITS[task]}f}{spread}"
-
-    def _notes(self) -> list[str]:
-        first = next(iter(self.arms.values()))[0]
-        sets = [f"{TASKS[task]}: {', '.join(result['dataset'] for result in first[task])}" for task in self.tasks]
-        seeds = f"mean ± s over the seeds {', '.join(map(str, self.seeds))}" if len(self.seeds) > 1 else "one seed"
-        notes = [f"here: {seeds}; {'; '.join(sets)}. paper: as printed in {ARXIV}."]
-        notes += [f"{name}: no data for it among the evaluation data." for name in self.left_out]
-        stated = paper_tables()["ablations"][self.study.name].get("stated")
-        notes += [f"The paper prints no figures here and says: {stated}"] if stated else []
-        return notes + ([self.remark] if self.remark else [])
-
-    def closing(self) -> list[str]:
-        """Which orderings of the paper appear, which do not, which differences are within noise; and by which test."""
-        words = [verdict.word for verdict in self.verdicts]
-        lines = [
-            f"Orderings of the paper: {len(words)}. Appear here: {words.count('appears')}; reversed: "
-            f"{words.count('reversed')}; differ where the paper has them alike (≈): {words.count('differs')}; within "
-            f"noise: {words.count('within noise')}."
-        ]
-        for verdict in self.verdicts:
-            told, digits = verdict.ordering, DIGITS[verdict.ordering.task]
-            numbers = [f"{value:+.{digits}f}" for value in (verdict.difference, verdict.low, verdict.high)]
-            seeds = f"; by seed {', '.join(f'{value:+.{digits}f}' for value in verdict.by_seed)}"
-            lines.append(
-                f"{TASKS[told.task]}, {told.better} {'≈' if told.alike else '>'} {told.worse}: {verdict.word} "
-                f"({numbers[0]}, 95 % interval {numbers[1]} … {numbers[2]}{seeds if len(self.seeds) > 1 else ''})"
-            )
-        lines.append(
-            f"Test: paired bootstrap over test images (queries for SeLo), {RESAMPLES:,} resamples; a difference is beyond "
-            "noise when its 95 % interval leaves 0 out"
-            + (", and so does the t interval of the seeds' differences." if len(self.seeds) > 1 else ".")
-            + ("" if len(self.seeds) > 1 else " One seed: how far training itself varies is not in it (--full).")
-        )
-        return lines
-
-
 # ------------------------------------------------------------------------------------------------------------- output
 
 
 def report(outcome: Outcome, folder: Path, console: Console, record: dict[str, Any]) -> None:
-    """Prints a study's table and closing words, and writes table.md, results.json and figure.png."""
+    """
+    Print a study's table and closing words, and write table.md, results.json and figure.png.
+
+    Args:
+        outcome: of the study.
+        folder: of the study.
+        console: to print on.
+        record: the content of results.json.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     table, closing = outcome.table(), outcome.closing()
     print_table(console, table)
@@ -335,16 +229,18 @@ def report(outcome: Outcome, folder: Path, console: Console, record: dict[str, A
 
 
 def _record(options: argparse.Namespace, outcome: Outcome, plan: Any, folders: RunFolders) -> dict[str, Any]:
-    """What `results.json` says of a study."""
+    """Content of a study's `results.json`."""
     arms = []
     for arm, runs in plan:
-        own = outcome.arms[arm.name]
+        results_of_runs = outcome.arms[arm.name]
         arms.append(
             {
                 "name": arm.name,
                 "paper": outcome.paper and outcome.paper[arm.name],
                 "mean": {task: statistics.fmean(outcome.values(arm.name, task)) for task in outcome.tasks},
-                "runs": [_run_record(run, results, folders) for run, results in zip(runs, own, strict=True)],
+                "runs": [
+                    _run_record(run, results, folders) for run, results in zip(runs, results_of_runs, strict=True)
+                ],
             }
         )
     return {
@@ -379,8 +275,8 @@ def _run_record(run: Run, results: Results, folders: RunFolders) -> dict[str, An
         "seconds": {"training": folders.seconds(run), "evaluation": seconds},
         "results": [
             {name: result[name] for name in ("task", "dataset", "metrics", "intervals")}
-            for own in results.values()
-            for result in own
+            for results_of_task in results.values()
+            for result in results_of_task
         ],
     }
 

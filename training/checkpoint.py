@@ -3,26 +3,51 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from modeling_lrsclip import LRSCLIPModel, LRSCLIPProcessor
 from modeling_lrsclip.files.atomic import OLD, PARTIAL, growing_folder, publish_folder, replace_json, restore_folder
 from modeling_lrsclip.files.hashing import file_sha256
 
-from .sharding import check_checkpoint, whole_model
+from .distributed import check_checkpoint, is_sharded
+from .model import has_adapters, merged
 
 
 CHECKPOINTS = "checkpoints"  # below a run folder; each is named step-00000350
 MANIFEST = "manifest.json"  # in a checkpoint: size in bytes and SHA-256 of every other file
+NOT_FINITE_BATCH = "nonfinite.json"  # below a run folder
 DAMAGED = "damaged-"  # before the name of a checkpoint that was set aside
 # Of Python, torch.save, safetensors and FSDP2's checkpoints where a disk is full; the last one is no `Exception`.
 _WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
 _MB = 1e6
+
+
+@dataclass
+class TrainState:
+    """Progress of a run: all that, beside weights, optimizer, schedule and random states, a resumed run must know."""
+
+    step: int = 0  # optimizer steps done
+    best_recall: float = -1.0  # mean of long and short mR, percent
+    best_step: int = 0
+    validated: int = 0  # step of the last validation
+    not_better: int = 0  # validations since the best one
+    skipped: int = 0  # visits so far of rows that could not be used
+    seconds: float = 0.0  # training time so far
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
 
 class NotSavedError(OSError):
@@ -36,10 +61,16 @@ def replace_folder(
     seal: Callable[[Path], None] | None = None,
 ) -> None:
     """
-    Has all processes `write` a folder, then the main process `seal` it, and only then gives it its name.
+    Have all processes `write` a folder, then the main process `seal` it, and only then give it its name.
 
     A crash leaves the old folder or none, never half of one: the new one grows under a name that starts with a dot,
     is flushed to disk, and replaces the old one by rename.
+
+    Args:
+        accelerator: of all processes, which must all call this.
+        folder: its name when it is whole.
+        write: called on every process with the folder's name while it grows.
+        seal: called on the main process when all have written.
 
     Raises:
         [`NotSavedError`]: on all processes if one of them could not write; what it had written is removed.
@@ -67,13 +98,13 @@ def _on_main(accelerator: Accelerator, folder: Path, action: Callable[[], None])
 
 
 def _together(accelerator: Accelerator, folder: Path, action: Callable[[], None]) -> None:
-    """Each process' `action`; where it fails on one, all raise, so that none waits for it."""
+    """Take each process' `action`; where it fails on one, all raise, so that none waits for it."""
     failure = None
     try:
         action()
     except _WRITE_ERRORS as error:
         failure = error
-    failures = [told for told in gather_object([failure and _reason(failure)]) if told is not None]
+    failures = [reason for reason in gather_object([failure and _reason(failure)]) if reason is not None]
     if failures:
         if accelerator.is_main_process:
             shutil.rmtree(growing_folder(folder), ignore_errors=True)
@@ -85,14 +116,14 @@ def _together(accelerator: Accelerator, folder: Path, action: Callable[[], None]
 
 
 def _reason(failure: BaseException) -> str:
-    """In one line; of a checkpoint that several processes wrote, what the first of them says that failed."""
+    """Say in one line what failed; of a checkpoint that several processes wrote, the first one's failure."""
     if isinstance(failure, CheckpointException) and failure.failures:
         failure = next(iter(failure.failures.values()))[0]
     return " ".join(str(failure).split())
 
 
 def write_manifest(folder: Path) -> None:
-    """Lists the files of `folder` with their sizes and hashes, by which [`find_damage`] knows them again."""
+    """List the files of `folder` with their sizes and hashes, by which [`find_damage`] knows them again."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
@@ -102,14 +133,14 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What about a checkpoint is not as it was written; None when it is whole. Reads all of it, some 1.3 GB a second."""
+    """Find what in a checkpoint is not as it was written; None when it is whole. Reads all of it, some 1.3 GB a second."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, told in files.items():
+        for name, written in files.items():
             size = (folder / name).stat().st_size
-            if size != told["bytes"]:
-                return f"{name} has {size} bytes, {told['bytes']} were written"
-            if file_sha256(folder / name) != told["sha256"]:
+            if size != written["bytes"]:
+                return f"{name} has {size} bytes, {written['bytes']} were written"
+            if file_sha256(folder / name) != written["sha256"]:
                 return f"{name} is not what was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
@@ -118,7 +149,13 @@ def find_damage(folder: Path) -> str | None:
 
 def save_state(accelerator: Accelerator, run_folder: Path, step: int, keep: int) -> None:
     """
-    Everything a resumed run needs (weights, optimizer, schedule, random states, position), the newest `keep` kept.
+    Save everything a resumed run needs: weights, optimizer, schedule, random states, position.
+
+    Args:
+        accelerator: knows all of these; every process must call this.
+        run_folder: of the run.
+        step: optimizer steps done.
+        keep: checkpoints that stay, the newest ones.
 
     Raises:
         [`NotSavedError`]: says which checkpoint is the last one.
@@ -140,18 +177,24 @@ def save_state(accelerator: Accelerator, run_folder: Path, step: int, keep: int)
 
 def load_newest_state(accelerator: Accelerator, run_folder: Path, say: Callable[[str], None] = print) -> bool:
     """
-    Restores the newest checkpoint that is whole; False when there is none at all.
+    Restore the newest checkpoint that is whole; damaged ones are set aside as damaged-step-*.
 
-    Damaged ones are named by `say` on the main process and set aside as damaged-step-*.
+    Args:
+        accelerator: what is restored into; every process must call this.
+        run_folder: of the run.
+        say: names damaged checkpoints, on the main process.
+
+    Returns:
+        False when there is none at all.
 
     Raises:
         `ValueError`: when there are checkpoints and all are damaged.
     """
-    told = [None, None]
+    outcome = [None, None]
     if accelerator.is_main_process:
         clean_up(run_folder)
-        told = [*_newest_whole(run_folder, say)]
-    folder, problem = broadcast_object_list(told)
+        outcome = [*_newest_whole(run_folder, say)]
+    folder, problem = broadcast_object_list(outcome)
     if problem is not None:
         raise ValueError(problem)
     if folder is not None:
@@ -161,7 +204,7 @@ def load_newest_state(accelerator: Accelerator, run_folder: Path, say: Callable[
 
 
 def _newest_whole(run_folder: Path, say: Callable[[str], None]) -> tuple[str | None, str | None]:
-    """The folder, or None, and why there is none although there should be."""
+    """The newest folder that is whole, or None, and why there is none although there should be."""
     steps = _steps(run_folder)
     for folder in reversed(steps):
         damage = find_damage(folder)
@@ -180,16 +223,16 @@ def _newest_whole(run_folder: Path, say: Callable[[str], None]) -> tuple[str | N
 
 
 def clean_up(run_folder: Path) -> None:
-    """What a killed run left unfinished: half a folder goes, a folder whose successor was not yet in place returns."""
-    for place in (run_folder, run_folder / CHECKPOINTS):
-        for path in (*place.glob(f".*.{PARTIAL}"), *place.glob(".*.gone")):
+    """Remove what a killed run left unfinished; a folder whose successor was not yet in place returns."""
+    for parent in (run_folder, run_folder / CHECKPOINTS):
+        for path in (*parent.glob(f".*.{PARTIAL}"), *parent.glob(".*.gone")):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
-        for old in place.glob(f".*.{OLD}"):
-            restore_folder(place / old.name.removeprefix(".").removesuffix(f".{OLD}"))
+        for old in parent.glob(f".*.{OLD}"):
+            restore_folder(parent / old.name.removeprefix(".").removesuffix(f".{OLD}"))
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
-    """The folder that a resumed run would look at first."""
+    """Return the folder that a resumed run would look at first, if there is any."""
     return next(reversed(_steps(run_folder)), None)
 
 
@@ -198,8 +241,18 @@ def _steps(run_folder: Path) -> list[Path]:
 
 
 def save_model(accelerator: Accelerator, model: LRSCLIPModel, processor: LRSCLIPProcessor, folder: Path) -> None:
-    """A folder for `AutoModel.from_pretrained` and `AutoProcessor.from_pretrained`, the code beside the weights."""
+    """
+    Write a folder for `AutoModel.from_pretrained` and `AutoProcessor.from_pretrained`, the code beside the weights.
 
+    Args:
+        accelerator: every process must call this.
+        model: bare, as it is trained; see [`whole_model`] for what is written.
+        processor: for its inputs.
+        folder: replaced in one step.
+
+    Raises:
+        [`NotSavedError`]: as [`replace_folder`].
+    """
     whole = whole_model(accelerator, model)
 
     def write(growing: Path) -> None:
@@ -208,3 +261,67 @@ def save_model(accelerator: Accelerator, model: LRSCLIPModel, processor: LRSCLIP
             processor.save_pretrained(growing)
 
     replace_folder(accelerator, folder, write)
+
+
+def whole_model(accelerator: Accelerator, model: LRSCLIPModel) -> LRSCLIPModel | None:
+    """
+    Gather the model as it is published: not sharded, adapters merged into the weights they adapt. All processes must
+    call it.
+
+    Returns:
+        on the main process, `model` itself where it is whole already, else a copy on the same device; None elsewhere.
+    """
+    if not has_adapters(model) and not is_sharded(accelerator):
+        return model if accelerator.is_main_process else None
+    if is_sharded(accelerator):
+        state_dict = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    else:
+        state_dict = model.state_dict()
+    if not accelerator.is_main_process:
+        return None
+    with torch.random.fork_rng(devices=[]):  # a new model draws weights, and training must not notice
+        if has_adapters(model):
+            copy = merged(model, state_dict)
+        else:
+            copy = LRSCLIPModel._from_config(model.config, dtype=torch.float32)
+            copy.load_state_dict(state_dict)
+    return copy.to(accelerator.device).eval()
+
+
+class NotFiniteError(FloatingPointError):
+    """All processes stop with it at the same step; the checkpoints are of finite weights."""
+
+
+def not_finite(
+    accelerator: Accelerator, run_folder: Path, name: str, numbers: dict[str, Any], ids: list[str]
+) -> NotFiniteError:
+    """
+    Write down a step whose loss, gradient or weights are not finite, in `nonfinite.json`; every process must call it.
+
+    Args:
+        accelerator: of all processes.
+        run_folder: that the file is written into.
+        name: of the number in `numbers` that is not finite.
+        numbers: the `step` and its numbers, as text in the file, since JSON has no nan.
+        ids: of the samples in this process' share of the batch; the file holds those of all, in rank order.
+
+    Returns:
+        the error to raise.
+    """
+    numbers = {name: _as_text(value) for name, value in numbers.items() if value is not None}
+    all_ids, checkpoint, path = gather_object(ids), newest_checkpoint(run_folder), run_folder / NOT_FINITE_BATCH
+    if accelerator.is_main_process:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        record = {"what": name} | numbers | {"checkpoint": checkpoint and str(checkpoint), "ids": all_ids}
+        replace_json(path, record)
+    where = f"The last good checkpoint is {checkpoint}" if checkpoint else "There is no checkpoint yet"
+    return NotFiniteError(
+        f"The {name.replace('_', ' ')} is {numbers[name]} at step {numbers['step']}; lower optim.learning_rate, set "
+        f"optim.max_grad_norm, or set precision to fp32, in another output_dir. {where}; the ids of the batch are in "
+        f"{path}: if one of its rows is at fault, mend it and go on with --resume."
+    )
+
+
+def _as_text(value: int | float | torch.Tensor) -> int | str:
+    value = value.item() if isinstance(value, torch.Tensor) else value
+    return str(value) if isinstance(value, float) else value

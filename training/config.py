@@ -1,10 +1,8 @@
 """A run's configuration: one YAML file, any field of which the command line can override, checked before anything loads."""
 
 import argparse
-from typing import Any, Literal
-
-from pydantic import ConfigDict, Field, model_validator
-from pydantic.dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
 
 from modeling_lrsclip.files.configuration import (
     ConfigurationError,
@@ -15,56 +13,11 @@ from modeling_lrsclip.files.configuration import (
     validate,
 )
 
-from .data.pairs import DataConfig
-from .loop import LoopConfig
+from .data.pairs import INPUT_IDS, local_mistakes
+from .data.sources import DataConfig
+from .loop import TrainConfig
 from .losses import LossConfig
-from .model import ModelConfig
-from .optim import OptimConfig
-from .preflight import data_mistakes
-from .push import PushConfig
 from .signals import EXIT_CODES
-
-
-@dataclass(config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
-class TrainConfig:
-    output_dir: str  # the run folder
-    data: DataConfig
-    model: ModelConfig = Field(default_factory=ModelConfig)
-    loss: LossConfig = Field(default_factory=LossConfig)
-    optim: OptimConfig = Field(default_factory=OptimConfig)
-    loop: LoopConfig = Field(default_factory=LoopConfig)
-    seed: int = Field(0, ge=0)
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the arithmetic; weights and loss stay float32
-    resume: bool = False  # go on from the newest checkpoint in output_dir
-    push_to_hub: bool = False  # the final model, see `push`
-    push: PushConfig = Field(default_factory=PushConfig)
-
-    @model_validator(mode="after")
-    def _scratch_needs_a_tokenizer(self):
-        if self.model.init == "scratch" and self.model.tokenizer is None:
-            raise ValueError(
-                'model.init is "scratch" and model.tokenizer is not set; name a tokenizer, or "train" for one learnt '
-                "from the training captions"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _push_has_an_address(self):
-        if self.push_to_hub and self.push.repo is None:
-            raise ValueError("push_to_hub is set and push.repo is not; name a repository, as owner/name")
-        if self.push_to_hub and not self.data.validation and (self.push.measure or self.push.every == "validation"):
-            raise ValueError("push.measure and push.every: validation need data.validation; set it, or leave them out")
-        if self.push_to_hub and self.push.measure and not isinstance(self.data.validation, str):
-            raise ValueError(
-                "push.measure takes one data.validation, not a list of sources; name one, or leave it out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _patience_has_validation_data(self):
-        if self.loop.patience and not self.data.validation:
-            raise ValueError("loop.patience is set and data.validation is not; set both or neither")
-        return self
 
 
 USAGE = """\
@@ -77,7 +30,7 @@ Every field of the configuration can be overridden, for example
 
 def parse_config(argv: list[str] | None = None) -> TrainConfig:
     """
-    Reads `--config FILE` and the overrides of the command line.
+    Read `--config FILE` and the overrides of the command line.
 
     Raises:
         `SystemExit`: with a message that lists every mistake at once: unknown fields with the nearest valid name,
@@ -105,3 +58,22 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
         raise SystemExit(str(ConfigurationError(error.mistakes + data_mistakes(values)))) from None
     except ValueError as error:
         raise SystemExit(str(error)) from None
+
+
+def data_mistakes(values: Mapping[str, Any]) -> list[str]:
+    """
+    List what is wrong with the data that a configuration names, although other parts of it are wrong: where its `data`
+    section is not itself, and its sources are on this machine.
+
+    Args:
+        values: the configuration as nested dictionaries.
+    """
+    try:
+        data = validate(DataConfig, values.get("data"))
+    except ConfigurationError:
+        return []
+    try:
+        kinds = validate(LossConfig, values.get("loss") or {}).kinds
+    except ConfigurationError:
+        kinds = list(INPUT_IDS)
+    return local_mistakes(data, kinds)

@@ -1,5 +1,5 @@
 """
-Gradients of one loss over many pairs: with the whole batch's activations in memory, or a micro-batch's at a time.
+Gradients of one loss over many pairs, with the activations of a micro-batch in memory at a time.
 
 Cached gradients (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"): embed
 everything without graph, take the loss and its gradient with respect to the embeddings, then embed once more, a
@@ -10,14 +10,12 @@ Shapes: b images of this process, n texts of it (long and short ones together), 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator, DistributedType
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import get_device_states, set_device_states
-
-from modeling_lrsclip import LRSCLIPModel
 
 from .losses import DualTextLoss
 
@@ -28,52 +26,18 @@ Loss = Callable[[torch.Tensor, torch.Tensor], DualTextLoss]
 Piece = tuple[torch.Tensor | None, list[torch.Tensor]]
 
 
-class Embedder(torch.nn.Module):
-    """
-    The model as a training step calls it: images and groups of texts in one `forward`, since a model that is wrapped
-    for several processes must see its whole batch in one.
-
-    Args:
-        autocast (`torch.dtype`, *optional*): to compute in, where no wrapper sees to that.
-    """
-
-    def __init__(self, model: LRSCLIPModel, autocast: torch.dtype | None = None):
-        super().__init__()
-        self.model, self.autocast = model, autocast
-
-    def forward(
-        self, pixel_values: torch.Tensor | None, groups: list[torch.Tensor]
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """
-        Args:
-            pixel_values (`(b, 3, H, W)`, *optional*): images.
-            groups (list of `(n_g, L_g)`): token ids.
-
-        Returns:
-            unit embeddings of the images `(b, P)` and of the texts of all groups `(n, P)`; None for those not given.
-        """
-        with self._precision():
-            images = None if pixel_values is None else self.model(pixel_values=pixel_values).image_embeds
-            texts = [self.model(input_ids=group).text_embeds for group in groups]
-        return images, torch.cat(texts) if texts else None
-
-    def _precision(self) -> AbstractContextManager:
-        if self.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.model.logit_scale.device.type, self.autocast)
-
-
-def plain_gradients(accelerator: Accelerator, embedder: torch.nn.Module, piece: Piece, loss_of: Loss) -> DualTextLoss:
-    """Forward and backward pass of the whole batch at once; the gradients end in `.grad`."""
-    losses = loss_of(*embedder(*piece))
-    accelerator.backward(losses.loss)
-    return losses
-
-
 def cut(pixel_values: torch.Tensor, groups: list[torch.Tensor], micro_batch_size: int) -> list[Piece]:
     """
-    Pieces of at most `micro_batch_size` images or one group of texts each; only the last holds both, so that a
-    wrapper for several processes, which sends gradients with the last piece, sees all parameters there.
+    Cut a batch into pieces of at most `micro_batch_size` images or one group of texts each; only the last holds both, so
+    that a wrapper for several processes, which sends gradients with the last piece, sees all parameters there.
+
+    Args:
+        pixel_values (`(b, 3, H, W)`): images.
+        groups (list of `(n_g, L_g)`): token ids.
+        micro_batch_size: images a piece at most.
+
+    Returns:
+        the pieces, in the order of the images, then of the groups.
     """
     images = pixel_values.split(micro_batch_size)
     alone = [(part, []) for part in images[:-1]] + [(None, [group]) for group in groups[:-1]]
@@ -88,13 +52,18 @@ def cached_gradients(
     logit_scale: torch.nn.Parameter,
 ) -> DualTextLoss:
     """
-    The gradients of [`plain_gradients`], at the memory of one piece's activations and the time of one more forward
+    Compute the gradients of one backward pass of the whole batch, at the memory of one piece's activations and the time of one more forward
     pass. Random numbers (dropout) are those of the first pass in the second one.
 
     Args:
-        embedder: as prepared by `accelerator`; gradients are sent to the other processes with the last piece.
+        accelerator: what prepared `embedder`.
+        embedder: an `Embedder`, or its wrapper; gradients are sent to the other processes with the last piece.
         pieces: see [`cut`].
+        loss_of: the loss of embeddings `(b, P)` and `(n, P)`.
         logit_scale: the parameter that `loss_of` takes beside the embeddings.
+
+    Returns:
+        the losses, scalars.
     """
     random_states, embeds = [], []
     with torch.no_grad(), accelerator.autocast():  # one context for all pieces: weights are cast once
@@ -124,7 +93,7 @@ def cached_gradients(
 
 @contextmanager
 def _gradients_kept_back(accelerator: Accelerator, embedder: torch.nn.Module) -> Iterator[None]:
-    """For all backward passes of a step but the last one."""
+    """Keep gradients from the other processes: for all backward passes of a step but the last one."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # its engine would step the optimizer at each
         accelerator.sync_gradients = False
         try:
@@ -140,7 +109,7 @@ def _gradients_kept_back(accelerator: Accelerator, embedder: torch.nn.Module) ->
 
 
 def _random_state(piece: Piece) -> tuple:
-    """Of the CPU and of the devices that the piece lies on."""
+    """Random state of the CPU and of the devices that the piece lies on."""
     pixel_values, groups = piece
     return torch.get_rng_state(), *get_device_states(pixel_values, *groups)
 

@@ -1,14 +1,17 @@
-"""The training loop: load, step, log, validate, save."""
+"""
+The training loop: load, step, log, validate, save.
+
+Shapes: B pairs of a step's global batch, W processes, b = B / W pairs of this one, n its texts (long and short ones
+together), L tokens, P projection width.
+"""
 
 import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict
-from dataclasses import dataclass as plain_dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -18,34 +21,48 @@ from torch.utils.data import DataLoader
 
 from modeling_lrsclip import LRSCLIPModel, LRSCLIPProcessor
 
-from .checkpoint import load_newest_state, newest_checkpoint, save_model, save_state
-from .data.pairs import CaptionedImages, Collator, count_workers
+from .checkpoint import (
+    TrainState,
+    load_newest_state,
+    newest_checkpoint,
+    not_finite,
+    save_model,
+    save_state,
+    whole_model,
+)
+from .data.pairs import INPUT_IDS, CaptionedImages, load_batches
 from .data.skipped import SkippedRows
+from .data.sources import DataConfig
 from .data.visiting_order import VisitSampler
-from .gather import average_gradient, fewest, gather, gather_with_gradient
-from .large_batch import cached_gradients, cut, plain_gradients
-from .losses import DualTextLoss, dual_text_loss
-from .model import compile_layers
-from .nonfinite import not_finite
+from .distributed import (
+    autocast_dtype,
+    average_gradient,
+    clamp_logit_scale,
+    gather,
+    gather_with_gradient,
+    is_sharded,
+    prepare,
+    smallest_count,
+)
+from .large_batch import cached_gradients, cut
+from .losses import DualTextLoss, LossConfig, dual_text_loss
+from .model import Embedder, ModelConfig, compile_layers
+from .optim import OptimConfig, build_optimizer, build_scheduler
+from .push import PushConfig
 from .run_log import TRACKERS, RunLog
-from .sharding import clamp_logit_scale, is_sharded, prepare, whole_model
-from .signals import Interrupted, Interruption, leave_signals_to_the_parent
+from .signals import Interrupted, Interruption
 from .text_groups import (
     TextGroups,
     as_they_come,
-    caption_numbers,
     group_by_length,
     group_cost,
     share_of_identical,
+    text_hashes,
     token_lengths,
 )
 
 
-if TYPE_CHECKING:
-    from .config import TrainConfig
-
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
-TEXTS = {"input_ids": "long", "short_input_ids": "short"}  # of a batch
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -67,20 +84,20 @@ class LoopConfig:
 
     @field_validator("trackers", mode="before")
     @classmethod
-    def _one_or_none(cls, given):
-        if given in (None, "none"):
+    def _one_or_none(cls, trackers):
+        if trackers in (None, "none"):
             return []
-        return [given] if isinstance(given, str) else given
+        return [trackers] if isinstance(trackers, str) else trackers
 
     @field_validator("trackers")
     @classmethod
-    def _trackers_are_installed(cls, given):
-        missing = [name for name in given if not TRACKERS[name]()]
+    def _trackers_are_installed(cls, trackers):
+        missing = [name for name in trackers if not TRACKERS[name]()]
         if missing:
             raise ValueError(
                 f"loop.trackers names {', '.join(missing)}, which is not installed; pip install it, or set it to none"
             )
-        return given
+        return trackers
 
     @model_validator(mode="after")
     def _patience_needs_validations(self):
@@ -88,35 +105,67 @@ class LoopConfig:
             raise ValueError("loop.patience counts validations; set loop.validate_every too")
         return self
 
+    def count_steps(self, rows: int) -> int:
+        """Count the optimizer steps of a run; what does not fill a batch at the end of an epoch is left out."""
+        return self.steps or max(1, round(self.epochs * (rows // self.batch_size)))
 
-@plain_dataclass
-class TrainState:
-    """What, beside weights, optimizer, schedule and random states, a resumed run must know."""
 
-    step: int = 0  # optimizer steps done
-    best_recall: float = -1.0  # mean of long and short mR, percent
-    best_step: int = 0
-    validated: int = 0  # step of the last validation
-    not_better: int = 0  # validations since the best one
-    skipped: int = 0  # visits so far of rows that could not be used
-    seconds: float = 0.0  # training time so far
+@dataclass(config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
+class TrainConfig:
+    """The configuration of a whole run; `training.config` reads it."""
 
-    def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    output_dir: str  # the run folder
+    data: DataConfig
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    loop: LoopConfig = Field(default_factory=LoopConfig)
+    seed: int = Field(0, ge=0)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the arithmetic; weights and loss stay float32
+    resume: bool = False  # go on from the newest checkpoint in output_dir
+    push_to_hub: bool = False  # the final model, see `push`
+    push: PushConfig = Field(default_factory=PushConfig)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+    @model_validator(mode="after")
+    def _scratch_needs_a_tokenizer(self):
+        if self.model.init == "scratch" and self.model.tokenizer is None:
+            raise ValueError(
+                'model.init is "scratch" and model.tokenizer is not set; name a tokenizer, or "train" for one learnt '
+                "from the training captions"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _push_has_an_address(self):
+        if self.push_to_hub and self.push.repo is None:
+            raise ValueError("push_to_hub is set and push.repo is not; name a repository, as owner/name")
+        if self.push_to_hub and not self.data.validation and (self.push.measure or self.push.every == "validation"):
+            raise ValueError("push.measure and push.every: validation need data.validation; set it, or leave them out")
+        if self.push_to_hub and self.push.measure and not isinstance(self.data.validation, str):
+            raise ValueError(
+                "push.measure takes one data.validation, not a list of sources; name one, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _patience_has_validation_data(self):
+        if self.loop.patience and not self.data.validation:
+            raise ValueError("loop.patience is set and data.validation is not; set both or neither")
+        return self
 
 
 class Trainer:
     """
+    A run from its first step, or from a checkpoint, to its final model.
+
     Args:
-        accelerator: its `prepare` has not seen `model` and `optimizer` yet.
-        model, processor: in float32 and for its inputs.
-        optimizer, scheduler: the scheduler is stepped once a step by hand, whatever the number of processes.
-        data: rows to train on.
-        config: the whole run's configuration (`training.config.TrainConfig`).
+        accelerator: its `prepare` has not seen `model` yet.
+        model: in float32.
+        processor: for its inputs.
+        images: the rows to train on.
+        config: of the whole run.
         validate: called on the main process with the bare model; returns recall in percent by name, `mR` among them.
+        keep_best: called on the main process when the folder `best` is new.
     """
 
     def __init__(
@@ -124,29 +173,36 @@ class Trainer:
         accelerator: Accelerator,
         model: LRSCLIPModel,
         processor: LRSCLIPProcessor,
-        optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LRScheduler,
-        data: CaptionedImages,
-        config: "TrainConfig",
+        images: CaptionedImages,
+        config: TrainConfig,
         validate: Callable[[LRSCLIPModel], dict[str, float]] | None = None,
+        keep_best: Callable[[TrainState], None] | None = None,
     ):
-        self.accelerator, self.processor, self.data, self.config = accelerator, processor, data, config
-        self.steps, self.scheduler, self.validate = count_steps(config.loop, len(data)), scheduler, validate
+        self.accelerator, self.processor, self.images, self.config = accelerator, processor, images, config
+        self.validate, self.keep_best = validate, keep_best
+        self.folder, self.state, self.steps = (
+            Path(config.output_dir),
+            TrainState(),
+            config.loop.count_steps(len(images)),
+        )
+        optimizer = build_optimizer(model, config.optim)
+        self.scheduler = build_scheduler(optimizer, config.optim, self.steps)  # stepped by hand, whatever W
         if config.loop.compile:
             compile_layers(model)
         self.model = model  # bare; `embedder` is its wrapper for several processes and mixed precision
-        self.embedder, self.optimizer = prepare(accelerator, model, optimizer, config.optim.max_grad_norm)
-        self.folder = Path(config.output_dir)
-        self.state = TrainState()
-        self.kept_best: Callable[[], None] | None = None  # called when `best` is new, on the main process only
+        embedder = Embedder(model, autocast_dtype(accelerator))
+        self.embedder, self.optimizer = prepare(accelerator, embedder, optimizer, config.optim.max_grad_norm)
         self.report = RunLog(accelerator, self.folder, self.steps, config.loop.batch_size, log_ids=config.loop.log_ids)
         self.interruption = Interruption()
         self.skipped = SkippedRows(self.folder, config.data.max_skipped_fraction, accelerator.is_main_process)
-        accelerator.register_for_checkpointing(self.state, scheduler)
+        accelerator.register_for_checkpointing(self.state, self.scheduler)
 
     def train(self) -> TrainState:
         """
-        Trains from wherever the state stands to the last step; returns the state.
+        Train from wherever the state stands to the last step.
+
+        Returns:
+            the state after it.
 
         Raises:
             [`Interrupted`]: on a signal, when the step it fell into is done and saved.
@@ -178,27 +234,21 @@ class Trainer:
             self.report.draw()
         return state
 
-    def resume_if_asked(self) -> None:
-        """Goes on from the newest checkpoint that is whole, if there is any."""
-        if not self.config.resume:
-            return
-        found = load_newest_state(self.accelerator, self.folder, self.report.say)
-        self.report.say(
-            f"resumed after step {self.state.step} of {self.steps}"
-            if found
-            else f"starting at step 0: no checkpoint to resume in {self.folder}"
-        )
+    def resume(self) -> None:
+        """Go on from the newest checkpoint that is whole, if there is any."""
+        if load_newest_state(self.accelerator, self.folder, self.report.say):
+            self.report.say(f"resumed after step {self.state.step} of {self.steps}")
+        else:
+            self.report.say(f"starting at step 0: no checkpoint to resume in {self.folder}")
 
     def save(self, batch: dict[str, Any]) -> None:
-        """A checkpoint, unless the last update, on `batch`, left weights that are not finite."""
+        """Save a checkpoint, unless the last update, on `batch`, left weights that are not finite."""
         parameters = [getattr(parameter, "_local_tensor", parameter) for parameter in self.model.parameters()]
         finite = torch.stack([parameter.detach().isfinite().all() for parameter in parameters]).all()
         if self.interruption.agree(trouble=not finite):
-            told = {
-                "step": self.state.step,
-                "largest_weight": torch.stack([parameter.detach().abs().max() for parameter in parameters]).max(),
-            }
-            raise not_finite(self.accelerator, self.folder, "largest_weight", told, batch.get("ids", []))
+            largest = torch.stack([parameter.detach().abs().max() for parameter in parameters]).max()
+            numbers = {"step": self.state.step, "largest_weight": largest}
+            raise not_finite(self.accelerator, self.folder, "largest_weight", numbers, batch.get("ids", []))
         save_state(self.accelerator, self.folder, self.state.step, self.config.loop.keep_checkpoints)
 
     def _interrupted(self, signal_number: int) -> Interrupted:
@@ -210,48 +260,49 @@ class Trainer:
         )
 
     def batches(self) -> DataLoader:
-        data = self.config.data
-        sampler = VisitSampler(
-            self.data.pairs.order(self.config.seed),
+        """The batches still to come, this process' share of each."""
+        visits = VisitSampler(
+            self.images.pairs.order(self.config.seed),
             self.config.loop.batch_size,
             self.steps,
             start=self.state.step,
             share=(self.accelerator.process_index, self.accelerator.num_processes),
         )
-        workers = count_workers(data, self.accelerator.device.type)
-        # Not prepared: the sampler already gives each process its share, and resumes by itself.
-        return DataLoader(
-            self.data,
-            batch_sampler=sampler,
-            collate_fn=Collator(self.processor),
-            num_workers=workers,
-            prefetch_factor=data.prefetch_factor if workers else None,
-            worker_init_fn=leave_signals_to_the_parent,
-            # Its own: it draws a seed, which the random numbers of a resumed run must not notice.
-            generator=torch.Generator(),
-            pin_memory=self.accelerator.device.type == "cuda",
-        )
+        return load_batches(self.images, self.processor, visits, self.accelerator.device)
 
     def step(self, batch: dict[str, torch.Tensor]) -> tuple[DualTextLoss, dict[str, Any]]:
-        """One optimizer step on this process' share of the global batch, (b = B / W) pairs."""
+        """
+        Take one optimizer step.
+
+        Args:
+            batch: this process' share of the global batch, as [`Collator`] makes it.
+
+        Returns:
+            the losses of the global batch, and what else there is to log.
+
+        Raises:
+            [`NotFiniteError`]: on all processes, before a number that is not finite reaches the weights.
+        """
         accelerator, micro_batch_size = self.accelerator, self.config.loop.micro_batch_size
+        device, end_of_text = accelerator.device, self.model.config.text_config.eos_token_id
         self.report.batch(self.state.step + 1, batch.get("ids", []))
-        pixel_values = batch["pixel_values"].to(accelerator.device, non_blocking=True)  # (b, 3, H, W)
-        matrices = {TEXTS[name]: batch[name] for name in TEXTS if name in batch}
-        texts = self._group(list(matrices.values()))
-        captions = self._captions(matrices)
-        self.report.count("tokens", sum(int(token_lengths(ids, self._end_of_text).sum()) for ids in matrices.values()))
+        pixel_values = batch["pixel_values"].to(device, non_blocking=True)  # (b, 3, H, W)
+        input_ids = {kind: batch[name] for kind, name in INPUT_IDS.items() if name in batch}  # (b, L) each
+        texts = self._group(list(input_ids.values()))
+        hashes = {kind: gather(text_hashes(ids, end_of_text).to(device)) for kind, ids in input_ids.items()}  # (B,)
+        self.report.count("tokens", sum(int(token_lengths(ids, end_of_text).sum()) for ids in input_ids.values()))
         self.report.count("tokens_with_padding", sum(group.numel() for group in texts.groups))
-        loss_of = partial(self._loss, order=texts.order, captions=captions)
+        loss_of = partial(self._loss, order=texts.order, hashes=hashes)
         if micro_batch_size is None or micro_batch_size >= len(pixel_values):
-            losses = plain_gradients(accelerator, self.embedder, (pixel_values, texts.groups), loss_of)
+            losses = loss_of(*self.embedder(pixel_values, texts.groups))
+            accelerator.backward(losses.loss)
         else:
             pieces = cut(pixel_values, texts.groups, micro_batch_size)
             losses = cached_gradients(accelerator, self.embedder, pieces, loss_of, self.model.logit_scale)
         if is_sharded(accelerator):  # every process has all of this gradient; the mean keeps copies from drifting
             average_gradient(self.model.logit_scale)
         numbers = {"learning_rate": self.scheduler.get_last_lr()[0]}
-        numbers |= {f"identical_{kind}": share_of_identical(number) for kind, number in captions.items()}
+        numbers |= {f"identical_{kind}": share_of_identical(of_kind) for kind, of_kind in hashes.items()}
         numbers["gradient_norm"] = self._clip_gradient()
         self._stop_if_not_finite(losses, numbers, batch)  # before it reaches the weights
         self.optimizer.step()
@@ -261,74 +312,67 @@ class Trainer:
         clamp_logit_scale(accelerator, self.model, MAX_LOGIT_SCALE)
         return losses, numbers | {"logit_scale": self.model.logit_scale.detach().exp()}
 
-    def _group(self, matrices: list[torch.Tensor]) -> TextGroups:
+    def _group(self, input_ids: list[torch.Tensor]) -> TextGroups:
         """The texts as the text tower will read them, on its device."""
-        loop, device, end_of_text = self.config.loop, self.accelerator.device, self._end_of_text
-        if loop.micro_batch_size is not None and loop.micro_batch_size < len(matrices[0]):
-            texts = group_by_length(matrices, end_of_text, rows=loop.micro_batch_size)
+        loop, device, text_config = self.config.loop, self.accelerator.device, self.model.config.text_config
+        end_of_text = text_config.eos_token_id
+        if loop.micro_batch_size is not None and loop.micro_batch_size < len(input_ids[0]):
+            texts = group_by_length(input_ids, end_of_text, rows=loop.micro_batch_size)
         elif loop.group_texts:
-            cost = group_cost(device, self.model.config.text_config.hidden_size)
-            texts = group_by_length(matrices, end_of_text, cost=cost)
+            cost = group_cost(device, text_config.hidden_size)
+            texts = group_by_length(input_ids, end_of_text, cost=cost)
             if is_sharded(self.accelerator):  # each forward pass is made of all processes' weights: all need as many
-                most = fewest(len(texts.groups), device)
-                texts = group_by_length(matrices, end_of_text, cost=cost, most=most)
+                most = smallest_count(len(texts.groups), device)
+                texts = group_by_length(input_ids, end_of_text, cost=cost, most=most)
         else:
-            texts = as_they_come(matrices)
+            texts = as_they_come(input_ids)
         groups = [group.to(device, non_blocking=True) for group in texts.groups]
         return TextGroups(groups, texts.order.to(device, non_blocking=True))
-
-    def _captions(self, matrices: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """For each kind of text, the numbers (B,) of the global batch's captions: equal ones are identical."""
-        device = self.accelerator.device
-        return {kind: gather(caption_numbers(ids, self._end_of_text).to(device)) for kind, ids in matrices.items()}
-
-    @property
-    def _end_of_text(self) -> int:
-        return self.model.config.text_config.eos_token_id
 
     def _loss(
         self,
         image_embeds: torch.Tensor,
         text_embeds: torch.Tensor,
         order: torch.Tensor,
-        captions: dict[str, torch.Tensor],
+        hashes: dict[str, torch.Tensor],
     ) -> DualTextLoss:
         """The loss of the global batch from this process' images (b, P) and grouped texts (n, P)."""
         texts = text_embeds[order].split(len(image_embeds))  # (b, P) of each kind
-        texts = {kind: gather_with_gradient(embeds) for kind, embeds in zip(captions, texts, strict=True)}  # (B, P)
+        texts = {kind: gather_with_gradient(embeds) for kind, embeds in zip(hashes, texts, strict=True)}  # (B, P)
         return dual_text_loss(
             gather_with_gradient(image_embeds),
             texts.get("long"),
             texts.get("short"),
             self.model.logit_scale.exp(),
             self.config.loss,
-            captions.get("long"),
-            captions.get("short"),
+            hashes.get("long"),
+            hashes.get("short"),
         )
 
     def _clip_gradient(self) -> torch.Tensor:
-        """The norm of the gradient before it is clipped, if it is to be clipped at all."""
+        """Clip the gradient, if it is to be clipped at all; its norm before that, a scalar."""
         limit = self.config.optim.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(self.embedder.parameters(), math.inf if limit is None else limit)
         return torch.as_tensor(norm)  # DeepSpeed has clipped by now, and says a number
 
     def _stop_if_not_finite(self, losses: DualTextLoss, numbers: dict[str, Any], batch: dict[str, Any]) -> None:
-        """All processes together; also where they agree on the step that a signal ends the run after."""
+        """Stop all processes together; also where they agree on the step that a signal ends the run after."""
         finite = losses.loss.isfinite()
         if self.accelerator.scaler is None:  # fp16's loss scaling skips steps of infinite gradients by itself
             finite = finite & numbers["gradient_norm"].isfinite()
         if self.interruption.agree(trouble=not finite):
-            told = {"step": self.state.step + 1} | losses._asdict() | numbers
-            told["logit_scale"] = self.model.logit_scale.detach().exp()
-            what = "gradient_norm" if losses.loss.isfinite() else "loss"
-            raise not_finite(self.accelerator, self.folder, what, told, batch.get("ids", []))
+            numbers = {"step": self.state.step + 1} | losses._asdict() | numbers
+            numbers["logit_scale"] = self.model.logit_scale.detach().exp()
+            name = "gradient_norm" if losses.loss.isfinite() else "loss"
+            raise not_finite(self.accelerator, self.folder, name, numbers, batch.get("ids", []))
 
     def out_of_patience(self) -> bool:
+        """Whether the run is to stop early."""
         patience = self.config.loop.patience
         return patience is not None and self.state.step < self.steps and self.state.not_better >= patience
 
     def validate_if_due(self) -> None:
-        """Once at a step: the state knows whether that has happened."""
+        """Validate where that is due, once at a step: the state knows whether it has happened."""
         step, every = self.state.step, self.config.loop.validate_every
         due = step == self.steps or (every and step and step % every == 0)
         if self.validate and due and self.state.validated < step:
@@ -340,6 +384,7 @@ class Trainer:
                 )
 
     def validate_and_keep_best(self) -> None:
+        """Measure recall on the main process, and save the folder `best` where it is higher than ever before."""
         state, accelerator = self.state, self.accelerator
         recall = torch.zeros(1, dtype=torch.float64, device=accelerator.device)
         model = whole_model(accelerator, self.model)
@@ -353,10 +398,5 @@ class Trainer:
         if better:
             state.best_recall, state.best_step = recall, state.step
             save_model(accelerator, self.model, self.processor, self.folder / "best")
-            if self.kept_best is not None:
-                self.kept_best()
-
-
-def count_steps(loop: LoopConfig, rows: int) -> int:
-    """Optimizer steps of a run; what does not fill a batch at the end of an epoch is left out."""
-    return loop.steps or max(1, round(loop.epochs * (rows // loop.batch_size)))
+            if self.keep_best is not None and accelerator.is_main_process:
+                self.keep_best(state)

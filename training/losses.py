@@ -23,6 +23,15 @@ class LossConfig:
     mask_identical_captions: bool = False  # captions equal to a pair's own are not its negatives
     chunk_size: int | None = Field(None, ge=1)  # rows of the B x B logits held at a time; None: all
 
+    @property
+    def kinds(self) -> list[str]:
+        """
+        Texts that the loss weighs, "long" and "short": with a weight of 0 or 1 the other one is not even read, nor is the
+        short one where the long text's first sentence stands for it.
+        """
+        reads_short = self.long_weight < 1 and self.short_text == "own"
+        return ["long"] * (self.long_weight > 0) + ["short"] * reads_short
+
     @model_validator(mode="after")
     def _first_sentences_need_both_texts(self):
         if self.short_text == "first_sentence" and self.long_weight in (0, 1):
@@ -40,7 +49,7 @@ def info_nce(
     chunk_size: int | None = None,
     *,
     label_smoothing: float = 0.0,
-    captions: torch.Tensor | None = None,
+    text_hashes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Symmetric InfoNCE, eq. (1) of the paper, in float32 at least; row i of both inputs is the positive pair i.
@@ -54,9 +63,9 @@ def info_nce(
             three.
         label_smoothing (`float`): share of the target spread evenly over all candidates, the positive among them
             (as in `torch.nn.functional.cross_entropy`).
-        captions (`(B,)` integers, *optional*): equal numbers for identical captions. Then i and j != i with
-            `captions[i] == captions[j]` are no candidates for each other, in either direction: text j is left out of
-            the denominator of image i, and image i out of that of text j.
+        text_hashes (`(B,)` integers, *optional*): equal for identical texts. Then i and j != i with
+            `text_hashes[i] == text_hashes[j]` are no candidates for each other, in either direction: text j is left out
+            of the denominator of image i, and image i out of that of text j.
 
     Returns:
         scalar: the mean of the image-to-text and the text-to-image cross entropy.
@@ -75,14 +84,14 @@ def info_nce(
     images, texts, scale = image_embeds.to(dtype), text_embeds.to(dtype), logit_scale.to(dtype)
     pairs = len(images)
     with torch.autocast(images.device.type, enabled=False):
-        if chunk_size is None and captions is None:
+        if chunk_size is None and text_hashes is None:
             logits = scale * images @ texts.T  # (B, B)
             targets = torch.arange(pairs, device=logits.device)
             rows = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
             columns = F.cross_entropy(logits.T, targets, label_smoothing=label_smoothing)
             return (rows + columns) / 2
         chunk_size = min(chunk_size or pairs, pairs)
-        return _ChunkedInfoNCE.apply(images, texts, scale, chunk_size, label_smoothing, captions)
+        return _ChunkedInfoNCE.apply(images, texts, scale, chunk_size, label_smoothing, text_hashes)
 
 
 class _ChunkedInfoNCE(torch.autograd.Function):
@@ -92,14 +101,14 @@ class _ChunkedInfoNCE(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, images, texts, scale, chunk_size, smoothing, captions):
+    def forward(ctx, images, texts, scale, chunk_size, smoothing, hashes):
         pairs = len(images)
         row_lse, positives = images.new_empty(pairs), images.new_empty(pairs)  # (B,)
         column_max = images.new_full((pairs,), torch.finfo(images.dtype).min)  # (B,); finite where all is excluded
         column_sum = images.new_zeros(pairs)
         smoothed = images.new_zeros(())
-        share = _share_of_smoothing(images, captions)
-        for rows, block, spare, excluded in _logit_blocks(images * scale, texts, chunk_size, captions):
+        share = _share_of_smoothing(images, hashes)
+        for rows, block, spare, excluded in _logit_blocks(images * scale, texts, chunk_size, hashes):
             positives[rows] = block[:, rows].diagonal()
             if smoothing:
                 candidates = block if excluded is None else block.masked_fill(excluded, 0)
@@ -112,7 +121,7 @@ class _ChunkedInfoNCE(torch.autograd.Function):
             column_sum.mul_(column_max.sub_(larger).exp_()).add_(block.sub_(larger).exp_().sum(0))
             column_max = larger
         column_lse = column_sum.log_().add_(column_max)
-        ctx.save_for_backward(images, texts, scale, row_lse, column_lse, captions)
+        ctx.save_for_backward(images, texts, scale, row_lse, column_lse, hashes)
         ctx.chunk_size, ctx.smoothing = chunk_size, smoothing
         loss = (row_lse + column_lse).mean() - 2 * (1 - smoothing) * positives.mean() - smoothing * smoothed / pairs
         return loss / 2
@@ -120,13 +129,13 @@ class _ChunkedInfoNCE(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        images, texts, scale, row_lse, column_lse, captions = ctx.saved_tensors
+        images, texts, scale, row_lse, column_lse, hashes = ctx.saved_tensors
         image_gradient, text_gradient = torch.empty_like(images), torch.zeros_like(texts)  # (B, P)
         scale_gradient = torch.zeros_like(scale)
-        share = _share_of_smoothing(images, captions)
+        share = _share_of_smoothing(images, hashes)
         with torch.autocast(images.device.type, enabled=False):
             scaled = images * scale
-            for rows, block, spare, excluded in _logit_blocks(scaled, texts, ctx.chunk_size, captions):
+            for rows, block, spare, excluded in _logit_blocks(scaled, texts, ctx.chunk_size, hashes):
                 if excluded is not None:
                     block.masked_fill_(excluded, -torch.inf)
                 # The two softmaxes less the two (smoothed) targets: 2 B times the gradient by the logits, (C, B).
@@ -145,7 +154,7 @@ class _ChunkedInfoNCE(torch.autograd.Function):
 
 
 def _logit_blocks(
-    scaled_images: torch.Tensor, texts: torch.Tensor, chunk_size: int, captions: torch.Tensor | None
+    scaled_images: torch.Tensor, texts: torch.Tensor, chunk_size: int, hashes: torch.Tensor | None
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """
     The rows, their logits `(C, B)`, a buffer of that shape, and which of them are excluded (or None). All blocks
@@ -158,18 +167,18 @@ def _logit_blocks(
         block, spare = buffers[:, : rows.stop - start]
         torch.mm(scaled_images[rows], texts.T, out=block)
         excluded = None
-        if captions is not None:
-            excluded = captions[rows, None] == captions  # (C, B)
+        if hashes is not None:
+            excluded = hashes[rows, None] == hashes  # (C, B)
             excluded[:, rows].diagonal().fill_(False)
         yield rows, block, spare, excluded
 
 
-def _share_of_smoothing(images: torch.Tensor, captions: torch.Tensor | None) -> torch.Tensor:
+def _share_of_smoothing(images: torch.Tensor, hashes: torch.Tensor | None) -> torch.Tensor:
     """`(B,)`: one over the number of candidates of each row, which is also that of its column."""
     pairs = len(images)
-    if captions is None:
+    if hashes is None:
         return images.new_full((pairs,), 1 / pairs)
-    _, kind, count = captions.unique(return_inverse=True, return_counts=True)
+    _, kind, count = hashes.unique(return_inverse=True, return_counts=True)
     return 1 / (pairs + 1 - count[kind]).to(images.dtype)
 
 
@@ -246,19 +255,23 @@ def dual_text_loss(
     short_embeds: torch.Tensor | None,
     logit_scale: torch.Tensor,
     config: LossConfig,
-    long_captions: torch.Tensor | None = None,
-    short_captions: torch.Tensor | None = None,
+    long_hashes: torch.Tensor | None = None,
+    short_hashes: torch.Tensor | None = None,
 ) -> DualTextLoss:
     """
-    `long_weight * InfoNCE(images, long) + (1 - long_weight) * InfoNCE(images, short)`, eq. (5); with `pcm_rank`, the
-    short texts are matched to the principal components of the images.
+    Weigh `long_weight * InfoNCE(images, long) + (1 - long_weight) * InfoNCE(images, short)`, eq. (5); with `pcm_rank`,
+    the short texts are matched to the principal components of the images.
 
     Args:
         image_embeds, long_embeds, short_embeds (`(B, P)`): unit embeddings; with one kind of text left out (None) the
             loss is that of the other, whatever the weight.
         logit_scale (scalar): 1 / tau, already exponentiated.
-        long_captions, short_captions (`(B,)` integers): equal ones for identical captions, see [`info_nce`]; read
-            with `mask_identical_captions` only.
+        config: the weight of the long texts, and the options of both parts.
+        long_hashes, short_hashes (`(B,)` integers): equal for identical texts, see [`info_nce`]; read with
+            `mask_identical_captions` only.
+
+    Returns:
+        the weighted loss and its parts, scalars.
 
     Raises:
         `ValueError`: when both kinds of text are missing.
@@ -266,17 +279,17 @@ def dual_text_loss(
     if long_embeds is None and short_embeds is None:
         raise ValueError("dual_text_loss got neither long nor short text embeddings; give at least one of them.")
 
-    def one_kind(images, texts, captions):
-        captions = captions if config.mask_identical_captions else None
+    def one_kind(images, texts, hashes):
+        hashes = hashes if config.mask_identical_captions else None
         return info_nce(
-            images, texts, logit_scale, config.chunk_size, label_smoothing=config.label_smoothing, captions=captions
+            images, texts, logit_scale, config.chunk_size, label_smoothing=config.label_smoothing, text_hashes=hashes
         )
 
-    long_loss = None if long_embeds is None else one_kind(image_embeds, long_embeds, long_captions)
+    long_loss = None if long_embeds is None else one_kind(image_embeds, long_embeds, long_hashes)
     if short_embeds is None:
         return DualTextLoss(long_loss, long_loss, None)
     primary = image_embeds if config.pcm_rank is None else principal_components(image_embeds, config.pcm_rank)
-    short_loss = one_kind(primary, short_embeds, short_captions)
+    short_loss = one_kind(primary, short_embeds, short_hashes)
     if long_loss is None:
         return DualTextLoss(short_loss, None, short_loss)
     weight = config.long_weight

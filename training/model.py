@@ -3,7 +3,11 @@
 import difflib
 import os
 from collections.abc import Iterable
-from dataclasses import fields
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import fields, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,16 +24,34 @@ from modeling_lrsclip import (
     LRSCLIPTextConfig,
     LRSCLIPVisionConfig,
 )
-from modeling_lrsclip.convert import load_published, prepare
-from modeling_lrsclip.published.checkpoints import ACTIVATIONS, PRESETS, read_published_checkpoint
+from modeling_lrsclip.convert import Prepared, prepare
+from modeling_lrsclip.published.checkpoints import ACTIVATIONS, PRESETS
+from modeling_lrsclip.published.registry import resolve
 from modeling_lrsclip.train_tokenizer import train_tokenizer
-
-from .lora import LoRAConfig, add_adapters
 
 
 SCRATCH, TRAIN_TOKENIZER = "scratch", "train"
 # Short words for `init`, by names of the published models (modeling_lrsclip/published/registry.py); the other sizes go by those names.
 SHORTHANDS = {"clip": "clip-vit-b-16", "longclip": "long-clip-vit-b-16", "lrsclip": "lrsclip-vit-b-16"}
+# Linear layers that take low-rank adapters, of each layer of either tower, by module names of transformers' CLIP.
+ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+TARGETS = (*ATTENTION, "fc1", "fc2", "visual_projection", "text_projection")
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class LoRAConfig:
+    rank: int = Field(16, ge=1)  # of each adapter
+    alpha: float = Field(32.0, gt=0)  # the adapter's part is scaled by alpha / rank
+    dropout: float = Field(0.0, ge=0, lt=1)  # of the adapters' inputs
+    targets: list[str] = Field(default_factory=lambda: list(ATTENTION))  # module names, among TARGETS
+
+    def __post_init__(self):
+        if unknown := sorted(set(self.targets) - set(TARGETS)):
+            raise ValueError(f"model.lora.targets names {', '.join(unknown)}; choose among {', '.join(TARGETS)}")
+        if not self.targets:
+            raise ValueError(
+                f"model.lora.targets is empty; choose among {', '.join(TARGETS)}, or leave model.lora out"
+            )
 
 
 @dataclass(config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
@@ -55,33 +77,87 @@ class ModelConfig:
     @model_validator(mode="after")
     def _choices_exist(self):
         for name, choices in (("preset", PRESETS), ("activation", ACTIVATIONS)):
-            given = getattr(self, name)
-            if given is not None and given not in choices:
-                raise ValueError(f"model.{name} is {given}; choose among {', '.join(choices)}")
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise ValueError(f"model.{name} is {value}; choose among {', '.join(choices)}")
         if self.lora and self.init == SCRATCH:
             raise ValueError("model.lora adapts trained weights and model.init is scratch; leave one of them out")
         return self
 
     @model_validator(mode="after")
     def _tower_fields_exist(self):
-        for given, config_class in ((self.text, LRSCLIPTextConfig), (self.vision, LRSCLIPVisionConfig)):
+        for section, config_class in ((self.text, LRSCLIPTextConfig), (self.vision, LRSCLIPVisionConfig)):
             known = {field.name for field in fields(config_class)}
-            for name in given:
+            for name in section:
                 if name not in known:
                     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
                     raise ValueError(f"{name} is not a field of {config_class.__name__}; did you mean {nearest}?")
         return self
 
 
-def build_processor(config: ModelConfig, captions: Iterable[str]) -> LRSCLIPProcessor:
-    """The processor whose tokenizer cuts at the model's table; `captions` are read only to train a tokenizer."""
+@plain_dataclass
+class Start:
+    """Starting point of a run, found and opened."""
+
+    config: ModelConfig  # with `init` a folder, a Hub id or a file
+    positions: int  # rows of the text position table of the model to come
+    stretched: bool = False  # before this run, so that its table stays as it is
+    published: Prepared | None = None  # what a published checkpoint file holds
+
+
+def open_start(config: ModelConfig) -> Start:
+    """
+    Find what `init` names and look into it; a published checkpoint file is fetched, read and stretched here, once.
+
+    Raises:
+        `ValueError`: for an `init` that is no file, folder, Hub id or published model, and for a file that cannot be
+            fetched or converted.
+        `OSError`: for a file or tokenizer out of reach.
+    """
+    config = resolve_init(config)
+    if config.init == SCRATCH:
+        return Start(config, config.text.get("max_position_embeddings", 248))
+    stretching = {"kept_positions": config.kept_positions, "stretch_ratio": config.stretch_ratio}
     if os.path.isfile(config.init):
-        return prepare(config.init, **_reading(config)).processor
-    positions = _positions(config)
+        reading = {"preset": config.preset, "activation": config.activation, "tokenizer": config.tokenizer}
+        published = prepare(config.init, dtype=torch.float32, keep_stretched=True, **reading, **stretching)
+        return Start(config, published.skeleton.config.text_config.max_position_embeddings, published=published)
+    text_config = AutoConfig.from_pretrained(config.init).text_config
+    positions = text_config.max_position_embeddings
+    if getattr(text_config, "stretch_ratio", 1) != 1:
+        return Start(config, positions, stretched=True)
+    return Start(config, config.kept_positions + (positions - config.kept_positions) * config.stretch_ratio)
+
+
+def resolve_init(config: ModelConfig) -> ModelConfig:
+    """
+    Return the same section with `init` a folder, a Hub id or a file, by whatever name it was given; fetches a published
+    file.
+
+    Raises:
+        `ValueError`: for a name or path that is none of these, or a file that cannot be fetched.
+    """
+    if config.init == SCRATCH:
+        return config
+    source = resolve(full_name(config.init))
+    options = {name: value for name, value in source.load_options.items() if getattr(config, name) is None}
+    return replace(config, init=source.path, **options)
+
+
+def full_name(init: str) -> str:
+    """Return the published model's name for a short word; else `init` itself."""
+    return init if Path(init).exists() else SHORTHANDS.get(init, init)
+
+
+def build_processor(start: Start, texts: Iterable[str]) -> LRSCLIPProcessor:
+    """Build the processor whose tokenizer cuts at the model's table; `texts` are read only to train a tokenizer."""
+    config = start.config
+    if start.published is not None:
+        return start.published.processor
     if config.tokenizer == TRAIN_TOKENIZER:
-        tokenizer = train_tokenizer(captions, config.vocab_size, model_max_length=positions)
+        tokenizer = train_tokenizer(texts, config.vocab_size, model_max_length=start.positions)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.init, model_max_length=positions)
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.init, model_max_length=start.positions)
     if config.init == SCRATCH:
         size = config.vision.get("image_size", 224)
         image_processor = LRSCLIPImageProcessor(
@@ -92,38 +168,15 @@ def build_processor(config: ModelConfig, captions: Iterable[str]) -> LRSCLIPProc
     return LRSCLIPProcessor(image_processor, tokenizer)
 
 
-def build_model(config: ModelConfig, processor: LRSCLIPProcessor) -> LRSCLIPModel:
+def build_model(start: Start, processor: LRSCLIPProcessor) -> LRSCLIPModel:
     """
-    The model in float32, the kept positions guarded against training (see [`freeze_kept_positions`]).
+    Build the model in float32, the kept positions guarded against training (see [`freeze_kept_positions`]).
 
     Raises:
         `ValueError`: for a tokenizer whose vocabulary does not fit a model loaded from `init`.
     """
-    tokenizer = processor.tokenizer
-    kwargs = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
-    if config.init == SCRATCH:
-        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        table = {"vocab_size": len(tokenizer), "max_position_embeddings": _positions(config), "stretch_ratio": 1}
-        model_config = LRSCLIPConfig(
-            text_config=config.text | special | table,
-            vision_config=config.vision,
-            projection_dim=config.projection_dim,
-        )
-        model = LRSCLIPModel._from_config(model_config, **kwargs)
-    elif os.path.isfile(config.init):
-        model = load_published(config.init, **_reading(config))[0]
-        if config.attn_implementation is not None:
-            model.set_attn_implementation(config.attn_implementation)
-    elif _stretched_before(config):
-        model = LRSCLIPModel.from_pretrained(config.init, dtype="float32", **kwargs)
-    else:
-        model = LRSCLIPModel.from_clip(
-            config.init,
-            kept_positions=config.kept_positions,
-            stretch_ratio=config.stretch_ratio,
-            dtype="float32",
-            **kwargs,
-        )
+    config, tokenizer = start.config, processor.tokenizer
+    model = _scratch_model(start, tokenizer) if config.init == SCRATCH else _load_model(start)
     if len(tokenizer) > model.config.text_config.vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} entries, {config.init} reads {model.config.text_config.vocab_size}; "
@@ -140,11 +193,79 @@ def build_model(config: ModelConfig, processor: LRSCLIPProcessor) -> LRSCLIPMode
     return model
 
 
+def _scratch_model(start: Start, tokenizer: Any) -> LRSCLIPModel:
+    """A small model of the widths that the configuration names, its weights drawn at random."""
+    config = start.config
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    table = {"vocab_size": len(tokenizer), "max_position_embeddings": start.positions, "stretch_ratio": 1}
+    model_config = LRSCLIPConfig(
+        text_config=config.text | special | table,
+        vision_config=config.vision,
+        projection_dim=config.projection_dim,
+    )
+    return LRSCLIPModel._from_config(model_config, **_attention(config))
+
+
+def _load_model(start: Start) -> LRSCLIPModel:
+    """The weights of `init`, stretched where they were not."""
+    config = start.config
+    if start.published is not None:
+        model = start.published.build_model()
+        if config.attn_implementation is not None:
+            model.set_attn_implementation(config.attn_implementation)
+        return model
+    if start.stretched:
+        return LRSCLIPModel.from_pretrained(config.init, dtype="float32", **_attention(config))
+    stretching = {"kept_positions": config.kept_positions, "stretch_ratio": config.stretch_ratio}
+    return LRSCLIPModel.from_clip(config.init, dtype="float32", **stretching, **_attention(config))
+
+
+def _attention(config: ModelConfig) -> dict[str, str]:
+    return {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
+
+
+class Embedder(torch.nn.Module):
+    """
+    The model as a training step calls it: images and groups of texts in one `forward`, since a model that is wrapped
+    for several processes must see its whole batch in one.
+
+    Args:
+        autocast (`torch.dtype`, *optional*): to compute in, where no wrapper sees to that.
+    """
+
+    def __init__(self, model: LRSCLIPModel, autocast: torch.dtype | None = None):
+        super().__init__()
+        self.model, self.autocast = model, autocast
+
+    def forward(
+        self, pixel_values: torch.Tensor | None, groups: list[torch.Tensor]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """
+        Embed images and groups of texts.
+
+        Args:
+            pixel_values (`(b, 3, H, W)`, *optional*): images.
+            groups (list of `(n_g, L_g)`): token ids.
+
+        Returns:
+            unit embeddings of the images `(b, P)` and of the texts of all groups `(n, P)`; None for those not given.
+        """
+        with self._precision():
+            images = None if pixel_values is None else self.model(pixel_values=pixel_values).image_embeds
+            texts = [self.model(input_ids=group).text_embeds for group in groups]
+        return images, torch.cat(texts) if texts else None
+
+    def _precision(self) -> AbstractContextManager:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.model.logit_scale.device.type, self.autocast)
+
+
 def compile_layers(model: LRSCLIPModel) -> None:
     """
-    `torch.compile` of both towers, layer by layer: one layer's code serves all of its tower, whatever the number and
-    the length of the texts, and is made in a twelfth of the whole tower's time. Dropout is drawn as without compiling,
-    so that cached gradients can draw it again.
+    Compile both towers with `torch.compile`, layer by layer: one layer's code serves all of its tower, whatever the number
+    and the length of the texts, and is made in a twelfth of the whole tower's time. Dropout is drawn as without
+    compiling, so that cached gradients can draw it again.
     """
     inductor_config.fallback_random = True
     for tower in (model.text_model, model.vision_model):
@@ -154,7 +275,7 @@ def compile_layers(model: LRSCLIPModel) -> None:
 
 def freeze_kept_positions(model: LRSCLIPModel) -> None:
     """
-    Keeps the first rows of a stretched position table bit-equal through training: what is looked up of them has no
+    Keep the first rows of a stretched position table bit-equal through training: what is looked up of them has no
     gradient, so that theirs is exactly 0 in whatever wrapper, clipping and momentum do not see them, and the table has
     no weight decay (training/optim.py).
     """
@@ -170,29 +291,48 @@ def freeze_kept_positions(model: LRSCLIPModel) -> None:
     model.text_model.embeddings.position_embedding.register_forward_hook(without_gradient)
 
 
-def _reading(config: ModelConfig) -> dict[str, Any]:
-    """Keyword arguments of `modeling_lrsclip.convert` for a checkpoint file; one of 77 positions is stretched."""
-    given = {"preset": config.preset, "activation": config.activation}
-    given = {name: value for name, value in given.items() if value is not None}
-    text_config = read_published_checkpoint(config.init, **given).config.text_config
-    if text_config.stretch_ratio == 1:
-        given |= {"kept_positions": config.kept_positions, "stretch_ratio": config.stretch_ratio}
-    return given | {"tokenizer": config.tokenizer, "dtype": torch.float32}
+# ------------------------------------------------------------------------------------------------- low-rank adapters
+#
+# Hu et al. 2021, "LoRA", on both towers, merged into the weights when a model is saved. GeoRSCLIP tried this beside full
+# fine-tuning (Zhang et al. 2023, "RS5M and GeoRSCLIP"). The adapters take the place of the weight matrices; trained in
+# full beside them are the logit scale and, in a stretched model, the text position table above its kept rows: the rows in
+# between were interpolated and never trained, and a low-rank change of the table would move the kept rows too.
 
 
-def _text_config(config: ModelConfig):
-    return AutoConfig.from_pretrained(config.init).text_config
+def add_adapters(model: LRSCLIPModel, config: LoRAConfig) -> None:
+    """
+    Put adapters into `model`, in place, and freeze all the rest but the logit scale and a stretched position table.
+
+    Raises:
+        `ValueError`: where peft is not installed.
+    """
+    if find_spec("peft") is None:
+        raise ValueError("model.lora is set and peft is not installed; pip install peft.")
+    from peft import LoraConfig, inject_adapter_in_model
+
+    settings = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
+    inject_adapter_in_model(LoraConfig(target_modules=list(config.targets), **settings), model)
+    model.logit_scale.requires_grad_(True)
+    if model.config.text_config.stretch_ratio != 1:
+        model.text_model.embeddings.position_embedding.weight.requires_grad_(True)
 
 
-def _stretched_before(config: ModelConfig) -> bool:
-    return getattr(_text_config(config), "stretch_ratio", 1) != 1
+def has_adapters(model: LRSCLIPModel) -> bool:
+    """Whether low-rank adapters are trained instead of the weights."""
+    return hasattr(model, "peft_config")
 
 
-def _positions(config: ModelConfig) -> int:
-    """Rows of the text position table of the model to come."""
-    if config.init == SCRATCH:
-        return config.text.get("max_position_embeddings", 248)
-    positions = _text_config(config).max_position_embeddings
-    if _stretched_before(config):
-        return positions
-    return config.kept_positions + (positions - config.kept_positions) * config.stretch_ratio
+def merged(model: LRSCLIPModel, state_dict: dict[str, torch.Tensor]) -> LRSCLIPModel:
+    """
+    Make a model of ordinary CLIP weights on the CPU: those that `state_dict` adapts, with their adapters' part added.
+
+    Args:
+        model: with adapters, as it is trained; left as it is, since to merge and to unmerge rounds.
+        state_dict: its weights, whole.
+    """
+    from peft import get_peft_model
+
+    bare = LRSCLIPModel._from_config(model.config, dtype=torch.float32)
+    adapted = get_peft_model(bare, model.peft_config["default"])
+    adapted.base_model.model.load_state_dict(state_dict)
+    return adapted.merge_and_unload()

@@ -26,7 +26,7 @@ class OptimConfig:
 
 def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """
-    SGD or AdamW. Weight decay is for the weight matrices: not for biases, norms, the logit scale, the class
+    Build SGD or AdamW. Weight decay is for the weight matrices: not for biases, norms, the logit scale, the class
     embedding, nor the position tables (whose kept rows must not move at all).
     """
     decayed, plain = [], []
@@ -42,6 +42,16 @@ def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) -> LRScheduler:
-    """Learning rate over `steps` optimizer steps: linear warm-up, then constant or cosine to zero."""
+    """
+    Build the schedule of the learning rate: linear warm-up, then constant or cosine to zero.
+
+    Args:
+        optimizer: whose rates are scheduled.
+        config: its section.
+        steps: optimizer steps of the run.
+
+    Returns:
+        to be stepped once an optimizer step.
+    """
     name = {"constant": "constant_with_warmup", "cosine": "cosine"}[config.schedule]
     return get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps)

@@ -37,7 +37,7 @@ class PushConfig:
 
 
 def look_for_a_token(say: Callable[[str], None]) -> None:
-    """Tells early, and without contacting anything, what would make every push of the run fail."""
+    """Say early, and without contacting anything, what would make every push of the run fail."""
     if get_token() is None:
         say("note: push_to_hub is set and no token is known here; log in with `hf auth login` before the run ends")
 
@@ -61,13 +61,17 @@ def push(
     config: PushConfig, checkpoint: Path, step: int, say: Callable[[str], None], measured_on: str | None = None
 ) -> bool:
     """
-    Pushes a model folder, on the main process only; whether that went well. Never raises for a push that failed.
+    Push a model folder, on the main process only. Never raises for a push that failed.
 
     Args:
+        config: where to, and how.
         checkpoint: as `training.checkpoint.save_model` leaves it, with its run.json.
         step: of these weights, for the commit's message.
-        say: where what happens is told.
+        say: prints a line.
         measured_on: data to measure it on first, for its card.
+
+    Returns:
+        whether that went well.
     """
     results = None
     if measured_on is not None:
@@ -81,8 +85,18 @@ def push(
     return carry_out(command, f"pushing {checkpoint} to {config.repo}", say)
 
 
-def carry_out(command: list[str], what: str, say: Callable[[str], None]) -> bool:
-    """Runs a command in a process of its own; of one that fails, the last line it wrote and how to repeat it."""
+def carry_out(command: list[str], purpose: str, say: Callable[[str], None]) -> bool:
+    """
+    Run a command in a process of its own, and say how that went; of a failure, its last line and how to repeat it.
+
+    Args:
+        command: its words.
+        purpose: of the command, for people.
+        say: prints a line.
+
+    Returns:
+        whether it ended well.
+    """
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=LONGEST_PUSH
@@ -94,10 +108,10 @@ def carry_out(command: list[str], what: str, say: Callable[[str], None]) -> bool
             line.strip() for line in (done.stderr if done.returncode else done.stdout).splitlines() if line.strip()
         ]
         if done.returncode == 0:
-            say(f"{what}: {lines[-1] if lines else 'done'}")
+            say(f"{purpose}: {lines[-1] if lines else 'done'}")
             return True
         reason = f"exit status {done.returncode}: {lines[-1] if lines else 'nothing was said'}"
-    say(f"note: {what} failed ({reason}). Nothing of the training is lost; repeat it with\n  {shlex.join(command)}")
+    say(f"note: {purpose} failed ({reason}). Nothing of the training is lost; repeat it with\n  {shlex.join(command)}")
     return False
 
 

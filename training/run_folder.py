@@ -1,13 +1,32 @@
-"""A run's folder: whether this run may have it, and that no other has it at the same time."""
+"""
+A run's folder: whether this run may have it, that no other has it at the same time, and `run.json`: what a model was
+trained on and how, beside its weights, for its card and for whoever repeats the run.
+"""
 
+import datetime
+import importlib.metadata
+import json
 import os
+import platform
+import re
 import socket
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from accelerate import Accelerator
+
+from modeling_lrsclip import LRSCLIPModel
+from modeling_lrsclip.files.atomic import replace_json, replace_text
+from modeling_lrsclip.files.hashing import weights_sha256
+from modeling_lrsclip.published.registry import MODELS
+
+from .checkpoint import TrainState
+from .model import SCRATCH, full_name
 
 
 try:
@@ -16,7 +35,9 @@ except ImportError:  # Windows
     fcntl = None
 
 
-LOCK = ".lock"
+LOCK, CONFIG, RECORD = ".lock", "config.yaml", "run.json"
+SCHEMA_VERSION = 1  # of run.json
+VERSIONS_OF = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "pillow", "numpy")
 # What a resumed run may have otherwise than the run before it: where it is, how often it logs, validates and saves, who
 # reads its data and how much of them may be unusable.
 FREE = {"resume", "output_dir", "data.workers", "data.prefetch_factor", "data.max_skipped_fraction"}
@@ -27,27 +48,30 @@ FREE |= {"push_to_hub", *(f"push.{name}" for name in ("repo", "private", "every"
 
 def check_run_folder(folder: Path, config: dict[str, Any], resume: bool) -> None:
     """
-    Raises `ValueError` when the folder holds a run and this one would overwrite it, or would go on with it under
-    another configuration; how often to log, validate and save may change.
+    Check that a run may have a folder; how often to log, validate and save may change when it is resumed.
 
     Args:
         folder: may not exist yet.
         config: the run's configuration as nested dictionaries.
         resume: whether to go on with what is there.
+
+    Raises:
+        `ValueError`: when the folder holds a run and this one would overwrite it, or would go on with it under another
+            configuration.
     """
-    if not (folder / "config.yaml").exists():
+    if not (folder / CONFIG).exists():
         return
     if not resume:
         raise ValueError(f"{folder} holds a run already; go on with it by --resume, or set another output_dir.")
-    before, now = flatten(yaml.safe_load((folder / "config.yaml").read_text())), flatten(config)
+    before, now = flatten(yaml.safe_load((folder / CONFIG).read_text())), flatten(config)
     changed = [name for name in now | before if name not in FREE and before.get(name) != now.get(name)]
     if changed:
-        told = ", ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)
-        raise ValueError(f"{folder} cannot be resumed with another configuration: {told}; set another output_dir.")
+        changes = ", ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)
+        raise ValueError(f"{folder} cannot be resumed with another configuration: {changes}; set another output_dir.")
 
 
 def flatten(values: dict, prefix: str = "") -> dict:
-    """Nested sections as dotted names."""
+    """Name the fields of nested sections with dots between."""
     flat = {}
     for name, value in values.items():
         nested = isinstance(value, dict) and name not in ("text", "vision")
@@ -58,7 +82,7 @@ def flatten(values: dict, prefix: str = "") -> dict:
 @contextmanager
 def lock_run_folder(folder: Path) -> Iterator[None]:
     """
-    Keeps other runs out of `folder`, which is made, until this process leaves or ends, however it ends. Only the first
+    Keep other runs out of `folder`, which is made, until this process leaves or ends, however it ends. Only the first
     process of a run needs it. Does nothing where the file system or Windows has no such locks.
 
     Raises:
@@ -80,3 +104,175 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
         yield
+
+
+# ----------------------------------------------------------------------------------------------------------- run.json
+
+
+def versions() -> dict[str, str]:
+    """Look up the versions of Python and of the libraries that have a say in the weights."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in VERSIONS_OF}
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit of the clone that `folder` lies in, and whether tracked files differ from it; None outside of one."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
+
+    try:
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "modified": bool(changes)}
+
+
+def describe_source(name: str) -> dict[str, str]:
+    """Name of a model or a data set, and whether it is on this machine or on the Hub."""
+    on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists()
+    return {"name": name, "kind": "hub" if on_hub else "local"}
+
+
+def describe_init(init: str) -> dict[str, str]:
+    """Name of the model that a run started from; a published one by where it is published."""
+    model = None if Path(init).exists() else MODELS.get(full_name(init).lower())
+    return describe_source((model and (model.repo or model.url)) or init)
+
+
+def describe_data(sources: str | list[dict[str, Any]]) -> dict[str, Any]:
+    """
+    Name of a run's data, and where they are.
+
+    Args:
+        sources: a name, or dictionaries with a `path` and maybe a `weight`. Several are on the Hub if all of them are.
+
+    Returns:
+        `name` and `kind` ("hub" or "local"), and of several all of them under `sources`.
+    """
+    if isinstance(sources, str):
+        return describe_source(sources)
+    each = [describe_source(source["path"]) | {"weight": source["weight"]} for source in sources]
+    kinds = {source["kind"] for source in each}
+    names = ", ".join(source["name"] for source in each)
+    return {"name": names, "kind": "hub" if kinds == {"hub"} else "local", "sources": each}
+
+
+def read_record(folder: str | Path) -> dict[str, Any] | None:
+    """Read the record in a model folder, if it has one."""
+    path = Path(folder) / RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Replace the record in one step."""
+    replace_json(folder / RECORD, record)
+
+
+class RunRecord:
+    """
+    Writes `run.json` into a run folder when the run starts or goes on, and beside the weights of its models.
+
+    Args:
+        folder: of the run.
+        config: the run's configuration as nested dictionaries.
+        accelerator: what it computes on.
+        steps: of the whole run.
+        pairs: rows that it is trained on.
+        lengths: token lengths of their texts by column, see `Pairs.token_lengths`.
+        validation_pairs: rows that are validated on, None for none.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        accelerator: Accelerator,
+        steps: int,
+        pairs: int,
+        lengths: dict[str, dict[str, float]],
+        validation_pairs: int | None,
+    ):
+        self.folder, self.config, self.accelerator = folder, config, accelerator
+        self.steps, self.pairs, self.lengths, self.validation_pairs = steps, pairs, lengths, validation_pairs
+
+    def introduce(self, model: LRSCLIPModel, seen: set[str]) -> None:
+        """
+        Print what is trained on what, and how long the texts are against the model's table.
+
+        Args:
+            model: at the start of the run.
+            seen: files or data sets that are both trained on and validated on.
+        """
+        positions = model.config.text_config.max_position_embeddings
+        parameters, machine = sum(parameter.numel() for parameter in model.parameters()) / 1e6, self.accelerator
+        print(
+            f"{parameters:.1f} M parameters, {positions} text positions; {self.pairs} pairs, {self.steps} steps of "
+            f"{self.config['loop']['batch_size']} on {machine.num_processes} x {machine.device.type}, "
+            f"{machine.mixed_precision.replace('no', 'fp32')}"
+        )
+        for location in sorted(seen):
+            print(f"note: validation is on the training pairs themselves ({location}), so its recall is not held out")
+        for column, lengths in self.lengths.items():
+            print(
+                f"{column}: {lengths['mean_tokens']:.0f} tokens on average, {lengths['share_truncated']:.0%} longer than "
+                f"{positions} and cut"
+            )
+
+    def start(self, step: int) -> None:
+        """Write `config.yaml`, and add a start of the run, or a resumption after `step`, to `run.json`."""
+        replace_text(self.folder / CONFIG, yaml.safe_dump(self.config, sort_keys=False))
+        record = read_record(self.folder) or {"schema_version": SCHEMA_VERSION}
+        starts = [*record.get("starts", []), {"step": step} | self._machine()]
+        write_record(self.folder, record | {"starts": starts})
+
+    def finish(self, state: TrainState) -> None:
+        """Write the whole record into the run folder and beside the weights of `final` and `best`."""
+        if self.validation_pairs:
+            self.describe_model(self.folder / "best", state, state.best_step)
+        write_record(self.folder, self.describe_model(self.folder / "final", state, state.step))
+
+    def describe_model(self, folder: Path, state: TrainState, step: int) -> dict[str, Any]:
+        """
+        Write the record beside the weights of a model folder.
+
+        Args:
+            folder: of the model.
+            state: how far the run is.
+            step: of these weights.
+
+        Returns:
+            the record, with their hash.
+        """
+        weights = weights_sha256(sorted(LRSCLIPModel.from_pretrained(folder).state_dict().items()))
+        record = self._run(state) | {"weights": {"step": step, "sha256": weights}}
+        write_record(folder, record)
+        return record
+
+    def _machine(self) -> dict[str, Any]:
+        """The time now, and what the run computes on and with."""
+        device = self.accelerator.device.type
+        return {
+            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "processes": self.accelerator.num_processes,
+            "device": torch.cuda.get_device_name() if device == "cuda" else device,
+            "precision": self.accelerator.mixed_precision.replace("no", "fp32"),
+            "versions": versions(),
+            "git": git_state(Path(__file__).parent),
+        }
+
+    def _run(self, state: TrainState) -> dict[str, Any]:
+        """The record, but for the weights that it stands beside."""
+        init, data, measured = self.config["model"]["init"], self.config["data"], self.validation_pairs
+        return self._machine() | {
+            "schema_version": SCHEMA_VERSION,
+            "starts": (read_record(self.folder) or {}).get("starts", []),
+            "init": describe_init(init) if init != SCRATCH else None,
+            "init_run": read_record(init),
+            "data": describe_data(data["train"]) | {"pairs": self.pairs, "captions": self.lengths},
+            "validation": measured and describe_data(data["validation"]) | {"pairs": measured},
+            "best": measured and {"step": state.best_step, "mR": state.best_recall},
+            "steps": self.steps,
+            "seconds": state.seconds,
+            "config": self.config,
+        }

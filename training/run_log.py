@@ -1,4 +1,4 @@
-"""What a run tells while it trains: progress bar, `log.jsonl`, trackers (TensorBoard, trackio, Weights & Biases), curves."""
+"""The log of a run: progress bar, `log.jsonl`, trackers (TensorBoard, trackio, Weights & Biases), curves."""
 
 import json
 import sys
@@ -6,28 +6,31 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, is_tensorboard_available, is_trackio_available, is_wandb_available
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
-from modeling_lrsclip.files.atomic import replace_text
+from modeling_lrsclip.files.atomic import replace_text, replacing
 from modeling_lrsclip.files.hashing import bytes_sha256
 
-from .curves import draw_curves
-from .gather import gather
+from .checkpoint import TrainState
+from .distributed import gather
 from .losses import DualTextLoss
-from .run_record import read_record
+from .run_folder import read_record
 
-
-if TYPE_CHECKING:
-    from .loop import TrainState
 
 LOG, CURVES = "log.jsonl", "curves.png"  # below a run folder
 TRACKERS = {"tensorboard": is_tensorboard_available, "trackio": is_trackio_available, "wandb": is_wandb_available}
+LOSSES = {"loss": "#22303c", "long_loss": "#1769aa", "short_loss": "#d1603d"}  # colours of the curves
+RECALLS = {"mR": "#22303c", "long_mR": "#1769aa", "short_mR": "#d1603d"}
 _GIB = 2**30
 
 
@@ -50,8 +53,8 @@ class RunLog:
         self.since = (0, 0.0)  # step and seconds of that line
 
     @contextmanager
-    def running(self, state: "TrainState") -> Iterator[None]:
-        """Takes up the log where `state` stands, with the progress bar on the main process."""
+    def running(self, state: TrainState) -> Iterator[None]:
+        """Take up the log where `state` stands, with the progress bar on the main process."""
         self._rewind(state)
         self.since = (state.step, state.seconds)
         name, begun = self.folder.resolve().name, (read_record(str(self.folder)) or {}).get("starts", [{}])[0]
@@ -74,37 +77,41 @@ class RunLog:
         with self.bar:
             yield
 
-    def _rewind(self, state: "TrainState") -> None:
-        """Takes out of `log.jsonl` what a killed run wrote after the checkpoint that it goes on from."""
+    def _rewind(self, state: TrainState) -> None:
+        """Take out of `log.jsonl` what a killed run wrote after the checkpoint that it goes on from."""
         if not self.accelerator.is_main_process or not self.path.exists():
             return
         kept = []
         for line in self.path.read_text().splitlines(keepends=True):
             if not line.endswith("\n"):
                 continue  # the kill fell into it
-            told = json.loads(line)
-            if told["step"] <= (state.validated if told["kind"] == "validation" else state.step):
+            record = json.loads(line)
+            if record["step"] <= (state.validated if record["kind"] == "validation" else state.step):
                 kept.append(line)
         replace_text(self.path, "".join(kept))
 
     def say(self, text: str) -> None:
+        """Print a line past the progress bar, on the main process."""
         if self.accelerator.is_main_process:
             tqdm.write(text)
 
     def batch(self, step: int, ids: list[str]) -> None:
-        """The sample ids of this process' share of the batch, where they are to be logged."""
+        """Log the sample ids of this process' share of the batch, where that was asked for."""
         if self.log_ids:
             self._append([{"kind": "batch", "step": step, "ids": gather_object(ids)}])
 
     def count(self, name: str, number: int) -> None:
-        """Adds to what the next line says of all processes together."""
+        """Add to what the next line says of all processes together."""
         self.counts[name] += number
 
-    def losses(self, state: "TrainState", losses: DualTextLoss, numbers: dict[str, Any], write: bool) -> None:
+    def losses(self, state: TrainState, losses: DualTextLoss, numbers: dict[str, Any], write: bool) -> None:
         """
-        One step's losses, what else is known of it (`numbers`) and how fast it was.
+        Show one step's losses and, if `write`, log them with its speed.
 
         Args:
+            state: after the step.
+            losses: of the global batch.
+            numbers: what else is known of the step.
             write: whether to write a line; numbers are read off the device only then. Every process must give the same.
         """
         self.bar.update()
@@ -117,26 +124,27 @@ class RunLog:
             "train", state.step, numbers | self._totals(state) | {"skipped": state.skipped, "seconds": state.seconds}
         )
 
-    def _totals(self, state: "TrainState") -> dict[str, float]:
-        """Of all processes since the last line; peak memory is that of the process with most, since its start."""
+    def _totals(self, state: TrainState) -> dict[str, float]:
+        """Sum the counts of all processes since the last line; peak memory is that of the process with most, since its start."""
         step, seconds = self.since
         self.since = (state.step, state.seconds)
         names = sorted(self.counts)
         mine = torch.tensor([*(self.counts[name] for name in names), peak_memory(self.accelerator.device)])
-        told = gather(mine.to(self.accelerator.device)[None]).cpu()  # (W, counts + 1)
+        counts = gather(mine.to(self.accelerator.device)[None]).cpu()  # (W, counts + 1)
         self.counts = Counter(dict.fromkeys(names, 0))
         rate = self.batch_size * (state.step - step) / max(state.seconds - seconds, 1e-9)
-        totals = dict(zip(names, told[:, :-1].sum(dim=0).tolist()))
-        return {"samples_per_second": rate} | totals | {"peak_memory_gib": told[:, -1].max().item() / _GIB}
+        totals = dict(zip(names, counts[:, :-1].sum(dim=0).tolist()))
+        return {"samples_per_second": rate} | totals | {"peak_memory_gib": counts[:, -1].max().item() / _GIB}
 
-    def validation(self, state: "TrainState", numbers: dict[str, float]) -> None:
+    def validation(self, state: TrainState, numbers: dict[str, float]) -> None:
+        """Say and log recall, in percent by name, and draw the curves anew."""
         shown = ", ".join(f"{name} {value:.1f}" for name, value in numbers.items() if "mR" in name or "R@1" in name)
         self.say(f"step {state.step}: validation {shown}")
         self._write("validation", state.step, numbers)
         self.draw()
 
     def draw(self) -> Path | None:
-        """The curves of the log so far, on the main process."""
+        """Draw the curves of the log so far, on the main process."""
         if not self.accelerator.is_main_process or not self.path.exists():
             return None
         records = [json.loads(line) for line in self.path.read_text().splitlines()]
@@ -153,7 +161,7 @@ class RunLog:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: allocated on a CUDA device at most, elsewhere the process' largest resident set."""
+    """Largest memory so far, in bytes: what was allocated on a CUDA device, elsewhere the process' resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
@@ -162,3 +170,38 @@ def peak_memory(device: torch.device) -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def draw_curves(records: list[dict], path: Path) -> Path:
+    """
+    Draw a PNG of the losses and, where there are any, of the validations; drawn from `log.jsonl` alone, so that a
+    resumed run's is whole.
+
+    Args:
+        records: the log's lines.
+        path: replaced in one step.
+    """
+    validations = [record for record in records if record["kind"] == "validation"]
+    figure = Figure(figsize=(11 if validations else 6, 4), dpi=130, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2 if validations else 1, squeeze=False)[0]
+    _draw(axes[0], [record for record in records if record["kind"] == "train"], LOSSES, "loss")
+    if validations:
+        _draw(axes[1], validations, RECALLS, "recall on held-out pairs, %", marker="o")
+    with replacing(path) as growing:
+        figure.savefig(growing, format="png")
+    return path
+
+
+def _draw(axes: Axes, records: list[dict], colours: dict[str, str], label: str, marker: str | None = None) -> None:
+    for name, colour in colours.items():
+        points = [(record["step"], record[name]) for record in records if name in record]
+        if points:
+            axes.plot(*zip(*points), color=colour, linewidth=1.4, marker=marker, markersize=4, label=name)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel(label)
+    axes.grid(color="#d9dfe5", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if records:
+        axes.legend(frameon=False)

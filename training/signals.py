@@ -5,14 +5,13 @@ Exit codes of `python -m training.train`; `accelerate launch` and `torchrun` say
 """
 
 import ctypes
-import datetime
 import os
 import signal
 import sys
 import time
 from types import FrameType
 
-from .gather import cpu_group, largest
+from .distributed import cpu_group, largest
 
 
 FINISHED, FAILED, NOT_FINITE, NOT_SAVED = 0, 1, 3, 4
@@ -48,14 +47,11 @@ class Interruption:
 
     [`agree`] costs one number sent between the processes' CPUs a step, whatever they compute on: no GPU waits for it.
     A second signal ends the process at once. Outside of the main thread, where Python takes no signals, it only agrees.
-
-    Args:
-        longest_wait: of a process for the others in [`agree`], while the first one validates.
     """
 
-    def __init__(self, longest_wait: datetime.timedelta = datetime.timedelta(hours=6)):
+    def __init__(self):
         self.noted, self.agreed = 0, 0  # numbers of signals: this process' own, and the one all stop for
-        self._group, self._before, self._first = cpu_group(longest_wait), {}, 0.0
+        self._group, self._before, self._first = cpu_group(), {}, 0.0
         self._parent = os.getppid()
 
     def __enter__(self) -> "Interruption":
@@ -83,20 +79,20 @@ class Interruption:
         Whether any process is in `trouble`; if none is, `agreed` becomes the signal noted by any of them, or 0. To be
         called once a step by every process.
         """
-        told = largest(_TROUBLE if trouble else self.noted, self._group)
-        self.agreed = 0 if told == _TROUBLE else told
-        return told == _TROUBLE
+        agreed = largest(_TROUBLE if trouble else self.noted, self._group)
+        self.agreed = 0 if agreed == _TROUBLE else agreed
+        return agreed == _TROUBLE
 
 
 def leave_signals_to_the_parent(_worker: int = 0) -> None:
-    """For processes that read data: a signal to the whole group must not take them from under the last step."""
+    """Ignore signals in a process that reads data: one to the whole group must not take it from under the last step."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def end_with_the_launcher() -> None:
     """
-    On Linux, has the kernel send SIGTERM to this process when its launcher dies: a killed `accelerate launch` or
+    Have the kernel, on Linux, send SIGTERM to this process when its launcher dies: a killed `accelerate launch` or
     `torchrun` would leave it behind, training on and holding the run folder. Other parents (a shell) do not matter.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ

@@ -1,5 +1,5 @@
 """
-The texts of a step: cut into groups of like length, so that work grows with real tokens, and told apart.
+The texts of a step: cut into groups of like length, so that work grows with real tokens, and hashed to find equal ones.
 
 Shapes: n texts (long and short ones together), L tokens.
 """
@@ -26,12 +26,12 @@ class TextGroups(NamedTuple):
 
 
 def group_cost(device: torch.device, width: int) -> int:
-    """What a further group costs, in tokens of a text tower of that width: tokens cost as the width squared."""
+    """Cost of a further group, in tokens of a text tower of that width: tokens cost as the width squared."""
     return round((CPU_GROUP_COST if device.type == "cpu" else GPU_GROUP_COST) * (512 / width) ** 2)
 
 
 def as_they_come(matrices: list[torch.Tensor]) -> TextGroups:
-    """Each `(N, L)` matrix of token ids as one group."""
+    """Make each `(N, L)` matrix of token ids one group."""
     return TextGroups(matrices, torch.arange(sum(map(len, matrices))))
 
 
@@ -39,8 +39,7 @@ def group_by_length(
     matrices: list[torch.Tensor], end_of_text: int, *, rows: int | None = None, cost: int = 0, most: int | None = None
 ) -> TextGroups:
     """
-    The texts of all matrices, longest first, in groups that are each padded to their longest text only. Texts of
-    different matrices (long and short ones) share a group where their lengths meet.
+    Group the texts of all matrices, longest first, each group padded to its longest text only. Texts of different matrices (long and short ones) share a group where their lengths meet.
 
     Args:
         matrices (`(N, L)` each): token ids; what follows the first end of text is dropped.
@@ -49,6 +48,9 @@ def group_by_length(
             any texts. Without it, groups are cut where padded tokens + `cost` x groups are fewest.
         cost (`int`): what a group costs beside its tokens, in tokens.
         most (`int`, *optional*): groups at most; those whose texts are padded least by it are put together.
+
+    Returns:
+        the groups, and where in them each text is.
     """
     width = max(matrix.shape[1] for matrix in matrices)
     ids = torch.cat([pad(matrix, (0, width - matrix.shape[1]), value=end_of_text) for matrix in matrices])  # (n, L)
@@ -68,12 +70,12 @@ def group_by_length(
 
 
 def token_lengths(ids: torch.Tensor, end_of_text: int) -> torch.Tensor:
-    """`(n,)`: tokens of each row up to its first end of text; 1 for a row without, which the model then refuses."""
+    """Count the tokens of each row `(n, L)` up to its first end of text; 1 for a row without, which the model refuses."""
     return (ids == end_of_text).int().argmax(dim=1) + 1
 
 
 def _cheapest_cuts(lengths: np.ndarray, cost: int) -> list[int]:
-    """Where to cut rows of descending `lengths` `(n,)` so that padded tokens + `cost` x groups are fewest."""
+    """Find where to cut rows of descending `lengths` `(n,)` so that padded tokens + `cost` x groups are fewest."""
     # Equal lengths stay together: bounds are the rows where the length changes, K + 1 of them.
     bounds = np.concatenate([[0], np.flatnonzero(np.diff(lengths)) + 1, [len(lengths)]])
     longest = lengths[bounds[:-1]]  # (K,) of a group that starts there
@@ -89,8 +91,8 @@ def _cheapest_cuts(lengths: np.ndarray, cost: int) -> list[int]:
     return cuts[::-1]
 
 
-def caption_numbers(ids: torch.Tensor, end_of_text: int) -> torch.Tensor:
-    """`(n,)` int64: equal for rows of equal tokens up to the end of text, on whatever process and however padded."""
+def text_hashes(ids: torch.Tensor, end_of_text: int) -> torch.Tensor:
+    """Hash each row of token ids `(n, L)` up to its end of text; `(n,)` int64, whatever the padding and the process."""
     lengths = token_lengths(ids, end_of_text).tolist()
     digests = [
         hashlib.blake2b(row[:length].tobytes(), digest_size=8).digest() for row, length in zip(ids.numpy(), lengths)
@@ -98,8 +100,8 @@ def caption_numbers(ids: torch.Tensor, end_of_text: int) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(b"".join(digests), dtype=np.int64).copy())
 
 
-def share_of_identical(captions: torch.Tensor) -> torch.Tensor:
-    """Scalar: the share of captions (their numbers, `(n,)`) that occur more than once."""
-    ordered = captions.sort().values
+def share_of_identical(hashes: torch.Tensor) -> torch.Tensor:
+    """Share, from 0 to 1, of texts that occur more than once, by their hashes `(n,)`; a scalar."""
+    ordered = hashes.sort().values
     like_next = pad(ordered[1:] == ordered[:-1], (1, 1))  # (n + 1,)
     return (like_next[1:] | like_next[:-1]).float().mean()

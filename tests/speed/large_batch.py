@@ -69,10 +69,8 @@ def measure_step(pairs: int, micro: int | None, limit: float | None, layers: int
     from accelerate import Accelerator
 
     from modeling_lrsclip import LRSCLIPConfig, LRSCLIPModel
-    from training.config import TrainConfig
     from training.data.pairs import DataConfig
-    from training.loop import LoopConfig, Trainer
-    from training.optim import build_optimizer, build_scheduler
+    from training.loop import LoopConfig, TrainConfig, Trainer
 
     torch.manual_seed(0)
     towers = {"text_config": {"num_hidden_layers": layers}}
@@ -80,9 +78,7 @@ def measure_step(pairs: int, micro: int | None, limit: float | None, layers: int
     model = LRSCLIPModel(LRSCLIPConfig(**towers))
     loop = LoopConfig(batch_size=pairs, micro_batch_size=micro)
     config = TrainConfig(output_dir=folder, data=DataConfig(train="random"), loop=loop)
-    optimizer = build_optimizer(model, config.optim)
-    scheduler = build_scheduler(optimizer, config.optim, steps=1)
-    trainer = Trainer(Accelerator(cpu=True), model, None, optimizer, scheduler, range(pairs), config)
+    trainer = Trainer(Accelerator(cpu=True), model, None, range(pairs), config)
     batch = {"pixel_values": torch.randn(pairs, 3, 224, 224)}
     for name, mean, deviation in (("input_ids", 100, 30), ("short_input_ids", 25, 8)):
         lengths = (mean + deviation * torch.randn(pairs)).round().clamp(4, 248).int().tolist()

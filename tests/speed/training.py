@@ -30,10 +30,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_lrsclip import LRSCLIPConfig, LRSCLIPModel
-from training.config import TrainConfig
 from training.data.pairs import DataConfig
-from training.loop import LoopConfig, Trainer
-from training.optim import build_optimizer, build_scheduler
+from training.loop import LoopConfig, TrainConfig, Trainer
 
 from .published import published_model
 
@@ -90,9 +88,7 @@ def our_step(
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if dtype == "fp32" else dtype)
     loop = LoopConfig(batch_size=len(batch["pixel_values"]), compile=compiled, micro_batch_size=micro_batch_size)
     config = TrainConfig(output_dir=folder, data=DataConfig(train="random"), loop=loop)
-    optimizer = build_optimizer(model, config.optim)
-    scheduler = build_scheduler(optimizer, config.optim, steps=1)
-    trainer = Trainer(accelerator, model, None, optimizer, scheduler, range(loop.batch_size), config)
+    trainer = Trainer(accelerator, model, None, range(loop.batch_size), config)
     trainer.embedder.train()
     return lambda: trainer.step(batch)[0].loss.item()
 

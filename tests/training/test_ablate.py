@@ -12,10 +12,11 @@ from PIL import Image
 
 from evaluation.bootstrap import differences
 from evaluation.paper import ablation_figures, paper_tables
-from training.ablate import Outcome, draw_data, judge, main
+from training.ablate import draw_data, main
 from training.ablations.figure import draw_study
 from training.ablations.models import PAPER_RECIPE, OwnModels, SmallModels
 from training.ablations.options import WEIGHTS, parse_arguments, parse_seeds, parse_setting
+from training.ablations.outcome import Outcome, judge
 from training.ablations.runs import Run, RunFolders, Source, checked, field_of, identify, with_starts
 from training.ablations.studies import Ladders, Ordering, choose_studies
 

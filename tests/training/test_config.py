@@ -5,7 +5,7 @@ import re
 import pytest
 
 from training.config import parse_config
-from training.preflight import open_data
+from training.data.pairs import open_data
 from training.run_log import TRACKERS
 
 
@@ -77,7 +77,8 @@ def test_mistakes_of_the_data_are_told_with_the_others(tmp_path):
     for message in expected:
         assert re.search(message, str(caught.value)), message
     with pytest.raises(ValueError) as caught:  # nothing else is wrong: before the model loads
-        open_data(parse_config(arguments), processes=1)
+        config = parse_config(arguments)
+        open_data(config.data, config.loss.kinds, batch_size=config.loop.batch_size, seed=0, processes=1)
     assert all(re.search(message, str(caught.value)) for message in expected[:2])
 
 

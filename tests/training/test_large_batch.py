@@ -8,9 +8,9 @@ from accelerate import Accelerator
 
 from modeling_lrsclip import LRSCLIPConfig, LRSCLIPModel
 from tests.conftest import tower_configs
-from training.large_batch import Embedder, cached_gradients, cut, plain_gradients
+from training.large_batch import cached_gradients, cut
 from training.losses import LossConfig, dual_text_loss
-from training.model import compile_layers
+from training.model import Embedder, compile_layers
 from training.text_groups import as_they_come, group_by_length
 
 
@@ -69,7 +69,8 @@ def run(accelerator, model, batch, config, micro_batch_size=None):
     loss = partial(loss_of, model=model, order=texts.order, config=config)
     embedder = Embedder(model)
     if micro_batch_size is None:
-        losses = plain_gradients(accelerator, embedder, (pixel_values, texts.groups), loss)
+        losses = loss(*embedder(pixel_values, texts.groups))
+        accelerator.backward(losses.loss)
     else:
         pieces = cut(pixel_values, texts.groups, micro_batch_size)
         losses = cached_gradients(accelerator, embedder, pieces, loss, model.logit_scale)
@@ -164,7 +165,7 @@ def test_bf16(tiny_tokenizer, batch):
     pixel_values, matrices = batch
     texts = group_by_length(matrices, model.config.text_config.eos_token_id, rows=3)
     loss = partial(loss_of, model=model, order=texts.order)
-    plain_gradients(accelerator, embedder, (pixel_values, texts.groups), loss)
+    accelerator.backward(loss(*embedder(pixel_values, texts.groups)).loss)
     expected = gradients_of(model)
     cached_gradients(accelerator, embedder, cut(pixel_values, texts.groups, 3), loss, model.logit_scale)
     got = gradients_of(model)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from training.config import parse_config
-from training.sharding import check_checkpoint, check_launch
+from training.distributed import check_checkpoint, check_launch
 from training.train import run
 
 
@@ -87,11 +87,11 @@ class TestRefusals:
         assert "set it to bf16 or fp32" in self.told("fp16", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
 
     def test_without_deepspeed(self):
-        self.monkeypatch.setattr("training.sharding.is_deepspeed_available", lambda: False)
+        self.monkeypatch.setattr("training.distributed.is_deepspeed_available", lambda: False)
         assert "pip install deepspeed" in self.told(ACCELERATE_USE_DEEPSPEED="true")
 
     def test_zero3(self):
-        self.monkeypatch.setattr("training.sharding.is_deepspeed_available", lambda: True)
+        self.monkeypatch.setattr("training.distributed.is_deepspeed_available", lambda: True)
         told = self.told(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="3")
         assert "stage is 3" in told and "fsdp2.yaml" in told
 

@@ -8,8 +8,7 @@ from transformers import CLIPConfig, CLIPModel
 from modeling_lrsclip import LRSCLIPModel
 from tests.conftest import tower_configs
 from training.config import parse_config
-from training.lora import LoRAConfig, merged
-from training.model import ModelConfig, build_model
+from training.model import LoRAConfig, ModelConfig, build_model, merged, open_start
 from training.train import run
 
 
@@ -42,7 +41,7 @@ def test_a_run_ends_with_ordinary_weights(clip, run_arguments, captioned_folder)
 
 
 def test_merged_computes_the_same(clip, tiny_processor, images, long_texts):
-    model = build_model(ModelConfig(init=str(clip), lora=LoRAConfig(rank=3)), tiny_processor).eval()
+    model = build_model(open_start(ModelConfig(init=str(clip), lora=LoRAConfig(rank=3))), tiny_processor).eval()
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at the start

@@ -57,7 +57,7 @@ class TestOptions:
         images, texts, scale = unit(9, 5), unit(9, 5, seed=1), torch.tensor(14.3, dtype=torch.float64)
 
         def loss_of(*inputs):
-            return info_nce(*inputs, chunk_size, label_smoothing=label_smoothing, captions=captions)
+            return info_nce(*inputs, chunk_size, label_smoothing=label_smoothing, text_hashes=captions)
 
         expected = slow_info_nce(images, texts, 14.3, label_smoothing, captions)
         assert loss_of(images, texts, scale).item() == pytest.approx(expected, rel=1e-12)
@@ -91,13 +91,13 @@ class TestOptions:
 
     def test_a_column_whose_first_chunk_is_all_excluded(self):
         images, texts, captions = unit(3, 4), unit(3, 4, seed=1), torch.tensor([0, 0, 1])
-        got = info_nce(images, texts, torch.tensor(9.0), 1, captions=captions)
+        got = info_nce(images, texts, torch.tensor(9.0), 1, text_hashes=captions)
         assert got.item() == pytest.approx(slow_info_nce(images, texts, 9.0, captions=captions), rel=1e-12)
 
     def test_identical_captions_are_no_negatives(self):
         images, text = unit(4, 6).float(), unit(1, 6, seed=1).float().expand(4, 6)
         all_alike = torch.zeros(4, dtype=torch.int64)
-        assert info_nce(images, text, torch.tensor(30.0), captions=all_alike).item() == 0.0
+        assert info_nce(images, text, torch.tensor(30.0), text_hashes=all_alike).item() == 0.0
         assert info_nce(images, text, torch.tensor(30.0)).item() > 0.5
 
     def test_memory_grows_with_the_chunk(self):

@@ -6,9 +6,10 @@ that live through them, since starting one costs seconds.
 
 import contextlib
 import io
+import itertools
 import json
 import os
-import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,12 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+from training.checkpoint import whole_model
 from training.config import parse_config
 from training.data.pairs import CaptionedImages, load_pairs
+from training.distributed import is_sharded, make_accelerator
 from training.loop import Trainer
-from training.model import build_model, build_processor
-from training.optim import build_optimizer, build_scheduler
-from training.sharding import is_sharded, make_accelerator, whole_model
+from training.model import build_model, build_processor, open_start
 from training.train import run
 
 
@@ -64,6 +65,11 @@ class Killed(Exception):
     pass
 
 
+def meet(store: Path, rank: int, world: int) -> None:
+    """Have the processes meet in a file: a port that is free now may be another program's when they come to use it."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+
+
 def name_of(*words) -> str:
     return "-".join(str(word).replace(", ", "+").replace(" ", "_") for word in words)
 
@@ -74,11 +80,9 @@ def steps_of(arguments: list[str], processor, rows, path: Path) -> None:
     accelerator = make_accelerator("no", cpu=True)
     config = parse_config([*arguments, "--output_dir", str(path)])
     torch.manual_seed(0)
-    model = build_model(config.model, processor)
-    optimizer = build_optimizer(model, config.optim)
-    scheduler = build_scheduler(optimizer, config.optim, STEPS)
-    data = CaptionedImages(rows, config.data, config.seed)
-    trainer = Trainer(accelerator, model, processor, optimizer, scheduler, data, config)
+    model = build_model(open_start(config.model), processor)
+    images = CaptionedImages(rows, config.data, config.seed)
+    trainer = Trainer(accelerator, model, processor, images, config)
     assert accelerator.num_processes == int(os.environ["WORLD_SIZE"])
     assert is_sharded(accelerator) == ("ACCELERATE_USE_FSDP" in os.environ) == is_cut(model)
     log = []
@@ -102,13 +106,13 @@ def is_cut(model) -> bool:
     return cut.pop()
 
 
-def whole_run(arguments: list[str], folder: Path, port: int) -> None:
+def whole_run(arguments: list[str], folder: Path, store: Path) -> None:
     AcceleratorState._reset_state(True)
-    os.environ["MASTER_PORT"] = str(port)  # each run makes and ends its own process group
+    meet(store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))  # each run ends its process group
     run(parse_config([*arguments, "--output_dir", str(folder)]))
 
 
-def killed_and_resumed(arguments: list[str], folder: Path, ports: list[int]) -> None:
+def killed_and_resumed(arguments: list[str], folder: Path, stores: Iterator[Path]) -> None:
     plain_step = Trainer.step
 
     def step_until_killed(self, batch):
@@ -119,30 +123,26 @@ def killed_and_resumed(arguments: list[str], folder: Path, ports: list[int]) -> 
     arguments = [*arguments, "--loop.save_every", "1"]
     Trainer.step = step_until_killed
     with contextlib.suppress(Killed):
-        whole_run(arguments, folder, ports[0])
+        whole_run(arguments, folder, next(stores))
     Trainer.step = plain_step
     dist.destroy_process_group()
-    whole_run([*arguments, "--resume"], folder, ports[1])
+    whole_run([*arguments, "--resume"], folder, next(stores))
 
 
-def work(rank: int, folder: Path, arguments: list[str], clip: Path, ports: list[int]) -> None:
+def work(rank: int, folder: Path, arguments: list[str], clip: Path) -> None:
     """The runs of one of four processes; the first ones go on with fewer."""
     torch.set_num_threads(1)
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "ACCELERATE_USE_CPU": "true",
-    }
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    (folder / "stores").mkdir(exist_ok=True)
+    stores = (folder / "stores" / str(number) for number in itertools.count())  # one a process group, of all processes
     config = parse_config([*arguments, "--output_dir", str(folder)])
     rows = load_pairs(config.data, ["long", "short"])
-    processor = build_processor(config.model, (text for kind in rows.kinds for text in rows.captions(kind)))
-    ports = iter(ports)
+    processor = build_processor(open_start(config.model), rows.texts())
     for world in WORLDS:
         if rank >= world:
             return
-        os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_PORT": str(next(ports))}
+        os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        meet(next(stores), rank, world)
         for loss, options in LOSSES.items():
             for way, how in WAYS.items():
                 steps_of([*arguments, *options, *how], processor, rows, folder / name_of(loss, way, world))
@@ -154,23 +154,25 @@ def work(rank: int, folder: Path, arguments: list[str], clip: Path, ports: list[
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             for optimizer, rate in OPTIMIZERS.items():
                 chosen = [*stretched, "--optim.name", optimizer, "--optim.learning_rate", rate]
-                whole_run(chosen, folder / name_of(optimizer, "whole"), next(ports))
-                killed_and_resumed(chosen, folder / name_of(optimizer, "resumed"), [next(ports), next(ports)])
-        sharded_runs(arguments, stretched, processor, rows, folder, ports)
+                whole_run(chosen, folder / name_of(optimizer, "whole"), next(stores))
+                killed_and_resumed(chosen, folder / name_of(optimizer, "resumed"), stores)
+        sharded_runs(arguments, stretched, processor, rows, folder, stores)
 
 
-def sharded_runs(arguments: list[str], stretched: list[str], processor, rows, folder: Path, ports) -> None:
+def sharded_runs(
+    arguments: list[str], stretched: list[str], processor, rows, folder: Path, stores: Iterator[Path]
+) -> None:
     """Of two processes under FSDP2."""
     os.environ |= SHARDED
-    os.environ["MASTER_PORT"] = str(next(ports))
+    meet(next(stores), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     for loss, options in LOSSES.items():
         for way in SHARDED_WAYS:
             steps_of([*arguments, *options, *WAYS[way]], processor, rows, folder / name_of("sharded", loss, way))
     dist.destroy_process_group()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         chosen = [*stretched, "--optim.name", "adamw", "--optim.learning_rate", OPTIMIZERS["adamw"]]
-        whole_run(chosen, folder / name_of("sharded", "adamw", "whole"), next(ports))
-        killed_and_resumed(chosen, folder / name_of("sharded", "adamw", "resumed"), [next(ports), next(ports)])
+        whole_run(chosen, folder / name_of("sharded", "adamw", "whole"), next(stores))
+        killed_and_resumed(chosen, folder / name_of("sharded", "adamw", "resumed"), stores)
     for name in SHARDED:
         del os.environ[name]
 
@@ -192,10 +194,7 @@ def runs(tmp_path_factory, run_options, captions, clip):
     folder = tmp_path_factory.mktemp("runs")
     arguments = [*run_options, "--data.train", str(captions), "--loop.batch_size", "12", "--loop.steps", str(STEPS)]
     arguments += ["--optim.name", "sgd", "--optim.learning_rate", OPTIMIZERS["sgd"]]
-    with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(14)]
-        ports = [server.getsockname()[1] for server in servers]
-    torch.multiprocessing.spawn(work, (folder, arguments, clip, ports), nprocs=max(WORLDS))
+    torch.multiprocessing.spawn(work, (folder, arguments, clip), nprocs=max(WORLDS))
     return folder
 
 

@@ -9,11 +9,13 @@ from safetensors.torch import load_file
 
 from modeling_lrsclip import LRSCLIPModel
 from modeling_lrsclip.convert import load_published
+from modeling_lrsclip.published import checkpoints
 from tests.modeling_lrsclip.references import published_state
 from tests.modeling_lrsclip.source_files import write_bpe_file, write_source
 from training.config import parse_config
-from training.model import ModelConfig, build_model, build_processor
-from training.train import MODELS, describe_init, full_name, resolve_init, run
+from training.model import ModelConfig, build_model, build_processor, full_name, open_start, resolve_init
+from training.run_folder import MODELS, describe_init
+from training.train import run
 
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
@@ -96,11 +98,20 @@ def test_from_a_published_long_clip(published, captioned_folder, tmp_path):
 
 def test_a_published_clip_is_stretched(published):
     config = ModelConfig(init=str(published["clip"]), tokenizer=str(published["bpe"]), stretch_ratio=2)
-    processor = build_processor(config, [])
-    model = build_model(config, processor)
+    start = open_start(config)
+    processor = build_processor(start, [])
+    model = build_model(start, processor)
     assert model.dtype == torch.float32 and model.config.text_config.hidden_act == "quick_gelu"
     assert len(model.text_model.embeddings.position_embedding.weight) == 20 + 57 * 2
     assert processor.tokenizer.model_max_length == 20 + 57 * 2
+
+
+def test_a_published_file_is_opened_once(published, captioned_folder, tmp_path, monkeypatch):
+    opened, read = [], checkpoints.read_published_file
+    monkeypatch.setattr(checkpoints, "read_published_file", lambda path: opened.append(path) or read(path))
+    options = ["--model.init", str(published["longclip"]), "--model.tokenizer", str(published["bpe"])]
+    two_steps("from_longclip", tmp_path / "run", captioned_folder, *options)
+    assert opened == [str(published["longclip"])]
 
 
 def test_names(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from transformers import AutoModel
 
 from modeling_lrsclip.files.hashing import weights_sha256
 from training import train
-from training.run_record import git_state, versions
+from training.run_folder import git_state, versions
 
 
 def test_a_run_leaves_its_record(run_arguments, captioned_folder, tmp_path):

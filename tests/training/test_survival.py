@@ -6,8 +6,8 @@ import multiprocessing
 import os
 import resource
 import signal
-import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from tests.soak import ROOT, Attempt, Kill, has_reached, leave_alone, make_data, run_arguments, survive
-from tests.training.test_processes import SHARDED
+from tests.training.test_processes import SHARDED, meet
 from training import signals as interruption
 from training import train
 from training.signals import FAILED, NOT_FINITE, NOT_SAVED, Interruption, end_with_the_launcher
@@ -29,15 +29,17 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["training.train"])  # imported once for all runs here
 
 
-def work(arguments: list[str], rank: int, world: int, port: int, output: Path, before: Callable[[], None] | None):
+def work(arguments: list[str], rank: int, world: int, store: Path, output: Path, before: Callable[[], None] | None):
     os.chdir(ROOT)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
-    os.environ |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"ACCELERATE_USE_CPU": "true"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
     os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    if world > 1:
+        meet(store, rank, world)
     if before:
         before()
     train.main(arguments)
@@ -47,11 +49,10 @@ class Forked(Attempt):
     """A run in processes that have imported everything already."""
 
     def __init__(self, arguments: list[str], world: int, output: Path, before: Callable[[], None] | None = None):
-        with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
-            port = server.getsockname()[1]
         self.output = output
-        told = [(arguments, rank, world, port, output, before) for rank in range(world)]
-        self.processes = [CONTEXT.Process(target=work, args=given) for given in told]
+        store = Path(tempfile.mkdtemp()) / "store"
+        of_ranks = [(arguments, rank, world, store, output, before) for rank in range(world)]
+        self.processes = [CONTEXT.Process(target=work, args=of_rank) for of_rank in of_ranks]
         for process in self.processes:
             process.start()
 

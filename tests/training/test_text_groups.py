@@ -8,10 +8,10 @@ import torch
 
 from training.text_groups import (
     as_they_come,
-    caption_numbers,
     group_by_length,
     group_cost,
     share_of_identical,
+    text_hashes,
     token_lengths,
 )
 
@@ -94,10 +94,10 @@ def test_group_cost_falls_with_the_width():
 def test_identical_captions():
     ids = matrix([4, 9, 4, 6])
     ids[2] = ids[0]
-    numbers = caption_numbers(ids, END)
+    numbers = text_hashes(ids, END)
     assert numbers[0] == numbers[2] and len(numbers.unique()) == 3
     padded = torch.nn.functional.pad(ids, (0, 5), value=7)
-    assert torch.equal(caption_numbers(padded, END), numbers), "padding is no part of a caption"
+    assert torch.equal(text_hashes(padded, END), numbers), "padding is no part of a caption"
     assert share_of_identical(numbers) == 0.5
     assert share_of_identical(torch.tensor([3, 1, 2])) == 0 and share_of_identical(torch.tensor([1, 1])) == 1
     assert share_of_identical(torch.tensor([5])) == 0

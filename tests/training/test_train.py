@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel
 
 from tests.conftest import tower_configs
-from training import devices, train
-from training.model import ModelConfig, build_model
+from training import distributed, train
+from training.model import ModelConfig, build_model, open_start
 from training.optim import OptimConfig, build_optimizer, build_scheduler
 from training.run_folder import check_run_folder
 from training.signals import NOT_FINITE
@@ -276,7 +276,7 @@ class TestErrors:
         configs["text_config"]["vocab_size"] = 600
         CLIPModel(CLIPConfig(**configs)).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="tokenizer has .* entries"):
-            build_model(ModelConfig(init=str(tmp_path)), tiny_processor)
+            build_model(open_start(ModelConfig(init=str(tmp_path))), tiny_processor)
 
     @pytest.mark.parametrize(
         ("launcher", "threads"),
@@ -296,22 +296,22 @@ class TestErrors:
         chosen = [None]
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(6), raising=False)
         monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-        devices.use_all_cores(SimpleNamespace(device=torch.device("cpu")))
+        distributed.use_all_cores(SimpleNamespace(device=torch.device("cpu")))
         assert chosen[-1] == threads
 
     def test_emulated_bf16_is_refused(self, monkeypatch):
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False, raising=False)
         with pytest.raises(ValueError, match="no bf16 arithmetic"):
-            devices.choose_precision("bf16", "cpu")
-        assert devices.choose_precision("auto", "cpu") == devices.choose_precision("fp32", "cpu") == "no"
+            distributed.choose_precision("bf16", "cpu")
+        assert distributed.choose_precision("auto", "cpu") == distributed.choose_precision("fp32", "cpu") == "no"
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True, raising=False)
         for matrix_units, auto in (
             (False, "no"),
             (True, "bf16"),
         ):  # without them it is no faster, but can be asked for
             monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrix_units)  # noqa: B023
-            assert devices.choose_precision("auto", "cpu") == auto
-            assert devices.choose_precision("bf16", "cpu") == "bf16"
+            assert distributed.choose_precision("auto", "cpu") == auto
+            assert distributed.choose_precision("bf16", "cpu") == "bf16"
 
 
 class TestOptimizer:

@@ -1,1 +1,1 @@
-"""What the ablation command is made of."""
+"""Parts of the ablation command."""

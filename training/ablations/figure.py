@@ -32,13 +32,17 @@ def draw_study(
     subtitle: str,
 ) -> Path:
     """
+    Draw a study: lines where the paper plots lines, bars where it prints a table.
+
     Args:
+        study: what is drawn.
         here: by task and arm.
         paper: by arm and task, as printed; None where the paper prints no figures.
+        path: of the PNG.
         subtitle: what the bars at the points are.
 
     Returns:
-        `path`, now a PNG: lines where the paper plots lines, bars where it prints a table.
+        `path`.
     """
     width = LEFT + PANEL * max(2, len(here))
     figure = Figure(figsize=(width, HEIGHT), dpi=DPI, facecolor="white")

@@ -1,4 +1,4 @@
-"""What the arms of an ablation are fine-tuned from and on: small CLIPs made here, or a user's own recipe and data."""
+"""Models and data of an ablation's arms: small CLIPs made here, or a user's own recipe and data."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -37,7 +37,18 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def named(run: Run, plain: Run, study: str, arm: Arm) -> Run:
-    """A run with its name: that of its study and arm, or of the plain recipe, which is an arm of most studies."""
+    """
+    Name a run after its study and arm, or after the plain recipe, which is an arm of most studies.
+
+    Args:
+        run: without a name.
+        plain: the run of the plain recipe, of the same seed.
+        study: its name.
+        arm: of the study.
+
+    Returns:
+        the run with its name; `plain` itself where both would train the same.
+    """
     if run.key == plain.key:
         return plain
     return dataclasses.replace(run, label=f"{study} {arm.name} seed {run.values['seed']}")
@@ -78,9 +89,11 @@ class SmallModels:
         self.pcm_rank = max(1, round(LONG_CLIP_RANK * width))
 
     def ladders(self, weights: Sequence[int]) -> Ladders:
+        """Values that the studies' arms take; `weights` are tenths of the long texts' loss."""
         return Ladders(batch_sizes(self.values), long_weights=tuple(weights), pcm_rank=self.pcm_rank)
 
     def run(self, arm: Arm, study: str, seed: int) -> Run:
+        """Make the run of an arm, see [`OwnModels.run`]."""
         fields = arm_fields(arm, self.values) | {"seed": seed}
         start = self._long_clip(seed) if arm.start == LONG_CLIP else self._clip(arm.size or MIDDLE, seed)
         return named(Run("", with_fields(self.values, fields), self.scenes, start), self._plain(seed), study, arm)
@@ -98,7 +111,7 @@ class SmallModels:
         return Run(f"Long-CLIP seed {seed}", with_fields(self.plain, loss), self.general, self._clip(MIDDLE, seed))
 
     def remark(self, study: str) -> str:
-        """What stands for the paper's models in a study."""
+        """Say what stands for the paper's models in a study."""
         return {
             "init": "Long-CLIP: the same CLIP, stretched and trained for one more epoch on the general scenes' long captions "
             f"with their first sentences and PCM ({self.pcm_rank} components), as Long-CLIP was made from CLIP.",
@@ -131,10 +144,21 @@ class OwnModels:
         self.sizes = dict(zip(OPENAI, sizes, strict=True)) if sizes else OPENAI
 
     def ladders(self, weights: Sequence[int]) -> Ladders:
+        """Values that the studies' arms take; `weights` are tenths of the long texts' loss."""
         return Ladders(batch_sizes(self.values), long_weights=tuple(weights))
 
     def run(self, arm: Arm, study: str, seed: int) -> Run:
         """
+        Make the run of an arm.
+
+        Args:
+            arm: of the study.
+            study: its name.
+            seed: of the run.
+
+        Returns:
+            the run, named.
+
         Raises:
             `ValueError`: for an arm from Long-CLIP where none is known.
         """
@@ -152,6 +176,7 @@ class OwnModels:
         return named(Run("", with_fields(self.values, fields), self.source), plain, study, arm)
 
     def remark(self, study: str) -> str:
+        """Say which models a study compares."""
         return {
             "init": f"Long-CLIP: {self.long_clip}.",
             "model_size": f"The sizes: {', '.join(f'{size} {name}' for size, name in self.sizes.items())}.",

@@ -25,8 +25,8 @@ from modeling_lrsclip.files.atomic import replace_text
 from modeling_lrsclip.files.configuration import read_yaml, set_field, validate
 from modeling_lrsclip.files.hashing import json_sha256
 
-from ..config import TrainConfig
-from ..run_record import RECORD, read_record
+from ..loop import TrainConfig
+from ..run_folder import RECORD, read_record
 from .studies import Arm
 
 
@@ -57,12 +57,12 @@ class Run:
     @cached_property
     def key(self) -> str:
         """SHA-256 of all that decides the weights; raises as [`checked`] for a recipe with mistakes."""
-        told = {
+        decides = {
             "values": checked(self.values, self.source.train),
             "data": self.source.identity,
             "start": self.start and self.start.key,
         }
-        return json_sha256(told, sort_keys=True)
+        return json_sha256(decides, sort_keys=True)
 
     @property
     def name(self) -> str:
@@ -92,9 +92,9 @@ def checked(values: dict[str, Any], train: Any) -> dict[str, Any]:
         `ValueError`: with all of its mistakes.
     """
     config = validate(TrainConfig, with_fields(values, {"output_dir": "", "data.train": train}))
-    told = RootModel[TrainConfig](config).model_dump(mode="json", exclude_defaults=True)
-    del told["output_dir"], told["data"]["train"]
-    return told
+    fields = RootModel[TrainConfig](config).model_dump(mode="json", exclude_defaults=True)
+    del fields["output_dir"], fields["data"]["train"]
+    return fields
 
 
 def with_starts(runs: Sequence[Run]) -> list[Run]:
@@ -122,6 +122,7 @@ def with_fields(values: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any
 
 
 def field_of(values: dict[str, Any], name: str, default: Any = None) -> Any:
+    """Return the field of a recipe that has a dotted name, or `default` where it is not set."""
     for part in name.split("."):
         values = values.get(part) if isinstance(values, dict) else None
     return default if values is None else values
@@ -129,7 +130,7 @@ def field_of(values: dict[str, Any], name: str, default: Any = None) -> Any:
 
 def arm_fields(arm: Arm, values: dict[str, Any]) -> dict[str, Any]:
     """
-    What an arm changes in a recipe. Another batch size sees as many pairs in all; a part of the data is the first
+    Fields of a recipe that an arm changes. Another batch size sees as many pairs in all; a part of the data is the first
     part of one epoch's permutation, which is a random choice of pairs, each seen once.
 
     Raises:
@@ -151,7 +152,7 @@ def arm_fields(arm: Arm, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def identify(source: str | list[dict[str, Any]]) -> str:
-    """What tells a user's data from other data: its name, and size and time of change of its caption files."""
+    """Identify a user's data: by its name, and size and time of change of its caption files."""
     if not isinstance(source, str):
         return "\n".join(f"{json.dumps(each, sort_keys=True)} {identify(str(each.get('path')))}" for each in source)
     path = Path(source)
@@ -163,7 +164,7 @@ def identify(source: str | list[dict[str, Any]]) -> str:
 
 
 class Pace:
-    """How long runs take, from those that are done: seconds a pair."""
+    """Speed of runs, from those that are done: seconds a pair."""
 
     def __init__(self):
         self.samples, self.seconds = 0, 0.0
@@ -178,6 +179,7 @@ class Pace:
 
 
 def in_words(seconds: float | None) -> str:
+    """Write a time as people say it."""
     if seconds is None:
         return "an unknown time"
     minutes = seconds / 60
@@ -186,7 +188,7 @@ def in_words(seconds: float | None) -> str:
 
 class RunFolders:
     """
-    Where the runs lie, a folder each, and how they are trained.
+    Folders of the runs, one each, in which they are trained.
 
     Args:
         root: folder of the runs' folders.
@@ -208,7 +210,7 @@ class RunFolders:
 
     def train(self, run: Run, watch: Callable[[dict[str, Any]], None] = lambda entry: None) -> None:
         """
-        Trains a run to its end, from its newest checkpoint where it was interrupted; a finished one is left as it is.
+        Train a run to its end, from its newest checkpoint where it was interrupted; a finished one is left as it is.
 
         Args:
             watch: called now and then with the newest entry of the run's `log.jsonl`.
@@ -250,12 +252,12 @@ class RunFolders:
         return with_fields(run.values, fields)
 
     def seconds(self, run: Run) -> float:
-        """Of training, as the run recorded them."""
+        """Seconds of training, as the run recorded them."""
         return (read_record(str(self.folder(run))) or {}).get("seconds", 0.0)
 
 
 class Work:
-    """Trains runs, each once, and tells how far it is."""
+    """Trains runs, each once, and says how far it is."""
 
     def __init__(self, folders: RunFolders, say: Callable[[str], None], runs: Sequence[Run]):
         self.folders, self.say, self.pace = folders, say, Pace()
@@ -267,17 +269,18 @@ class Work:
         say(f"{len(runs)} runs in all, {len(runs) - self.count} of them finished before")
 
     def train(self, run: Run) -> None:
+        """Train a run that is not finished, and say how long it and the rest will take."""
         if run not in self.pending:
             return
         wait = self.pace.expected(self.pending)
         expected = f"about {in_words(wait)} to go" if wait else "no run is done yet to tell the wait from"
         self.say(f"run {self.count - len(self.pending) + 1} of {self.count}: {run.label}; {expected}")
-        started, told = time.perf_counter(), wait is not None
+        started, said = time.perf_counter(), wait is not None
 
         def watch(entry: dict[str, Any]) -> None:
-            nonlocal told
-            if not told and run.steps and entry["step"] >= run.steps / 10:
-                told, pace = True, Pace()
+            nonlocal said
+            if not said and run.steps and entry["step"] >= run.steps / 10:
+                said, pace = True, Pace()
                 pace.add(entry["step"] * run.values["loop"]["batch_size"], entry["seconds"])
                 whole, rest = (in_words(pace.expected(runs)) for runs in ([run], self.pending))
                 self.say(f"  step {entry['step']} of {run.steps}; this run takes about {whole}, all of them {rest}")
@@ -295,13 +298,13 @@ def _newest_entry(log: Path) -> dict[str, Any] | None:
 
 
 def _environment() -> dict[str, str]:
-    """With the clone on Python's path, wherever the command is given."""
+    """Environment with the clone on Python's path, wherever the command is given."""
     path = [str(CLONE), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(part for part in path if part)}
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Asks a run that is still there, with all its processes, to save its state and stop; waits until it has."""
+    """Ask a run that is still there, with all its processes, to save its state and stop; waits until it has."""
     if process.poll() is not None:
         return
     for number, patience in ((signal.SIGTERM, PATIENCE), (signal.SIGKILL, None)):
@@ -314,7 +317,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _last_words(log: Path) -> str:
-    """What training said last, without its progress bar."""
+    """Last words of a training run, without its progress bar."""
     text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("training:")]
     if "The configuration has mistakes:" in lines:

@@ -1,17 +1,13 @@
 """The paper's ablations (V-D, Tables VI to IX, Figs. 7 to 10): what the arms of each differ in, and what the paper finds."""
 
 import difflib
-import math
-import statistics
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 
 TASKS = {"zcrl": "ZCRL mR", "zcrs": "ZCRS mR", "zic": "ZIC accuracy", "selo": "SeLo Rmi"}  # the columns of the paper
 STRETCHED_CLIP, LONG_CLIP = "clip", "longclip"  # what an arm is fine-tuned from
 LONG_CLIP_RANK = 32 / 512  # principal components of Long-CLIP's PCM, as a share of its embedding's width
-# Student's t at 97.5 % for 1, 2, … degrees of freedom; more seeds than that are judged by the last.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Ordering:
-    """What the paper finds on a task: arm `better` is above arm `worse`, or, with `alike`, there is little between them."""
+    """A finding of the paper on a task: arm `better` is above arm `worse`, or, with `alike`, there is little between them."""
 
     task: str
     better: str
@@ -103,13 +99,13 @@ def framework(ladders: Ladders) -> Study:
 
 
 def short_text(ladders: Ladders) -> Study:
-    first, own = "First Text", "Short Text"
+    first, short = "First Text", "Short Text"
     return Study(
         "short_text",
         "First sentence of the long text against a short text of its own",
         "short text",
-        (Arm(first, {"loss.short_text": "first_sentence"}), Arm(own, {"loss.short_text": "own"})),
-        _each("zcrl", own, first, alike=True) + _each("zcrs zic selo", own, first),
+        (Arm(first, {"loss.short_text": "first_sentence"}), Arm(short, {"loss.short_text": "own"})),
+        _each("zcrl", short, first, alike=True) + _each("zcrs zic selo", short, first),
         "First Text is the first sentence of the long caption.",
     )
 
@@ -186,34 +182,6 @@ def init(ladders: Ladders) -> Study:
         + _each("selo", "CLIP", "Long-CLIP", True),
         "",
     )
-
-
-class Verdict(NamedTuple):
-    """How an ordering of the paper fares in runs of one or more seeds."""
-
-    ordering: Ordering
-    difference: float  # better minus worse, mean over the seeds, in the task's unit
-    low: float  # ends of its 95 % interval
-    high: float
-    by_seed: list[float]
-
-    @property
-    def certain(self) -> bool:
-        """0 is outside the interval and, of several seeds, outside the 95 % t interval of their differences."""
-        outside = self.low > 0 or self.high < 0
-        seeds = len(self.by_seed)
-        if seeds == 1:
-            return outside
-        reach = STUDENT[min(seeds - 2, len(STUDENT) - 1)] * statistics.stdev(self.by_seed) / math.sqrt(seeds)
-        return outside and abs(self.difference) > reach
-
-    @property
-    def word(self) -> str:
-        if self.ordering.alike:
-            return "differs" if self.certain else "appears"
-        if not self.certain:
-            return "within noise"
-        return "appears" if self.difference > 0 else "reversed"
 
 
 STUDIES = {

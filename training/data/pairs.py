@@ -3,85 +3,39 @@
 import os
 import random
 import re
+import statistics
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator
-from pydantic.dataclasses import dataclass
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
 
 from modeling_lrsclip import LRSCLIPProcessor
-from modeling_lrsclip.encoding.imagery import Augmentation, augment, read_image
+from modeling_lrsclip.encoding.imagery import augment, read_image
 from modeling_lrsclip.encoding.pixels import PixelBatcher
 
+from ..distributed import USER_ERRORS
+from ..signals import leave_signals_to_the_parent
 from .rows import CHUNK_ROWS, Row, Rows, Stored, caption_list, even_chunks, filled
 from .skipped import skipped_row
-from .sources import KINDS, SourceConfig, open_source
-from .visiting_order import EpochOrder, Mixture
+from .sources import DataConfig, SourceConfig, find_files, open_source
+from .visiting_order import EpochOrder, Mixture, VisitSampler
 
 
+# A batch's token ids by the kind of text, in the order in which a step reads them.
+INPUT_IDS = {"long": "input_ids", "short": "short_input_ids"}
+MEASURED_TEXTS = 1000  # whose token lengths are measured at the start of a run
 MOST_WORKERS = 8  # processes that read images, unless data.workers says more
 _CHUNKS_A_WINDOW = 10  # at least, where a source's chunks may be of any size
 _ATTEMPTS = 100  # rows one after another that are tried in an unusable one's place
 
 
-@dataclass(config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
-class DataConfig:
-    train: str | list[SourceConfig]  # file (jsonl, json, csv, parquet, tar), pattern, folder, Hub data set, or several
-    train_split: str = "train"  # of a Hub data set or a folder
-    validation: str | list[SourceConfig] | None = None  # likewise; recall on it picks the best model
-    validation_split: str = "test"
-    validation_pairs: int | None = Field(None, ge=1)  # only the first so many
-    image_column: str = "image"  # a path (relative to the file) or the image itself
-    long_column: str = "long_text"
-    short_column: str = "short_text"
-    streaming: bool = False  # read rows when they are due instead of preparing and checking all of them first
-    shuffle_buffer: int = Field(10_000, ge=1)  # rows shuffled together when streaming
-    shuffle_sentences: bool = False  # of the long text, anew at each visit
-    augment: Augmentation = "none"  # random views; captions that name left, right or north then become wrong
-    # JPEGs are decoded at 1/2, 1/4 or 1/8 down to so many times the model's size; None: all of them.
-    jpeg_margin: float | None = Field(1.0, ge=1)
-    max_skipped_fraction: float = Field(0.01, ge=0, le=1)  # of the rows visited, which could not be used
-    # Processes that read images; None: on a GPU as many as there are cores, up to 8.
-    workers: int | None = Field(None, ge=0)
-    prefetch_factor: int = Field(2, ge=1)  # batches each of them prepares ahead
-
-    @field_validator("train", "validation", mode="before")
-    @classmethod
-    def _sources(cls, given: Any) -> Any:
-        if not isinstance(given, (list, tuple)):
-            return given
-        if not given:
-            raise ValueError("a list of sources needs at least one, for example [{path: tiles/captions.jsonl}]")
-        sources = [source if isinstance(source, (dict, SourceConfig)) else {"path": source} for source in given]
-        try:
-            sources = TypeAdapter(list[SourceConfig]).validate_python(sources)
-        except ValidationError as error:
-            raise ValueError("; ".join(_explain(mistake) for mistake in error.errors())) from None
-        if len({source.weight is None for source in sources}) > 1:
-            raise ValueError("either all sources have a weight or none has")
-        return sources
-
-    def columns(self, kinds: Sequence[str]) -> dict[str, str]:
-        """Column names by kind ("image", "long", "short"), where a source does not name its own."""
-        return {kind: getattr(self, f"{kind}_column") for kind in kinds}
-
-
-def _explain(mistake: Any) -> str:
-    number, *field = mistake["loc"]
-    if mistake["type"] == "unexpected_keyword_argument":
-        known = ", ".join(SourceConfig.__pydantic_fields__)
-        return f"source {number} has an unknown field {field[0]}; it may have {known}"
-    where = "".join(f" {name}" for name in field)
-    return f"source {number}{where}: {mistake['msg'].removeprefix('Value error, ')}"
-
-
 def count_workers(config: DataConfig, device: str) -> int:
     """
-    Processes that read images for one training process: `data.workers`, else on a GPU the machine's cores shared among
+    Number of processes that read images for one training process: `data.workers`, else on a GPU the machine's cores shared among
     its training processes, one left for each, at most `MOST_WORKERS`; on a CPU none, since training needs the cores.
     """
     if config.workers is not None:
@@ -107,20 +61,20 @@ class Pairs:
         self.parts = list(chain(*sources))
         self.ends = np.cumsum([int(part.chunks.sum()) for part in self.parts])  # (parts,)
         self.source_ends = np.cumsum([sum(int(part.chunks.sum()) for part in parts) for parts in sources])
-        self.kinds = tuple(kind for kind in KINDS[1:] if kind in self.parts[0].columns)
+        self.kinds = tuple(kind for kind in INPUT_IDS if kind in self.parts[0].columns)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def read(self, numbers: list[int]) -> list[Row]:
-        """The rows of these numbers, in their order; each file is asked once."""
+        """Read the rows of these numbers, in their order; each file is asked once."""
         numbers = np.asarray(numbers)
         owners, rows = np.searchsorted(self.ends, numbers, "right"), [None] * len(numbers)
         for owner in np.unique(owners).tolist():
-            places = np.flatnonzero(owners == owner)
+            wanted = np.flatnonzero(owners == owner)
             begin = self.ends[owner] - self.parts[owner].chunks.sum()
-            for place, row in zip(places, self.parts[owner].read((numbers[places] - begin).tolist())):
-                rows[place] = row
+            for index, row in zip(wanted, self.parts[owner].read((numbers[wanted] - begin).tolist())):
+                rows[index] = row
         return rows
 
     def location(self, number: int) -> str:
@@ -137,6 +91,41 @@ class Pairs:
         source = int(np.searchsorted(self.source_ends, number, "right"))
         first = int(self.source_ends[source - 1]) if source else 0
         return first if number + 1 == self.source_ends[source] else number + 1
+
+    def texts(self) -> Iterator[str]:
+        """All usable texts, long and short, without the images."""
+        return (text for kind in self.kinds for stored in self.captions(kind) for text in caption_list(stored))
+
+    def token_lengths(self, processor: LRSCLIPProcessor, config: DataConfig) -> dict[str, dict[str, float]]:
+        """
+        Measure the first texts of each source.
+
+        Args:
+            processor: counts their tokens.
+            config: names their columns.
+
+        Returns:
+            by column: `measured` texts, their `mean_tokens`, and `share_truncated`, from 0 to 1, which the model's
+            table cuts.
+
+        Raises:
+            `ValueError`: where these rows have no such text.
+        """
+        positions, measured = processor.tokenizer.model_max_length, {}
+        each = max(1, MEASURED_TEXTS // len(self.sources))
+        for kind in self.kinds:
+            texts = [caption_list(stored)[0] for stored in self.captions(kind, each)]
+            if not texts:
+                raise ValueError(f"The first {each} rows have no {kind} caption at all; look at the data.")
+            lengths = processor.count_tokens(texts)
+            cut = sum(length > positions for length in lengths) / len(lengths)
+            name = config.columns([kind])[kind]
+            measured[name] = {
+                "measured": len(lengths),
+                "mean_tokens": statistics.fmean(lengths),
+                "share_truncated": cut,
+            }
+        return measured
 
     def captions(self, kind: str, first: int | None = None) -> Iterator[Stored]:
         """The usable captions of a kind ("long", "short") as stored, without the images; of each source's `first` rows."""
@@ -161,17 +150,20 @@ class Pairs:
 
 def load_pairs(config: DataConfig, kinds: Sequence[str], held_out: bool = False) -> Pairs:
     """
-    The pairs of `data.train`, or with `held_out` those of `data.validation`, which are never streamed.
+    Open the pairs of `data.train`, or with `held_out` those of `data.validation`, which are never streamed.
 
     Args:
-        kinds: of captions, "long" and "short", that are wanted.
+        config: the `data` section.
+        kinds: texts that are wanted, "long" and "short".
+        held_out: which of the two to open.
+
+    Returns:
+        the rows of all their sources; nothing but their number is read yet when streaming.
 
     Raises:
         `ValueError`: for all sources that cannot be opened (see [`open_source`]), together.
     """
-    given = config.validation if held_out else config.train
-    split = config.validation_split if held_out else config.train_split
-    sources = [SourceConfig(path=given)] if isinstance(given, str) else given
+    sources, split = _sources(config, held_out)
     streaming = config.streaming and not held_out
     opened, mistakes = [], []
     for source in sources:
@@ -185,8 +177,67 @@ def load_pairs(config: DataConfig, kinds: Sequence[str], held_out: bool = False)
     return Pairs(opened, weights, config.shuffle_buffer if streaming else None)
 
 
+def _sources(config: DataConfig, held_out: bool) -> tuple[list[SourceConfig], str]:
+    """The training or the held-out sources, and the split of those that do not name their own."""
+    sources = config.validation if held_out else config.train
+    split = config.validation_split if held_out else config.train_split
+    return [SourceConfig(path=sources)] if isinstance(sources, str) else sources or [], split
+
+
+def open_data(
+    config: DataConfig, kinds: Sequence[str], *, batch_size: int, seed: int, processes: int
+) -> tuple[Pairs, Pairs | None]:
+    """
+    Open the training pairs and the held-out ones.
+
+    Args:
+        config: the `data` section.
+        kinds: texts that the loss weighs, "long" and "short".
+        batch_size: pairs a step, of all processes together.
+        seed: of the run.
+        processes: among which each batch is shared out.
+
+    Returns:
+        both; None for held-out pairs where none are named.
+
+    Raises:
+        `ValueError`: with all that is wrong with both, and with the batch size for them.
+    """
+    (train, held_out), mistakes = _open_both(config, kinds)
+    if train is not None:
+        try:
+            VisitSampler(train.order(seed), batch_size, steps=1, share=(0, processes))
+        except ValueError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+    return train, held_out
+
+
+def local_mistakes(config: DataConfig, kinds: Sequence[str]) -> list[str]:
+    """List what is wrong with the sources that are on this machine; those on the Hub are not asked."""
+    return _open_both(config, kinds, only_local=True)[1]
+
+
+def _open_both(
+    config: DataConfig, kinds: Sequence[str], only_local: bool = False
+) -> tuple[list[Pairs | None], list[str]]:
+    """Training and held-out pairs, None for what is not named or cannot be opened, and why."""
+    opened, mistakes = [], []
+    for held_out in (False, True):
+        sources, split = _sources(config, held_out)
+        pairs = None
+        try:
+            if sources and not (only_local and not all(find_files(one.path, one.split or split) for one in sources)):
+                pairs = load_pairs(config, kinds, held_out)
+        except USER_ERRORS as error:
+            mistakes.extend(str(error).splitlines())
+        opened.append(pairs)
+    return opened, mistakes
+
+
 def check_row(row: Row, kinds: Sequence[str]) -> None:
-    """Raises `ValueError` for a row that could not be read or lacks a caption of the `kinds`."""
+    """Raise `ValueError` for a row that could not be read or lacks a caption of the `kinds`."""
     if row.fault:
         raise ValueError(f"{row.fault[:1].upper()}{row.fault[1:]}.")
     for kind in kinds:
@@ -194,7 +245,7 @@ def check_row(row: Row, kinds: Sequence[str]) -> None:
             raise ValueError(f"The {kind} caption is missing or empty.")
 
 
-class CaptionedImages(torch.utils.data.Dataset):
+class CaptionedImages(Dataset):
     """
     Pairs by (epoch, row), so that what is random about a visit depends on the two and the seed alone: not on the
     process, the worker, or where a run was resumed.
@@ -248,9 +299,15 @@ class CaptionedImages(torch.utils.data.Dataset):
         return item | {"image": augment(image, self.config.augment, view)}
 
 
+def image_size(processor: LRSCLIPProcessor) -> int:
+    """Return the pixels of the short side that the image processor resizes to."""
+    size = dict(processor.image_processor.size)
+    return size.get("shortest_edge") or max(size["height"], size["width"])
+
+
 def split_sentences(text: str) -> list[str]:
     """
-    The sentences of `text`, each with its closing mark.
+    Split `text` into its sentences, each with its closing mark.
 
     DIFFERS: Long-CLIP (beichenzbc/Long-CLIP train/sharegpt4v.py) takes as the short text what stands before the first
     ". ": without the full stop, and going on past a question or exclamation mark or a line's end.
@@ -259,7 +316,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def shuffle_sentences(text: str, rng: random.Random) -> str:
-    """The sentences of `text` in another order."""
+    """Put the sentences of `text` in another order, drawn from `rng`."""
     sentences = split_sentences(text)
     rng.shuffle(sentences)
     return " ".join(sentences)
@@ -280,13 +337,43 @@ class Collator:
         if faults:
             return batch | {"fault": faults[0]}
         batch["pixel_values"] = self.pixels([item["image"] for item in items])
-        for column, name in (("long_text", "input_ids"), ("short_text", "short_input_ids")):
-            if column in items[0]:
+        for kind, name in INPUT_IDS.items():
+            if f"{kind}_text" in items[0]:
                 # No attention mask: what stands after end-of-text cannot reach it in a causal tower.
-                ids = self.processor.encode_text([item[column] for item in items])
+                ids = self.processor.encode_text([item[f"{kind}_text"] for item in items])
                 batch[name] = pad_sequence(
                     [torch.tensor(row) for row in ids],
                     batch_first=True,
                     padding_value=self.processor.tokenizer.pad_token_id,
                 )
         return batch
+
+
+def load_batches(
+    images: CaptionedImages, processor: LRSCLIPProcessor, visits: VisitSampler, device: torch.device
+) -> DataLoader:
+    """
+    Load the batches of a process, read by processes of their own where `data.workers` says so.
+
+    Args:
+        images: the rows to train on.
+        processor: makes their pixels and token ids.
+        visits: which rows each step takes; it gives each process its share and resumes by itself, so that the result
+            needs no `accelerator.prepare`.
+        device: that the batches are for.
+
+    Returns:
+        an iterable of what [`Collator`] returns, on the CPU.
+    """
+    workers = count_workers(images.config, device.type)
+    return DataLoader(
+        images,
+        batch_sampler=visits,
+        collate_fn=Collator(processor),
+        num_workers=workers,
+        prefetch_factor=images.config.prefetch_factor if workers else None,
+        worker_init_fn=leave_signals_to_the_parent,
+        # Its own: it draws a seed, which the random numbers of a resumed run must not notice.
+        generator=torch.Generator(),
+        pin_memory=device.type == "cuda",
+    )

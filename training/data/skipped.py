@@ -1,6 +1,5 @@
 """Rows that cannot be used: counted, named once each in a file, and capped for all processes together."""
 
-import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from accelerate.utils import gather_object
 
 from modeling_lrsclip.encoding.imagery import ImageError, image_name
 
-from ..gather import cpu_group, largest
+from ..distributed import cpu_group, largest
 from .rows import Row
 
 
@@ -27,6 +26,7 @@ class SkippedFile:
         self.path, self._named, self._size = folder / SKIPPED, set(), 0
 
     def add(self, rows: list[dict[str, str]]) -> None:
+        """Write down those rows that are not named yet."""
         self._read()
         with self.path.open("a", encoding="utf-8") as file:
             for row in rows:
@@ -36,7 +36,7 @@ class SkippedFile:
         self._size = self.path.stat().st_size
 
     def _read(self) -> None:
-        """Looks again if another has written since; a line that a kill fell into is taken out."""
+        """Look again if another has written since; a line that a kill fell into is taken out."""
         if not self.path.exists() or self.path.stat().st_size == self._size:
             return
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -47,15 +47,33 @@ class SkippedFile:
 
 
 def skipped_row(row: Row, location: str, reason: Exception) -> dict[str, str]:
-    """What `skipped.jsonl` says of a row; `location` is the file that the row itself, maybe with its image, lies in."""
+    """
+    Describe a row that cannot be used.
+
+    Args:
+        row: as its source stores it.
+        location: the file that the row itself, maybe with its image, lies in.
+        reason: why it cannot be used.
+
+    Returns:
+        a line of `skipped.jsonl`: `id`, `file` and `reason`.
+    """
     file = image_name(row.image) if isinstance(reason, ImageError) else None
     return {"id": row.id, "file": file or location, "reason": str(reason)}
 
 
 def check_share(skipped: int, visited: int, allowed: float, last: dict[str, str]) -> None:
     """
-    Raises `ValueError` when more than the share `allowed` of the rows `visited` was `skipped`, and more than `FEW`; if
-    none is allowed, for a single one. `last` is told as an example.
+    Check that few enough rows were skipped: some always may be, see `FEW`, unless none is allowed.
+
+    Args:
+        skipped: rows that could not be used.
+        visited: rows tried.
+        allowed: share of them that may be skipped, from 0 to 1.
+        last: line of `skipped.jsonl` of the last one, an example for the message.
+
+    Raises:
+        `ValueError`: when they are too many.
     """
     if skipped > allowed * visited and (skipped > FEW or allowed == 0):
         raise ValueError(
@@ -67,29 +85,22 @@ def check_share(skipped: int, visited: int, allowed: float, last: dict[str, str]
 
 class SkippedRows:
     """
-    The rows that a run could not use, on all of its processes: written to [`SkippedFile`], and the run ended for all
-    when they are too many (see [`check_share`]). The place in the batch is taken by the row after it (training/data.py).
+    Count of the rows that a run could not use, on all of its processes: written to [`SkippedFile`], and the run ended for all
+    when they are too many (see [`check_share`]). The place in the batch is taken by the row after it (training/data/pairs.py).
 
     Args:
         folder: the run folder.
         allowed: `data.max_skipped_fraction`, from 0 to 1, of the rows visited so far.
         writes: whether this is the process that writes the file.
-        longest_wait: of a process for the others, while the first one validates.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        allowed: float,
-        writes: bool,
-        longest_wait: datetime.timedelta = datetime.timedelta(hours=6),
-    ):
+    def __init__(self, folder: Path, allowed: float, writes: bool):
         self.file, self.allowed, self.writes = SkippedFile(folder), allowed, writes
-        self._group = cpu_group(longest_wait)
+        self._group = cpu_group()
 
     def take(self, batch: dict[str, Any], before: int, used: int) -> int:
         """
-        Notes what the reading of a batch left out; every process must call it for every batch. While nothing is left
+        Note what the reading of a batch left out; every process must call it for every batch. While nothing is left
         out, that costs one number sent between the processes' CPUs.
 
         Args:
@@ -105,11 +116,11 @@ class SkippedRows:
         """
         if not largest(len(batch["skipped"]), self._group):
             return before
-        found = gather_object(batch["skipped"])
+        skipped = gather_object(batch["skipped"])
         faults = gather_object([batch["fault"]] if "fault" in batch else [])
         if self.writes:
-            self.file.add(found)
+            self.file.add(skipped)
         if faults:
             raise ValueError(f"{faults[0]} All of them are in {self.file.path}.")
-        check_share(before + len(found), before + len(found) + used, self.allowed, found[-1])
-        return before + len(found)
+        check_share(before + len(skipped), before + len(skipped) + used, self.allowed, skipped[-1])
+        return before + len(skipped)

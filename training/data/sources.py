@@ -5,9 +5,9 @@ import glob
 import itertools
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,16 +16,15 @@ import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset, load_dataset_builder
 from datasets import Image as ImageFeature
 from fsspec.core import url_to_fs
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 from tqdm import tqdm
+
+from modeling_lrsclip.encoding.imagery import Augmentation
 
 from .rows import GroupCache, LineRows, ParquetRows, Rows, TableRows, filled
 from .tars import IMAGE_SUFFIXES, TarRows
 
-
-if TYPE_CHECKING:
-    from .pairs import DataConfig
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".tar": "tar"}
 # What a folder's caption file may be called, the first found is read; {split} is data.train_split.
@@ -40,7 +39,7 @@ FOLDER_SHARDS = tuple(
     for stem in ("{split}-*", "data/{split}-*", "*-{split}-*", "*", "data/*")
     for suffix in (".parquet", ".tar")
 )
-KINDS = ("image", "long", "short")
+_COLUMNS = ("image", "long", "short")
 _LISTED = 3  # offenders named in an error
 
 
@@ -52,13 +51,64 @@ class SourceConfig:
     columns: dict[str, str] = Field(default_factory=dict)  # of image, long, short, where named unlike data.*_column
 
     def __post_init__(self):
-        unknown = [kind for kind in self.columns if kind not in KINDS]
+        unknown = [kind for kind in self.columns if kind not in _COLUMNS]
         if unknown:
-            raise ValueError(f"columns of {self.path} names {', '.join(unknown)}; it may name {', '.join(KINDS)}")
+            raise ValueError(f"columns of {self.path} names {', '.join(unknown)}; it may name {', '.join(_COLUMNS)}")
+
+
+@dataclass(config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
+class DataConfig:
+    train: str | list[SourceConfig]  # file (jsonl, json, csv, parquet, tar), pattern, folder, Hub data set, or several
+    train_split: str = "train"  # of a Hub data set or a folder
+    validation: str | list[SourceConfig] | None = None  # likewise; recall on it picks the best model
+    validation_split: str = "test"
+    validation_pairs: int | None = Field(None, ge=1)  # only the first so many
+    image_column: str = "image"  # a path (relative to the file) or the image itself
+    long_column: str = "long_text"
+    short_column: str = "short_text"
+    streaming: bool = False  # read rows when they are due instead of preparing and checking all of them first
+    shuffle_buffer: int = Field(10_000, ge=1)  # rows shuffled together when streaming
+    shuffle_sentences: bool = False  # of the long text, anew at each visit
+    augment: Augmentation = "none"  # random views; captions that name left, right or north then become wrong
+    # JPEGs are decoded at 1/2, 1/4 or 1/8 down to so many times the model's size; None: all of them.
+    jpeg_margin: float | None = Field(1.0, ge=1)
+    max_skipped_fraction: float = Field(0.01, ge=0, le=1)  # of the rows visited, which could not be used
+    # Processes that read images; None: on a GPU as many as there are cores, up to 8.
+    workers: int | None = Field(None, ge=0)
+    prefetch_factor: int = Field(2, ge=1)  # batches each of them prepares ahead
+
+    @field_validator("train", "validation", mode="before")
+    @classmethod
+    def _sources(cls, given: Any) -> Any:
+        if not isinstance(given, (list, tuple)):
+            return given
+        if not given:
+            raise ValueError("a list of sources needs at least one, for example [{path: tiles/captions.jsonl}]")
+        sources = [source if isinstance(source, (dict, SourceConfig)) else {"path": source} for source in given]
+        try:
+            sources = TypeAdapter(list[SourceConfig]).validate_python(sources)
+        except ValidationError as error:
+            raise ValueError("; ".join(_explain(mistake) for mistake in error.errors())) from None
+        if len({source.weight is None for source in sources}) > 1:
+            raise ValueError("either all sources have a weight or none has")
+        return sources
+
+    def columns(self, kinds: Sequence[str]) -> dict[str, str]:
+        """Column names by kind ("image", "long", "short"), where a source does not name its own."""
+        return {kind: getattr(self, f"{kind}_column") for kind in kinds}
+
+
+def _explain(mistake: Any) -> str:
+    number, *field = mistake["loc"]
+    if mistake["type"] == "unexpected_keyword_argument":
+        known = ", ".join(SourceConfig.__pydantic_fields__)
+        return f"source {number} has an unknown field {field[0]}; it may have {known}"
+    where = "".join(f" {name}" for name in field)
+    return f"source {number}{where}: {mistake['msg'].removeprefix('Value error, ')}"
 
 
 def open_source(
-    source: SourceConfig, split: str, columns: Mapping[str, str], config: "DataConfig", streaming: bool
+    source: SourceConfig, split: str, columns: Mapping[str, str], config: DataConfig, streaming: bool
 ) -> list[Rows]:
     """
     The rows of a source, a [`Rows`] for each of its files (in memory, tables together).
@@ -159,9 +209,7 @@ def expand_braces(pattern: str) -> Iterator[str]:
         yield from expand_braces(pattern[: match.start()] + option + pattern[match.end() :])
 
 
-def _open_hub(
-    source: str, split: str, columns: Mapping[str, str], config: "DataConfig", streaming: bool
-) -> list[Rows]:
+def _open_hub(source: str, split: str, columns: Mapping[str, str], config: DataConfig, streaming: bool) -> list[Rows]:
     if not streaming:
         table = load_dataset(source, split=split)
         return [_open_table(source, table, columns, config, [(source, len(table))], None)]
@@ -174,7 +222,7 @@ def _open_hub(
 
 
 def _open_parquet(
-    source: str, files: list[tuple[Any, str]], columns: Mapping[str, str], config: "DataConfig"
+    source: str, files: list[tuple[Any, str]], columns: Mapping[str, str], config: DataConfig
 ) -> list[Rows]:
     """Parquet files, each with its `fsspec` file system or None for the local disk, of which row groups are read."""
     cache = GroupCache()
@@ -193,7 +241,7 @@ def _open_parquet(
 
 
 def _open_table(
-    source: str, table: Dataset, columns: Mapping[str, str], config: "DataConfig", files: list, folder: Path | None
+    source: str, table: Dataset, columns: Mapping[str, str], config: DataConfig, files: list, folder: Path | None
 ) -> TableRows:
     check_columns(source, columns, table.column_names)
     for kind, name in columns.items():

@@ -1,5 +1,5 @@
 """
-In which order rows are visited: a pure function of the seed, the step and the number of rows.
+The order in which rows are visited: a pure function of the seed, the step and the number of rows.
 
 Neither rank, world size, number of workers nor the point where a run was resumed has a say in it, so a checkpoint needs
 to know nothing about data but the step.
@@ -44,12 +44,12 @@ class EpochOrder:
 
     def at(self, epoch: int, positions: np.ndarray) -> np.ndarray:
         """Row numbers at `positions` of an epoch, both (n,)."""
-        found = np.empty_like(positions)
+        rows = np.empty_like(positions)
         windows = positions // self.buffer
         for window in np.unique(windows):
-            here = windows == window
-            found[here] = self._window(epoch, int(window))[positions[here] - window * self.buffer]
-        return found
+            inside = windows == window
+            rows[inside] = self._window(epoch, int(window))[positions[inside] - window * self.buffer]
+        return rows
 
     def _shuffle_chunks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The chunks in this epoch's order, and where in the epoch each ends; both (chunks,)."""
@@ -64,9 +64,9 @@ class EpochOrder:
             order, ends = self._chunk_order(epoch)
             touched = range(np.searchsorted(ends, first, "right"), np.searchsorted(ends, last, "left") + 1)
             parts = []
-            for place in touched:
-                chunk, begin = order[place], ends[place] - self.chunks[order[place]]
-                within = np.arange(max(first, begin), min(last, ends[place])) - begin
+            for number in touched:
+                chunk, begin = order[number], ends[number] - self.chunks[order[number]]
+                within = np.arange(max(first, begin), min(last, ends[number])) - begin
                 parts.append(self.starts[chunk] + within)
             rows = np.concatenate(parts)
         generator = torch.Generator().manual_seed(self._window_seed(epoch, window))
@@ -80,7 +80,7 @@ class EpochOrder:
 
 class Mixture:
     """
-    Which source's which row stands at each place of a global batch.
+    The order of visits to all sources: which row of which source stands at each place of a global batch.
 
     Sources alternate as evenly as their shares allow, so that every batch has them in proportion. With `weights`, a
     source goes through its rows again and again at its own pace; without, each epoch visits each row once at most, and
@@ -100,7 +100,7 @@ class Mixture:
         self.shares = weights / left  # of what the ones before leave; the last one's is 1
 
     def counts(self, visits: np.ndarray) -> np.ndarray:
-        """How many of the first `visits` (n,) of an epoch fall to each source, (sources, n); adds up to `visits`."""
+        """Count how many of the first `visits` (n,) of an epoch fall to each source, (sources, n); adds up to `visits`."""
         left, counts = visits, []
         for share in self.shares[:-1]:
             counts.append(np.floor(left * share + 0.5).astype(np.int64))
@@ -108,27 +108,33 @@ class Mixture:
         return np.stack([*counts, left])
 
     def batch(self, step: int, size: int) -> list[tuple[int, int]]:
-        """(epoch, row) at each of the `size` places of a step's global batch; rows count through all sources."""
+        """List (epoch, row) for each of the `size` places of a step's global batch; rows count through all sources."""
         per_epoch = self.rows // size * size
         epoch, first = divmod(step * size, per_epoch)
         counts = self.counts(first + np.arange(size + 1))  # (sources, B + 1)
         whole = self.counts(np.array([per_epoch]))[:, 0]  # (sources,) visits an epoch
         epochs, rows = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
         for number, source in enumerate(self.sources):
-            here = np.flatnonzero(np.diff(counts[number]))
+            places = np.flatnonzero(np.diff(counts[number]))
             length = source.rows if self.weighted else max(int(whole[number]), 1)
-            rounds, positions = np.divmod(epoch * int(whole[number]) + counts[number, here], length)
+            rounds, positions = np.divmod(epoch * int(whole[number]) + counts[number, places], length)
             for turn in np.unique(rounds):
                 now = rounds == turn
-                rows[here[now]] = source.at(int(turn), positions[now]) + self.offsets[number]
-            epochs[here] = rounds
+                rows[places[now]] = source.at(int(turn), positions[now]) + self.offsets[number]
+            epochs[places] = rounds
         return list(zip(epochs.tolist(), rows.tolist()))
 
 
 class VisitSampler(torch.utils.data.Sampler):
     """
-    For each step from `start` to `steps`, this process' share of the global batch as (epoch, row): rank r of W takes
-    its r-th W-th part.
+    Visits of one process: for each step from `start` to `steps`, its share of the global batch as (epoch, row).
+
+    Args:
+        order: of the visits of all processes.
+        batch_size: pairs a step, of all processes together.
+        steps: of the run.
+        start: steps done before.
+        share: rank r and number W of the processes: each takes its r-th W-th part of a batch.
     """
 
     def __init__(self, order: Mixture, batch_size: int, steps: int, start: int = 0, share: tuple[int, int] = (0, 1)):

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from modeling_lrsclip.files.atomic import replace_json
 from modeling_lrsclip.files.configuration import plain_values
-from training.run_record import git_state, versions
+from training.run_folder import git_state, versions
 
 from .captioners.captioner import AnswerStore, Captioner, CaptionerDown, Gate
 from .captioners.prompts import load_prompts

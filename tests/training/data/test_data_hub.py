@@ -16,7 +16,7 @@ from tests.training.data.test_data_streaming import ROWS, TABLE, picture, row
 ROOT = Path(__file__).parents[2]
 READ = """
 import json
-from training.data import DataConfig, load_pairs
+from training.data.pairs import DataConfig, load_pairs
 told = {}
 for streaming in (True, False):
     pairs = load_pairs(DataConfig(train="you/pairs", streaming=streaming), ["long", "short"])
