@@ -126,7 +126,7 @@ def load(config: TrainConfig, accelerator: Accelerator) -> tuple[Pairs, Pairs | 
         config.data, config.loss.kinds, batch_size=loop.batch_size, seed=config.seed, processes=processes
     )
     start = open_start(config.model)
-    processor = build_processor(start, pairs.texts())
+    processor = build_processor(start, pairs.all_texts())
     model = build_model(start, processor)
     model.config.long_weight = config.loss.long_weight
     return pairs, held_out, processor, model

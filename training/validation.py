@@ -13,7 +13,7 @@ from modeling_lrsclip.encoding import embed_images
 from modeling_lrsclip.encoding.imagery import read_image
 
 from .data.pairs import Pairs, check_row
-from .data.rows import Row, caption_list
+from .data.rows import Row, text_list
 from .data.skipped import SkippedFile, check_share, skipped_row
 from .data.sources import DataConfig
 
@@ -43,7 +43,7 @@ class Validation:
         image_embeds = embed_images(model, self.processor, images, dtype=self.dtype)  # (M, P), once for both texts
         numbers = {}
         for kind in self.pairs.kinds:
-            texts_of_images = [caption_list(getattr(row, kind)) for row in usable]
+            texts_of_images = [text_list(getattr(row, kind)) for row in usable]
             texts, owners = zip(*((text, index) for index, texts in enumerate(texts_of_images) for text in texts))
             recall = evaluate_retrieval(
                 model, self.processor, image_embeds, list(texts), list(owners), dtype=self.dtype

@@ -137,7 +137,7 @@ def work(rank: int, folder: Path, arguments: list[str], clip: Path) -> None:
     stores = (folder / "stores" / str(number) for number in itertools.count())  # one a process group, of all processes
     config = parse_config([*arguments, "--output_dir", str(folder)])
     rows = load_pairs(config.data, ["long", "short"])
-    processor = build_processor(open_start(config.model), rows.texts())
+    processor = build_processor(open_start(config.model), rows.all_texts())
     for world in WORLDS:
         if rank >= world:
             return

@@ -19,7 +19,7 @@ from modeling_lrsclip.encoding.pixels import PixelBatcher
 
 from ..distributed import USER_ERRORS
 from ..signals import leave_signals_to_the_parent
-from .rows import CHUNK_ROWS, Row, Rows, Stored, caption_list, even_chunks, filled
+from .rows import CHUNK_ROWS, Row, Rows, Stored, even_chunks, filled, text_list
 from .skipped import skipped_row
 from .sources import DataConfig, SourceConfig, find_files, open_source
 from .visiting_order import EpochOrder, Mixture, VisitSampler
@@ -92,9 +92,9 @@ class Pairs:
         first = int(self.source_ends[source - 1]) if source else 0
         return first if number + 1 == self.source_ends[source] else number + 1
 
-    def texts(self) -> Iterator[str]:
+    def all_texts(self) -> Iterator[str]:
         """All usable texts, long and short, without the images."""
-        return (text for kind in self.kinds for stored in self.captions(kind) for text in caption_list(stored))
+        return (text for kind in self.kinds for stored in self.texts(kind) for text in text_list(stored))
 
     def token_lengths(self, processor: LRSCLIPProcessor, config: DataConfig) -> dict[str, dict[str, float]]:
         """
@@ -114,7 +114,7 @@ class Pairs:
         positions, measured = processor.tokenizer.model_max_length, {}
         each = max(1, MEASURED_TEXTS // len(self.sources))
         for kind in self.kinds:
-            texts = [caption_list(stored)[0] for stored in self.captions(kind, each)]
+            texts = [text_list(stored)[0] for stored in self.texts(kind, each)]
             if not texts:
                 raise ValueError(f"The first {each} rows have no {kind} caption at all; look at the data.")
             lengths = processor.count_tokens(texts)
@@ -127,11 +127,11 @@ class Pairs:
             }
         return measured
 
-    def captions(self, kind: str, first: int | None = None) -> Iterator[Stored]:
-        """The usable captions of a kind ("long", "short") as stored, without the images; of each source's `first` rows."""
+    def texts(self, kind: str, first: int | None = None) -> Iterator[Stored]:
+        """The usable texts of a kind, "long" or "short", as stored, without the images; of each source's `first` rows."""
         for parts in self.sources:
-            stored = islice(chain.from_iterable(part.captions(kind) for part in parts), first)
-            yield from (captions for captions in stored if filled(captions))
+            stored = islice(chain.from_iterable(part.texts(kind) for part in parts), first)
+            yield from (texts for texts in stored if filled(texts))
 
     def order(self, seed: int) -> Mixture:
         """The order of visits that a run of this seed makes."""
@@ -287,13 +287,13 @@ class CaptionedImages(Dataset):
         check_row(row, self.pairs.kinds)
         rng, item = random.Random(f"{self.seed}/{epoch}/{number}"), {"id": row.id}
         if "long" in self.pairs.kinds:
-            item["long_text"] = rng.choice(caption_list(row.long))
+            item["long_text"] = rng.choice(text_list(row.long))
             if self.short_from_long:
                 item["short_text"] = split_sentences(item["long_text"])[0]
             if self.config.shuffle_sentences:
                 item["long_text"] = shuffle_sentences(item["long_text"], rng)
         if "short" in self.pairs.kinds and not self.short_from_long:
-            item["short_text"] = rng.choice(caption_list(row.short))
+            item["short_text"] = rng.choice(text_list(row.short))
         image = read_image(row.image, self.shortest_edge)
         view = random.Random(f"{self.seed}/{epoch}/{number}/view")  # texts are drawn alike with and without
         return item | {"image": augment(image, self.config.augment, view)}

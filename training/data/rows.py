@@ -2,7 +2,7 @@
 Rows of captioned images in files, read by number.
 
 Every kind of file is one class with the same four members: `chunks`, the rows that are cheap to read together;
-`read(numbers)`, a [`Row`] for each number; `captions(kind)`, the stored captions without the images; `columns`.
+`read(numbers)`, a [`Row`] for each number; `texts(kind)`, the stored texts without the images; `columns`.
 """
 
 import csv
@@ -23,17 +23,17 @@ from .line_index import line_index
 
 
 CHUNK_ROWS = 1000  # of files whose rows can be read one by one
-Stored = str | list[str] | None  # a row's captions: one, several, or none
+Stored = str | list[str] | None  # a row's texts of a kind: one, several, or none
 
 
-def caption_list(stored: Stored) -> list[str]:
-    """A row's captions: a string is one, a list several."""
+def text_list(stored: Stored) -> list[str]:
+    """Return a row's texts of a kind: a string is one, a list several."""
     return stored if isinstance(stored, list) else [stored]
 
 
 def filled(stored: Any) -> bool:
-    """Whether a row's captions are there and none is blank."""
-    texts = caption_list(stored)
+    """Whether a row's texts are there and none is blank."""
+    texts = text_list(stored)
     return bool(texts) and all(isinstance(text, str) and text.strip() for text in texts)
 
 
@@ -57,7 +57,7 @@ class Rows(Protocol):
 
     def read(self, numbers: list[int]) -> list[Row]: ...
 
-    def captions(self, kind: str) -> Iterator[Stored]: ...
+    def texts(self, kind: str) -> Iterator[Stored]: ...
 
 
 def even_chunks(rows: int, most: int = CHUNK_ROWS) -> np.ndarray:
@@ -103,7 +103,7 @@ class TableRows:
             row["image"] = locate_image(row["image"], self.folder)
         return [Row(self._id(number), **row) for number, row in zip(numbers, rows)]
 
-    def captions(self, kind: str) -> Iterator[Stored]:
+    def texts(self, kind: str) -> Iterator[Stored]:
         yield from self.table[self.columns[kind]]
 
     def _id(self, number: int) -> str:
@@ -192,7 +192,7 @@ class ParquetRows:
             (self.path, group), lambda: self.file.read_row_group(group, columns=names, use_threads=False)
         )
 
-    def captions(self, kind: str) -> Iterator[Stored]:
+    def texts(self, kind: str) -> Iterator[Stored]:
         for group in range(len(self.chunks)):
             name = self.columns[kind]
             yield from self.file.read_row_group(group, columns=[name]).column(name).to_pylist()
@@ -253,6 +253,6 @@ class LineRows:
             rows.append(Row(identifier, **found))
         return rows
 
-    def captions(self, kind: str) -> Iterator[Stored]:
+    def texts(self, kind: str) -> Iterator[Stored]:
         for number in range(len(self.spans)):
             yield getattr(self.read([number])[0], kind)

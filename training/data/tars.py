@@ -181,6 +181,6 @@ class TarRows:
         name = tarfile.nts(self._file.read(100), "utf-8", "replace")
         return name.rpartition("/")[2].partition(".")[0]
 
-    def captions(self, kind: str) -> Iterator[Stored]:
+    def texts(self, kind: str) -> Iterator[Stored]:
         for number in range(len(self.index)):
             yield getattr(self._row(number, {kind: self.columns[kind]}), kind)

@@ -58,7 +58,7 @@ def test_every_source_gives_the_same_pairs(sources, captioned_folder):
     expected = rows_of(captioned_folder)
     for source in sources:
         pairs = pairs_of(source)
-        assert list(pairs.captions("short")) == [row["short_text"] for row in expected], source
+        assert list(pairs.texts("short")) == [row["short_text"] for row in expected], source
         image = read_image(pairs.read([3])[0].image)
         assert image.tobytes() == Image.open(captioned_folder / "3.png").tobytes(), source
 

@@ -205,8 +205,8 @@ def test_captions_without_images(forms):
     for form in ("jsonl", "parquet", "tar"):
         for streaming in (False, True):
             pairs = load_pairs(told(form, forms, streaming=streaming), ["long"])
-            assert list(islice(pairs.captions("long"), 3)) == [row(number)["long_text"] for number in range(3)]
-            assert len(list(pairs.captions("long", 4))) == 4 and pairs.kinds == ("long",)
+            assert list(islice(pairs.texts("long"), 3)) == [row(number)["long_text"] for number in range(3)]
+            assert len(list(pairs.texts("long", 4))) == 4 and pairs.kinds == ("long",)
 
 
 def test_files_behind_an_address(forms):
