@@ -13,7 +13,7 @@ from tests.hub_server import HubServer
 from tests.training.data.test_data_streaming import ROWS, TABLE, picture, row
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 READ = """
 import json
 from training.data.pairs import DataConfig, load_pairs
