@@ -21,7 +21,7 @@ from modeling_lrsclip.files.configuration import plain_values
 
 from .checkpoint import NotFiniteError, NotSavedError, TrainState
 from .config import parse_config
-from .data.pairs import CaptionedImages, Pairs, count_workers, image_size, open_data
+from .data.pairs import CaptionedImages, Pairs, count_workers, open_data, resized_side
 from .distributed import USER_ERRORS, MistakeError, first_process_first, start_processes
 from .loop import TrainConfig, Trainer
 from .model import build_model, build_processor, open_start
@@ -79,7 +79,7 @@ def train(config: TrainConfig, folder: Path) -> Path:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
     logging.disable_progress_bar()
     pairs, held_out, processor, model = first_process_first(accelerator, lambda: load(config, accelerator))
-    short_from_long, size = config.loss.short_text == "first_sentence", image_size(processor)
+    short_from_long, size = config.loss.short_text == "first_sentence", resized_side(processor)
     images = CaptionedImages(pairs, config.data, config.seed, short_from_long, size)
     validation = record = None
     if held_out is not None:

@@ -133,7 +133,7 @@ def test_mistakes_are_told_before_anything_is_trained(small_models):
         choose_studies("pmc", Ladders())
     with pytest.raises(ValueError, match="optim.learning_rat is not a field; did you mean optim.learning_rate"):
         plan(SmallModels(None, {"optim.learning_rat": 1e-3}, SCENES, GENERAL), "pcm")
-    with pytest.raises(ValueError, match="write --set section.field=value"):
+    with pytest.raises(ValueError, match="--set loss has no value; write section.field=value"):
         parse_setting("loss")
     assert parse_setting("optim.learning_rate=1e-4") == ("optim.learning_rate", 1e-4)
     assert parse_seeds(parse_arguments(["--study", "pcm", "--full"], "")) == (0, 1, 2)

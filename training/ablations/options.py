@@ -83,6 +83,9 @@ def parse_setting(setting: str) -> tuple[str, Any]:
     Raises:
         `ValueError`: for a word without name or value.
     """
-    name, value = split_setting(setting)
+    try:
+        name, value = split_setting(setting)
+    except ValueError as error:
+        raise ValueError(f"--set {error}") from None
     number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
     return name, float(value) if number else value

@@ -299,7 +299,7 @@ class CaptionedImages(Dataset):
         return item | {"image": augment(image, self.config.augment, view)}
 
 
-def image_size(processor: LRSCLIPProcessor) -> int:
+def resized_side(processor: LRSCLIPProcessor) -> int:
     """Return the pixels of the short side that the image processor resizes to."""
     size = dict(processor.image_processor.size)
     return size.get("shortest_edge") or max(size["height"], size["width"])
