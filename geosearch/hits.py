@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import warnings
 from pathlib import Path
@@ -142,28 +141,13 @@ def hit_table(hits: Hits) -> Table:
 
 
 def summary(hits: Hits) -> list[str]:
-    """What stands below the table: how the text was read, and whether the best hit stands out."""
+    """What stands below the table: how the text was read, and what the similarities are measured against."""
     lines = [hits.text.sentence()] if hits.text else []
     lines.append(
-        f"{hits.searched:,} windows compared; the whole index has mean {hits.mean:.4f}, standard deviation "
-        f"{hits.deviation:.4f}."
+        f"{hits.searched:,} windows compared. Of the whole index the mean is {hits.mean:.4f}, the standard deviation (σ) "
+        f"{hits.deviation:.4f}: hits that lie few σ above the mean may be no more than the least unlike."
     )
-    if len(hits) and not stands_out(hits):
-        lines.append(
-            f"The best lies {hits.z_score[0]:.1f} σ above the mean, no more than chance gives among so many windows "
-            f"({chance_level(hits.searched):.1f} σ): perhaps nothing here fits."
-        )
     return lines
-
-
-def chance_level(windows: int) -> float:
-    """Standard deviations above the mean where the highest of so many normal, independent values is to be expected."""
-    return math.sqrt(2 * math.log(max(windows, 2)))
-
-
-def stands_out(hits: Hits) -> bool:
-    """Whether the best hit lies further above the mean than chance puts it."""
-    return bool(hits.z_score[0] > chance_level(hits.searched))
 
 
 def print_hits(hits: Hits, console: Console | None = None) -> None:

@@ -1,0 +1,108 @@
+"""The commands that ask an index: `geosearch search`, `locate` and `serve`. Nothing heavy is imported before one runs."""
+
+import argparse
+import datetime
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from modeling_lrsclip.encoding.encoder import Encoder
+
+    from .index_store import Index
+
+
+def add_search(commands: argparse._SubParsersAction) -> None:
+    """`geosearch search`."""
+    parser = commands.add_parser(
+        "search",
+        help="places that look like a text or an image",
+        description="Compares every window of an index with a text, an image or both, and prints the places that are "
+        "nearest, best first.",
+    )
+    parser.add_argument("index", metavar="INDEX", help="folder that geosearch index made")
+    parser.add_argument("text", metavar="TEXT", nargs="?", help="what is to be seen, in up to 248 tokens")
+    parser.add_argument("--image", metavar="FILE", help="what it is to look like, alone or with TEXT")
+    parser.add_argument("--not", metavar="TEXT", dest="exclude", help="what is not to be seen")
+    parser.add_argument("--bbox", metavar="W,S,E,N", type=_numbers(4), help="degrees; W greater than E crosses 180")
+    parser.add_argument("--near", metavar="LON,LAT,KM", type=_numbers(3), help="kilometres around a point")
+    parser.add_argument("--after", metavar="DATE", type=_date, help="acquired on this day (2024-05-31, UTC) or later")
+    parser.add_argument("--before", metavar="DATE", type=_date, help="acquired before this day (UTC)")
+    parser.add_argument("--top", type=int, default=10, help="places to find (10)")
+    parser.add_argument("--output", metavar="FILE", help="write them to a .geojson, .gpkg or .parquet file")
+    parser.add_argument("--html", metavar="FILE", help="write a page with thumbnails and a map, for any browser")
+    _add_model(parser)
+    parser.set_defaults(run=run_search)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="where the index's model is now (where it was then)")
+    parser.add_argument("--device", default="cpu", help="where it runs, for example cuda (cpu)")
+
+
+def _numbers(count: int) -> Callable[[str], tuple[float, ...]]:
+    def numbers(text: str) -> tuple[float, ...]:
+        try:
+            values = tuple(float(part) for part in text.split(","))
+        except ValueError:
+            values = ()
+        if len(values) != count:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {count} numbers with commas between")
+        return values
+
+    return numbers
+
+
+def _date(text: str) -> datetime.datetime:
+    try:
+        return datetime.datetime.fromisoformat(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no date; write 2024-05-31") from error
+
+
+def load_index_encoder(index: "Index", model: str | None = None, device: str = "cpu") -> "Encoder":
+    """
+    The model that an index was made with.
+
+    Args:
+        index: names the model and its weights.
+        model: folder, Hub id, file or name where the model is now; None: where it was when the index was made.
+        device: where it runs.
+
+    Raises:
+        [`~geosearch.index_store.IndexProblem`]: for other weights.
+    """
+    from transformers.utils import logging
+
+    from modeling_lrsclip.encoding.encoder import load_encoder
+    from modeling_lrsclip.published.registry import resolve
+
+    logging.disable_progress_bar()
+    encoder = load_encoder(resolve(model or index.metadata["model"]["id"]), device)
+    index.check_model(encoder.weights_sha256)
+    return encoder
+
+
+def run_search(options: argparse.Namespace) -> None:
+    """Finds, prints and writes; what can be wrong with the arguments is said before the model is loaded."""
+    from .hits import feature_table, output_driver, print_hits, write_features
+    from .index_store import open_index
+    from .page import write_page
+    from .pictures import ScenePictures
+    from .search import Area, search
+
+    area = Area(options.bbox, options.near, options.after, options.before)
+    if options.output:
+        output_driver(options.output)
+    index = open_index(options.index)
+    area.rows(index)
+    image = ScenePictures(index).example(options.image) if options.image else None
+    encoder = load_index_encoder(index, options.model, options.device)
+    question = {"image": image, "exclude": options.exclude}
+    hits = search(index, options.text, encoder=encoder, **question, area=area, top=options.top)
+    print_hits(hits)
+    if options.output:
+        print(f"-> {write_features(feature_table(hits), options.output, hits.coordinates)}")
+    if options.html:
+        title = options.text or f"Like {options.image}"
+        print(f"-> {write_page(ScenePictures(index), hits, options.html, title)}")
