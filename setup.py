@@ -73,6 +73,7 @@ setup(
             "pytest-xdist",
             "regex",
             "ruff",
+            "selenium>=4.30",
             "sentence-transformers>=6",
             "setuptools>=77",
         ],

@@ -1,8 +1,6 @@
 """Places found, as a table on the terminal and as a file that a GIS opens."""
 
-import contextlib
 import json
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,8 @@ import pyogrio
 import shapely
 from rich.console import Console
 from rich.table import Table
+
+from modeling_lrsclip.files.atomic import replacing
 
 from .index_store import geo_metadata
 from .search import Hits, SearchProblem
@@ -71,18 +71,18 @@ def write_features(table: pa.Table, path: str | Path, coordinates: str = "wgs84"
         [`~geosearch.search.SearchProblem`]: for another suffix, or a place that takes no file.
     """
     path, driver = Path(path), output_driver(path)
-    unfinished = path.with_name(f".{os.getpid()}.{path.name}")
+    options: dict[str, Any] = {"COORDINATE_PRECISION": "9"} if driver == "GeoJSON" else {}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if driver == "GeoParquet":
-            _write_parquet(table, unfinished, coordinates)
-        else:
-            options: dict[str, Any] = {"COORDINATE_PRECISION": "9"} if driver == "GeoJSON" else {}
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".*'crs' was not provided")  # pixels have none
+        with replacing(path) as growing, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*'crs' was not provided")  # pixels have none
+            warnings.filterwarnings("ignore", ".*extension should be")  # the file gets its name when it is whole
+            if driver == "GeoParquet":
+                _write_parquet(table, growing, coordinates)
+            else:
                 pyogrio.write_arrow(
                     table,
-                    unfinished,
+                    growing,
                     driver=driver,
                     geometry_name="geometry",
                     geometry_type="Unknown",  # a window across the 180th meridian has two parts
@@ -90,12 +90,8 @@ def write_features(table: pa.Table, path: str | Path, coordinates: str = "wgs84"
                     layer=path.stem,
                     **options,
                 )
-        os.replace(unfinished, path)
     except OSError as error:
         raise SearchProblem(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
     return path
 
 
@@ -119,13 +115,12 @@ def place_name(lon: float, lat: float, coordinates: str = "wgs84") -> str:
 
 
 def hit_table(hits: Hits) -> Table:
-    """Hits as a table of `rich`: rank, similarity, standard deviations above the mean, place, scene, box and time."""
+    """Hits as a table of `rich`: rank, similarity, standard deviations above the mean of the index, place, scene, time."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("rank", "similarity", "above mean"):
-        table.add_column(name, justify="right")
+    for name in ("rank", "similarity", "above"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("place", no_wrap=True)
     table.add_column("scene", overflow="fold")
-    table.add_column("left, top, width, height", no_wrap=True)
     table.add_column("time", no_wrap=True)
     for rank, row in enumerate(hits.rows.to_pylist()):
         table.add_row(
@@ -134,7 +129,6 @@ def hit_table(hits: Hits) -> Table:
             f"{hits.z_score[rank]:.1f} σ",
             place_name(row["centre_lon"], row["centre_lat"], hits.coordinates),
             Path(row["scene"]).name,
-            ", ".join(map(str, row["pixel_box"])),
             f"{row['timestamp']:%Y-%m-%d %H:%M}" if row["timestamp"] else "",
         )
     return table

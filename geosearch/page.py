@@ -66,13 +66,14 @@ class MapFrame:
         turn = 360 * round(float(away[:, 0].mean()) / 360)
         return np.stack([(away[:, 0] - turn) * self.shrink, -away[:, 1]], axis=-1) * UNITS
 
-    def view(self) -> tuple[float, float, float, float]:
-        """Left, top, width and height that show all scenes."""
-        points = np.concatenate(list(self.rings.values()))
+    def view(self, scenes: Sequence[str]) -> tuple[float, float, float, float]:
+        """Left, top, width and height that show scenes."""
+        points = np.concatenate([self.rings[scene] for scene in scenes])
         low, high = points.min(axis=0), points.max(axis=0)
         margin = MARGIN * max(high - low)
         low, high = low - margin, high + margin
-        return (*low, *(high - low))
+        left, top, width, height = (float(value) for value in (*low, *(high - low)))
+        return left, top, width, height
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,13 @@ class HeatLayer:
     picture: Image.Image  # RGBA, from the scene's upper left pixel to its lower right one
 
 
-def map_svg(pictures: ScenePictures, hits: Hits | None, scenes: Sequence[str], heat: HeatLayer | None = None) -> str:
+def map_svg(
+    pictures: ScenePictures,
+    hits: Hits | None,
+    scenes: Sequence[str],
+    heat: HeatLayer | None = None,
+    focus: str | None = None,
+) -> str:
     """
     Map of scenes with their overviews, the footprints of hits, and a heat map over one of them.
 
@@ -92,17 +99,19 @@ def map_svg(pictures: ScenePictures, hits: Hits | None, scenes: Sequence[str], h
         hits: places found; None: none.
         scenes: paths of those that are shown; the first `MOST_OVERVIEWS` with their overview.
         heat: lies above the overviews, in a group of class `heat`.
+        focus: scene that is looked at first; a double click then shows all. None: all of them.
 
     Returns:
         An `svg` element of class `map`. A hit is a polygon with `data-rank`.
     """
     frame = MapFrame(pictures, scenes)
-    view = frame.view()
+    whole = frame.view(scenes)
+    view = frame.view([focus]) if focus is not None else whole
     parts = [
-        f'<svg class="map" xmlns="http://www.w3.org/2000/svg" viewBox="{_numbers(view)}" data-home="{_numbers(view)}">'
+        f'<svg class="map" xmlns="http://www.w3.org/2000/svg" viewBox="{_numbers(view)}" data-home="{_numbers(whole)}">'
     ]
     if not frame.pixels:
-        parts.append(_graticule(frame, view))
+        parts += [_graticule(frame, area) for area in dict.fromkeys((whole, view))]
     for number, scene in enumerate(scenes):
         overview = pictures.picture(scene, None, OVERVIEW) if number < MOST_OVERVIEWS else None
         if overview is not None:
@@ -259,7 +268,7 @@ _PAGE = """<!DOCTYPE html>
 <style>
 body {{ font: 15px/1.45 system-ui, sans-serif; margin: 0; color: #1d2730; display: flex; flex-direction: column; height: 100vh }}
 header {{ padding: 12px 20px; border-bottom: 1px solid #d7dde3 }}
-h1 {{ font-size: 18px; font-weight: 600; margin: 0 0 4px }}
+h1 {{ font-size: 16px; font-weight: 600; margin: 0 0 4px }}
 header p {{ margin: 2px 0; color: #54616e; font-size: 13px }}
 main {{ flex: 1; display: grid; grid-template-columns: minmax(320px, 2fr) 3fr; min-height: 0 }}
 ol {{ list-style: none; margin: 0; padding: 12px 20px; overflow-y: auto }}
@@ -324,7 +333,7 @@ def hits_page(pictures: ScenePictures, hits: Hits, title: str) -> str:
         title=html.escape(title),
         lines="".join(f"<p>{html.escape(line)}</p>" for line in summary(hits)),
         cards="".join(cards),
-        map=map_svg(pictures, hits, scenes),
+        map=map_svg(pictures, hits, scenes, focus=scenes[0]),
         style=MAP_STYLE,
         script=MAP_SCRIPT,
     )

@@ -56,7 +56,9 @@ class ScenePictures:
 
     def _rendering(self, scene: str) -> Rendering:
         stored = self.facts(scene)["rendering"]
-        return Rendering(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
+        return Rendering(
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+        )
 
     def picture(
         self, scene: str, pixel_box: tuple[int, int, int, int] | None = None, longest: int = 256

@@ -42,7 +42,13 @@ LOOKED_UP = ("uint8", "int8", "uint16", "int16")  # values few enough for a tabl
 
 
 class RasterError(ImageError):
-    """A raster, or a piece of one, that cannot be used, and why."""
+    """A raster, or a piece of one, that cannot be used, and why: one sentence that names it."""
+
+    def __init__(self, sentence: str):
+        super().__init__("", sentence)
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 @dataclass(frozen=True)
