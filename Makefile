@@ -20,7 +20,7 @@ help:
 	@echo "make demo      stretch a small CLIP, fine-tune it on long and short captions, evaluate and reload it"
 	@echo "make test      the test suite"
 	@echo "make lint      ruff"
-	@echo "make soak      kill training runs 20 times, resume them, and compare to the bit with runs left alone"
+	@echo "make soak      kill training and indexing 20 times each, resume them, and compare to the bit with runs left alone"
 	@echo "make bench     speed against other implementations"
 	@echo "make hf-suite  transformers' own model tests on ours, beside stock CLIP"
 
@@ -43,6 +43,7 @@ hf-suite: $(READY)
 
 soak: $(READY)
 	$(BIN)/python -m tests.soak --kills 20
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.geosearch.kills --kills 20
 
 bench: $(READY)
 	$(BIN)/python -m tests.speed.encoding

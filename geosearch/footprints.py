@@ -39,7 +39,8 @@ def pixel_corners(pixel_boxes: np.ndarray, transform: Affine) -> np.ndarray:
 
 def to_lon_lat(crs: Any) -> Project:
     """
-    Function that turns x, y of a coordinate reference system into longitude, latitude (degrees, WGS84).
+    Function that turns x, y of a coordinate reference system into longitude, latitude (degrees, WGS84),
+    infinite where there is none.
 
     Raises:
         `ValueError`: for a system that has no way to WGS84.
@@ -48,7 +49,13 @@ def to_lon_lat(crs: Any) -> Project:
         transformer = pyproj.Transformer.from_crs(pyproj.CRS.from_user_input(crs), WGS84, always_xy=True)
     except pyproj.exceptions.ProjError as error:
         raise ValueError(f"its coordinate reference system cannot be turned into WGS84 ({error})") from error
-    return lambda x, y: transformer.transform(x, y)
+
+    def project(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        lon, lat = transformer.transform(x, y)
+        beyond = np.abs(lat) > 90 + 1e-6  # degrees are passed on as they are
+        return lon, np.where(beyond, np.inf, np.clip(lat, -90, 90))
+
+    return project
 
 
 def footprints(pixel_boxes: np.ndarray, transform: Affine, crs: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from modeling_lrsclip.encoding.encoder import Encoder, embed_batches, load_encoder
 from modeling_lrsclip.encoding.towers import image_batch_size
-from modeling_lrsclip.files.atomic import replace_text, replacing
+from modeling_lrsclip.files.atomic import PARTIAL, replace_text, replacing
 from modeling_lrsclip.published.registry import resolve
 
 from .block_reader import Block, BlockReader
@@ -51,7 +51,6 @@ from .windows import WindowSize
 
 BLOCKS, SHARDS, SKIPPED, LOCK = "blocks", "shards", "skipped.jsonl", ".lock"
 LOG_SECONDS = 30.0  # between lines of progress where there is no terminal
-WRITES_WAITING = 4  # blocks that may wait for the disk
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -187,6 +186,8 @@ def locked(folder: Path) -> Iterator[None]:
             f"{folder} is being written by another process: wait for it, or use another --output."
         ) from error
     try:
+        for path in (*folder.glob(f".*.{PARTIAL}"), *folder.glob(".*.next")):  # of a process that was killed
+            path.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
@@ -302,7 +303,7 @@ class _BlockWriter:
             self._unreadable.setdefault(block.scene.facts.path, block.reason)
             told = [{"scene": scene, "reason": reason} for scene, reason in self._unreadable.items()]
             check_skipped([*self.plan.skipped, *told], self.max_skipped, None)
-        while len(self._waiting) >= WRITES_WAITING:
+        while self._waiting:  # a kill loses the block in hand and at most the one before it
             self._waiting.pop(0).result()
         self._waiting.append(self._submit(block))
         return True

@@ -3,27 +3,18 @@
 import shutil
 
 import pytest
-import torch
-from transformers import CLIPTokenizer
 
 from evaluation.benchmarks.scene_archive import write_archive
 from geosearch.index import IndexJob, build_index
 from geosearch.index_store import open_index
 from geosearch.windows import WindowSize
-from modeling_lrsclip import LRSCLIPConfig, LRSCLIPImageProcessor, LRSCLIPModel, LRSCLIPProcessor
-from tests.conftest import tower_configs
+from tests.geosearch.small_scenes import tiny_checkpoint
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory, _tokenizer_folder) -> str:
+def checkpoint(tmp_path_factory) -> str:
     """A tiny model's folder."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = CLIPTokenizer.from_pretrained(_tokenizer_folder)
-    torch.manual_seed(0)
-    LRSCLIPModel(LRSCLIPConfig(**tower_configs(tokenizer))).eval().save_pretrained(folder)
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    LRSCLIPProcessor(LRSCLIPImageProcessor(**size), tokenizer).save_pretrained(folder)
-    return str(folder)
+    return str(tiny_checkpoint(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture
