@@ -4,6 +4,7 @@ Any published CLIP checkpoint as a folder for `from_pretrained`, stretched to lo
 
     python -m modeling_lrsclip.convert LRSCLIP_ViT-B-16.pt lrsclip-b16 --tokenizer bpe_simple_vocab_16e6.txt.gz
     python -m modeling_lrsclip.convert openai/clip-vit-base-patch16 lrsclip-start --stretch
+    python -m modeling_lrsclip.convert lrsclip-b16 lrsclip-b16-clip --plain-clip
 """
 
 import argparse
@@ -14,12 +15,14 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
@@ -34,6 +37,9 @@ from .position_stretching import stretch_position_embedding
 from .processing_lrsclip import LRSCLIPProcessor
 from .published import registry
 from .published.checkpoints import ACTIVATIONS, PRESETS, read_pretrained, read_published_checkpoint
+from .published.open_clip import write_open_clip
+from .published.plain_clip import write_plain_clip
+from .published.state_dict_keys import rename_published
 from .published.tokenizer import tokenizer_from_bpe
 
 
@@ -47,7 +53,7 @@ _PROBE = "It\u2019s 2 white tanks &amp; a road."
 logger = logging.getLogger("modeling_lrsclip.convert")
 
 
-def convert(source: str | Path, output_dir: str | Path, **options: Any) -> dict[str, Any]:
+def convert(source: str | Path, output_dir: str | Path, layout: str = "lrsclip", **options: Any) -> dict[str, Any]:
     """
     Writes a checkpoint as a folder: weights, processor, tokenizer, the code for `trust_remote_code=True`, and a record
     of what was decided. The folder appears when it is complete and was read back equal, or not at all.
@@ -55,6 +61,8 @@ def convert(source: str | Path, output_dir: str | Path, **options: Any) -> dict[
     Args:
         source (`str` or `Path`): see [`prepare`].
         output_dir (`str` or `Path`): folder to write. An earlier conversion there is replaced, anything else is not.
+        layout (`str`): `lrsclip`; `plain-clip`, a stock CLIP that needs no remote code (see [`write_plain_clip`]); or
+            `open-clip`, for open_clip's `local-dir:` and `hf-hub:` (see [`write_open_clip`]).
         options: of [`prepare`].
 
     Returns:
@@ -64,6 +72,8 @@ def convert(source: str | Path, output_dir: str | Path, **options: Any) -> dict[
         `ValueError`: as [`prepare`], and for an `output_dir` that holds something else.
         `OSError`: as [`prepare`], and for a disk that fails.
     """
+    if layout not in _WRITERS:
+        raise ValueError(f"layout {layout!r} is unknown; there are {', '.join(_WRITERS)}.")
     output_dir = Path(output_dir).resolve()
     _check_output(output_dir, source, options.get("tokenizer"))
     prepared = prepare(source, **options)
@@ -73,14 +83,11 @@ def convert(source: str | Path, output_dir: str | Path, **options: Any) -> dict[
     shutil.rmtree(growing, ignore_errors=True)
     growing.mkdir(parents=True)
     try:
-        prepared.skeleton.save_pretrained(growing, state_dict=dict(prepared.tensors))
-        prepared.processor.save_pretrained(growing)
-        # vocab.json and merges.txt, for readers that do not know tokenizer.json.
-        prepared.processor.tokenizer.backend_tokenizer.model.save(str(growing))
-        record = _record(source, prepared)
+        _WRITERS[layout](prepared.skeleton, prepared.tensors, prepared.processor, growing)
+        record = _record(source, prepared) | {"layout": layout}
         record["files"] = sorted([path.name for path in growing.iterdir()] + [RECORD])
         (growing / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        _check_written(growing, prepared)
+        _check_written(growing, prepared, layout)
         publish_folder(growing, output_dir)
     except SafetensorError as error:
         raise OSError(f"{output_dir} cannot be written ({error}); nothing was left there.") from None
@@ -283,24 +290,51 @@ def _record(source: str | Path, prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _check_written(folder: Path, prepared: Prepared) -> None:
+def _write_lrsclip(
+    skeleton: LRSCLIPModel, tensors: dict[str, torch.Tensor], processor: LRSCLIPProcessor, folder: Path
+) -> None:
+    skeleton.save_pretrained(folder, state_dict=dict(tensors))
+    processor.save_pretrained(folder)
+    # vocab.json and merges.txt, for readers that do not know tokenizer.json.
+    processor.tokenizer.backend_tokenizer.model.save(str(folder))
+
+
+_WRITERS = {"lrsclip": _write_lrsclip, "plain-clip": write_plain_clip, "open-clip": write_open_clip}
+
+
+def _check_written(folder: Path, prepared: Prepared, layout: str) -> None:
     """Every weight read back equal to the bit, and the tokenizer by what it does."""
     left = set(prepared.tensors)
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-        for name in names:
-            with safe_open(path, "pt") as file:  # opened anew for each, so that memory holds one weight at a time
-                written = file.get_tensor(name)
+        for name, written in _read_back(path, layout):
             expected = prepared.tensors[name]
             if written.dtype != expected.dtype or not torch.equal(_bytes(written), _bytes(expected)):
                 raise OSError(f"{path.name}: {name} reads back differently from what was written; check the disk.")
-        left -= set(names)
+            left.remove(name)
     if left:
         raise OSError(f"{folder} lacks {len(left)} weights after writing; check the disk.")
-    if LRSCLIPProcessor.from_pretrained(folder).encode_text([_PROBE]) != prepared.processor.encode_text([_PROBE]):
+    if layout == "open-clip":
+        _say("checking", f"{len(prepared.tensors)} weights read back equal to the bit")
+        return
+    if layout == "lrsclip":
+        rows = LRSCLIPProcessor.from_pretrained(folder).encode_text([_PROBE])
+    else:
+        rows = AutoTokenizer.from_pretrained(folder)([_PROBE])["input_ids"]
+    if rows != prepared.processor.encode_text([_PROBE]):
         raise OSError(f"The tokenizer in {folder} reads back differently from what was written; check the disk.")
     _say("checking", f"{len(prepared.tensors)} weights read back equal to the bit, and the tokenizer")
+
+
+def _read_back(path: Path, layout: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a file under the names of `CLIPModel`; opened anew for each, so that memory holds one at a time."""
+    if layout == "open-clip":
+        yield from rename_published(load_file(path), path)[0].items()
+        return
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+    for name in names:
+        with safe_open(path, "pt") as file:
+            yield name, file.get_tensor(name)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -340,6 +374,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--heads", type=int, nargs=2, metavar=("VISION", "TEXT"), help="of a checkpoint file, instead of the preset's"
     )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
+        "--plain-clip",
+        action="store_const",
+        const="plain-clip",
+        dest="layout",
+        help="a stock CLIP, without remote code",
+    )
+    form.add_argument(
+        "--open-clip",
+        action="store_const",
+        const="open-clip",
+        dest="layout",
+        help="a folder for open_clip's local-dir:",
+    )
     parser.add_argument("--stretch", action="store_true", help="stretch the text position table, 77 -> 248")
     parser.add_argument("--kept-positions", type=int, help="with --stretch: first rows kept as they are (20)")
     parser.add_argument("--stretch-ratio", type=int, help="with --stretch: rows that stand for each later one (4)")
@@ -371,6 +420,7 @@ def main(argv: list[str] | None = None) -> None:
         record = convert(
             options.source,
             options.output_dir,
+            options.layout or "lrsclip",
             tokenizer=options.tokenizer,
             dtype=DTYPES.get(options.dtype),
             preset=options.preset,

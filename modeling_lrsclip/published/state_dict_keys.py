@@ -143,6 +143,30 @@ def rename_published(tensors: dict[str, Any], path) -> tuple[dict[str, torch.Ten
     return targets, architecture
 
 
+def restore_published(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    The way back of [`rename_published`]: a state dict with OpenAI's names, which open_clip reads, and one position table.
+
+    Args:
+        tensors (`dict`): all the weights of a `CLIPModel` under its names.
+
+    Returns:
+        `dict`: contiguous tensors; q, k and v joined, projections as `x @ proj` takes them.
+    """
+    published = {}
+    for ours, theirs in ((ours, theirs) for theirs, ours in _OUTSIDE_BLOCKS.items()):
+        published[theirs] = (tensors[ours].t() if theirs in _TRANSPOSED else tensors[ours]).contiguous()
+    for theirs, tower in _TOWERS.items():
+        for number in range(_count_layers(tensors, tower)):
+            start, block = f"{tower}.encoder.layers.{number}.", f"{theirs}.resblocks.{number}."
+            for kind in ("weight", "bias"):
+                rows = [tensors[f"{start}self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
+                published[f"{block}attn.in_proj_{kind}"] = torch.cat(rows)
+                for part, ours in _BLOCK.items():
+                    published[f"{block}{part}.{kind}"] = tensors[f"{start}{ours}.{kind}"].contiguous()
+    return published
+
+
 def _rename(name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
     """The tensors that one becomes; none for an unknown name."""
     if name.startswith(("text_model.", "vision_model.", "text_projection.", "visual_projection.")):
