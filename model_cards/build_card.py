@@ -47,6 +47,7 @@ def build_card(
     *,
     published: str | None = None,
     license_id: str = UNKNOWN,
+    plain_repo: str | None = None,
 ) -> ModelCard:
     """
     The card of a checkpoint, or of published weights that are not at hand.
@@ -59,6 +60,7 @@ def build_card(
         repo_id: `owner/name` on the Hub, for the lines of use; default the folder's name.
         published: key of `published.json`, for weights converted from the authors' files.
         license_id: of the weights, as the Hub spells it.
+        plain_repo: `owner/name` of the same weights as a stock CLIP, if they are on the Hub too.
 
     Returns:
         `ModelCard`: with validated metadata; `.save(path)` writes it.
@@ -115,6 +117,7 @@ def build_card(
         text=facts.config.text_config,
         vision=facts.config.vision_config,
         address=address,
+        plain_repo=plain_repo,
         results_section=results_section(model_results, paper_model),
         tokens_section=tokens_section(model_results),
         paper_name=paper_tables()["names"].get(paper_model),

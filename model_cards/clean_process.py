@@ -1,7 +1,7 @@
 """
 Loads a staged model folder as a stranger does, for `staging.verify`: run as a file, in a process of its own.
 
-    python clean_process.py FOLDER TEXTS.json IMAGE.png OUTPUT.pt
+    python clean_process.py FOLDER TEXTS.json IMAGE.png OUTPUT.pt remote|none
 """
 
 import json
@@ -11,15 +11,16 @@ import torch
 from PIL import Image
 
 
-def main(folder: str, texts: str, image: str, output: str) -> None:
-    """Writes token ids, pixels and unit embeddings of the texts and the image."""
+def main(folder: str, texts: str, image: str, output: str, code: str) -> None:
+    """Writes token ids, pixels and unit embeddings of the texts and the image; `code` is whether to trust the folder's."""
     sys.modules["modeling_lrsclip"] = None  # any import of the package fails from here on
     from transformers import AutoModel, AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=code == "remote")
+    model = AutoModel.from_pretrained(folder, trust_remote_code=code == "remote", dtype=torch.float32).eval()
     with open(texts, encoding="utf-8") as file:
-        inputs = processor(text=json.load(file), images=Image.open(image), return_tensors="pt")
+        options = {"padding": True, "truncation": True, "return_tensors": "pt"}
+        inputs = processor(text=json.load(file), images=Image.open(image), **options)
     with torch.inference_mode():
         embeds = model(**inputs)
     torch.save(

@@ -32,7 +32,7 @@ if not __package__:  # run as a file: siblings and modeling_lrsclip are found fr
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from model_cards.build_card import RECORD, UNKNOWN
-from model_cards.staging import OWN, OWN_NAMES, RESULTS, NotVerified, Staged, stage, verify
+from model_cards.staging import OWN, OWN_NAMES, RESULTS, NotVerified, Staged, stage, stage_plain_clip, verify
 from modeling_lrsclip.files.hashing import file_sha256, git_blob_id
 
 
@@ -280,6 +280,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--training", type=Path, help=f"{RECORD} of training.train (default: the one in --checkpoint)")
     parser.add_argument("--published", help="for weights converted from the authors' files, such as lrsclip-vit-b-16")
     parser.add_argument("--license", default=UNKNOWN, help=f"of the weights, as the Hub spells it ({UNKNOWN})")
+    parser.add_argument(
+        "--plain-clip", metavar="REPO", help="owner/name for the same weights as a stock CLIP, without remote code"
+    )
     parser.add_argument("--private", action="store_true", help="if the repository is made now")
     parser.add_argument("--create-pr", action="store_true", help="propose it as a pull request")
     parser.add_argument("--revision", metavar="TAG", help="tag for the commit; an existing one is refused")
@@ -300,30 +303,43 @@ def run(options: argparse.Namespace, api: HfApi) -> None:
         raise ValueError(f"--repo {options.repo} has no owner; give owner/name.")
     if options.revision and options.create_pr:
         raise ValueError("--revision tags a commit of the repository; a pull request is tagged once it is merged.")
+    if options.plain_clip:
+        validate_repo_id(options.plain_clip)
+        if options.plain_clip.count("/") != 1 or options.plain_clip == options.repo:
+            raise ValueError(
+                f"--plain-clip {options.plain_clip} must be owner/name of another repository than --repo."
+            )
+    repos = [options.plain_clip, options.repo] if options.plain_clip else [options.repo]  # the linked one first
     results, training = (_read(path) for path in (options.results, options.training))
-    if not options.dry_run:
-        target = check_target(api, options.repo, options.revision, options.private)  # rather now than after the work
+    if not options.dry_run:  # rather now than after the work
+        targets = [check_target(api, repo, options.revision, options.private) for repo in repos]
     with tempfile.TemporaryDirectory(prefix="push-to-hub-") as work:
         folder = Path(work, "staged")
         folder.mkdir()
         _say("staging", str(options.checkpoint))
-        chosen = {"published": options.published, "license_id": options.license}
+        chosen = {"published": options.published, "license_id": options.license, "plain_repo": options.plain_clip}
         trusted = options.trust_checkpoint_code
-        staged = stage(options.checkpoint, folder, options.repo, results, training, trusted, **chosen)
-        for name, size in staged.sizes.items():
-            print(f"  {name:44}{_megabytes(size):>12}")
-        _say("staged", f"{len(staged.sizes)} files, {_megabytes(staged.bytes)}")
-        if RESULTS not in staged.sizes:
+        prepared = [stage(options.checkpoint, folder, options.repo, results, training, trusted, **chosen)]
+        if options.plain_clip:
+            plain = folder.with_name("staged-plain-clip")
+            prepared.insert(0, stage_plain_clip(prepared[0], plain, options.plain_clip, options.repo))
+        for staged in prepared:
+            for name, size in staged.sizes.items():
+                print(f"  {name:44}{_megabytes(size):>12}")
+            _say("staged", f"{len(staged.sizes)} files, {_megabytes(staged.bytes)}")
+        if RESULTS not in prepared[-1].sizes:
             _say("note", "no --results: the card says that nothing was measured yet")
-        _say("verifying", "loading it in a process that cannot import this project")
-        worst = max(value for name, value in verify(options.checkpoint, staged).items() if "embed" in name)
-        _say("verified", f"same token ids and weights, embeddings within {worst:.0e} of the checkpoint's")
+        for staged in prepared:
+            _say("verifying", "loading it in a process that cannot import this project")
+            worst = max(value for name, value in verify(options.checkpoint, staged).items() if "embed" in name)
+            _say("verified", f"same token ids and weights, embeddings within {worst:.0e} of the checkpoint's")
         if options.dry_run:
-            print(f"\n{staged.card}\n")
+            for staged in prepared:
+                print(f"\n{staged.card}\n")
             _say("dry run", "nothing was contacted")
             return
-        url = push(api, staged, target, options.message, options.create_pr)
-        _say("done", url)
+        for staged, target in zip(prepared, targets, strict=True):
+            _say("done", push(api, staged, target, options.message, options.create_pr))
 
 
 def _read(path: Path | None) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 from transformers import CLIPModel
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -37,6 +37,7 @@ EVALUATE, CLEAN_PROCESS = (Path(__file__).with_name(name) for name in ("evaluate
 PACKAGE = Path(modeling_lrsclip.__file__).parent
 SETTINGS = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+PLAIN_CLIP_TEMPLATE = Path(__file__).with_name("plain_clip_card_template.md")
 CONVERSION = "conversion.json"  # what modeling_lrsclip.convert decided
 TOLERANCE = 1e-5  # of unit embeddings: another process may place its tensors otherwise, which costs the last bits
 PROBE = ["A grey runway; four white aeroplanes wait at its end, \u201cready\u201d &amp; fuelled. " * 4, "a lake"]
@@ -82,7 +83,7 @@ def stage(
         training: content of run.json; default that in `checkpoint`, if it is there.
         trust_checkpoint_code: [`verify`] runs the code beside the weights; other code than this package's is staged
             with this only.
-        card_options: `published`, `license_id` of [`build_card`].
+        card_options: `published`, `license_id`, `plain_repo` of [`build_card`].
 
     Raises:
         `ValueError`: as [`build_card`]; for a folder without processor or tokenizer, for code beside the weights that
@@ -120,9 +121,42 @@ def stage(
                 "the project,\ncompares the files with `SHA256SUMS`, measures retrieval again on the same data and "
                 "compares with `results.json`.\n"
             )
+    return _finish(folder, card)
+
+
+def stage_plain_clip(staged: Staged, folder: Path, repo_id: str, sibling: str) -> Staged:
+    """
+    Fills `folder`, which must be empty, with the same weights as a stock CLIP, and a card that points to its sibling.
+
+    Args:
+        staged: the LRSCLIP, of [`stage`].
+        folder: for the stock CLIP.
+        repo_id: of the stock CLIP.
+        sibling: repository of the LRSCLIP.
+
+    Returns:
+        [`Staged`]: its card has the sibling's licence and tags, and no results: those are the sibling's.
+    """
+    convert(staged.folder, folder, "plain-clip")
+    known = staged.card.data
+    data = ModelCardData(
+        language="en",
+        license=known.license,
+        library_name="transformers",
+        pipeline_tag="zero-shot-image-classification",
+        tags=[*(tag for tag in known.tags if tag != LRSCLIPConfig.model_type), "sentence-transformers"],
+        base_model=sibling,
+    )
+    positions = json.loads((folder / "config.json").read_text())["text_config"]["max_position_embeddings"]
+    shown = {"title": repo_id.split("/")[-1], "address": repo_id, "sibling": sibling, "positions": positions}
+    return _finish(folder, ModelCard.from_template(data, template_path=str(PLAIN_CLIP_TEMPLATE), **shown))
+
+
+def _finish(folder: Path, card: ModelCard) -> Staged:
+    """Sums over what is there, and the card, which is not among them: its words may be changed on the Hub."""
     sums = [f"{file_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
     (folder / SUMS).write_text("".join(sums), encoding="utf-8")
-    card.save(folder / CARD)  # not among the sums: its words may be changed on the Hub
+    card.save(folder / CARD)
     return Staged(folder, card, {path.name: path.stat().st_size for path in sorted(folder.iterdir())})
 
 
@@ -241,7 +275,12 @@ def verify(checkpoint: Path, staged: Staged) -> dict[str, float]:
     if (card.text, card.data.to_dict()) != (staged.card.text, staged.card.data.to_dict()):
         raise NotVerified("the card that was written is read as another one; this is a fault of its template.")
     of_clip = _model_type(checkpoint) != LRSCLIPConfig.model_type  # modeling_lrsclip.convert has compared its weights
-    if not of_clip and read_checkpoint(staged.folder).weights_sha256 != read_checkpoint(checkpoint).weights_sha256:
+    plain = _model_type(staged.folder) != LRSCLIPConfig.model_type  # likewise
+    if (
+        not of_clip
+        and not plain
+        and read_checkpoint(staged.folder).weights_sha256 != read_checkpoint(checkpoint).weights_sha256
+    ):
         raise NotVerified(f"the staged weights are not those of {checkpoint}; was it written to meanwhile? Run again.")
     work = staged.folder.with_name(f"{staged.folder.name}-verified")
     work.mkdir()
@@ -255,7 +294,8 @@ def verify(checkpoint: Path, staged: Staged) -> dict[str, float]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     files = [str(work / name) for name in ("texts.json", "image.png", "outputs.pt")]
-    command = [sys.executable, str(CLEAN_PROCESS), str(staged.folder.resolve()), *files]
+    code = "none" if plain else "remote"
+    command = [sys.executable, str(CLEAN_PROCESS), str(staged.folder.resolve()), *files, code]
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
@@ -263,7 +303,7 @@ def verify(checkpoint: Path, staged: Staged) -> dict[str, float]:
     outputs = torch.load(work / "outputs.pt")
     differences = {}
     reference = (CLIPModel if of_clip else LRSCLIPModel).from_pretrained(checkpoint, dtype=torch.float32).eval()
-    processor = LRSCLIPProcessor.from_pretrained(staged.folder if of_clip else checkpoint)
+    processor = LRSCLIPProcessor.from_pretrained(staged.folder if of_clip and not plain else checkpoint)
     for name, expected in _outputs(reference, processor, work / "image.png").items():
         same = outputs[name].shape == expected.shape
         differences[name] = (outputs[name] - expected).abs().max().item() if same else float("inf")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from transformers.utils import hub as transformers_hub
 
 from evaluation import run as evaluation_run
@@ -176,6 +176,27 @@ def test_up_and_down_again(hub, tiny_model, tiny_processor, data, tmp_path, monk
         torch.testing.assert_close(text_embeds, expected.text_embeds, atol=1e-5, rtol=1e-6, msg=name)
     torch.testing.assert_close(features.flatten(), expected.image_embeds.flatten(), atol=1e-5, rtol=1e-6)
     assert all(torch.equal(weight, weights[name]) for name, weight in tiny_model.state_dict().items())
+
+
+def test_the_same_weights_as_a_stock_clip_beside_it(hub, tiny_checkpoint, tmp_path, capsys):
+    (tiny_checkpoint / "notes.txt").write_text("mine")
+    assert push(tiny_checkpoint, "--plain-clip", "you/tiny-clip", "--license", "mit") == 0
+    told = capsys.readouterr().out
+    assert told.count("verified: same token ids and weights") == 2
+    plain, files = hub.repo("you/tiny-clip").files(), visible(hub)[1]
+    assert files == OURS | {".gitattributes", "model.safetensors"}
+    assert not any(name.endswith(".py") for name in plain) and json.loads(plain["config.json"])["model_type"] == "clip"
+    assert {"tokenizer.json", "preprocessor_config.json", "SHA256SUMS", "conversion.json"} <= set(plain)
+    cards = {repo: ModelCard(hub.repo(repo).files()["README.md"].decode()) for repo in (REPO, "you/tiny-clip")}
+    assert "[you/tiny-clip](https://huggingface.co/you/tiny-clip)" in cards[REPO].text
+    assert f"[{REPO}](https://huggingface.co/{REPO})" in cards["you/tiny-clip"].text
+    assert cards["you/tiny-clip"].data.license == "mit" and cards["you/tiny-clip"].data.base_model == REPO
+    weights = load(hub.repo(REPO).files()["model.safetensors"])
+    for name, tensor in load(plain["model.safetensors"]).items():
+        assert torch.equal(weights[name], tensor), name
+    for wrong in (REPO, "tiny-clip"):
+        assert push(tiny_checkpoint, "--plain-clip", wrong) == 2
+        assert "must be owner/name of another repository" in capsys.readouterr().err
 
 
 def test_a_dry_run_contacts_nothing(hub, tiny_clip, tiny_processor, tmp_path, capsys):
