@@ -15,14 +15,12 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
@@ -37,9 +35,7 @@ from .position_stretching import stretch_position_embedding
 from .processing_lrsclip import LRSCLIPProcessor
 from .published import registry
 from .published.checkpoints import ACTIVATIONS, PRESETS, read_pretrained, read_published_checkpoint
-from .published.open_clip import write_open_clip
-from .published.plain_clip import write_plain_clip
-from .published.state_dict_keys import rename_published
+from .published.folders import WRITERS, check_written
 from .published.tokenizer import tokenizer_from_bpe
 
 
@@ -48,7 +44,6 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # either
 RECORD = "conversion.json"  # in every folder written here: what it came from and what was decided
 _TABLE = "text_model.embeddings.position_embedding.weight"
-_PROBE = "It\u2019s 2 white tanks &amp; a road."
 
 logger = logging.getLogger("modeling_lrsclip.convert")
 
@@ -72,8 +67,8 @@ def convert(source: str | Path, output_dir: str | Path, layout: str = "lrsclip",
         `ValueError`: as [`prepare`], and for an `output_dir` that holds something else.
         `OSError`: as [`prepare`], and for a disk that fails.
     """
-    if layout not in _WRITERS:
-        raise ValueError(f"layout {layout!r} is unknown; there are {', '.join(_WRITERS)}.")
+    if layout not in WRITERS:
+        raise ValueError(f"layout {layout!r} is unknown; there are {', '.join(WRITERS)}.")
     output_dir = Path(output_dir).resolve()
     _check_output(output_dir, source, options.get("tokenizer"))
     prepared = prepare(source, **options)
@@ -83,11 +78,12 @@ def convert(source: str | Path, output_dir: str | Path, layout: str = "lrsclip",
     shutil.rmtree(growing, ignore_errors=True)
     growing.mkdir(parents=True)
     try:
-        _WRITERS[layout](prepared.skeleton, prepared.tensors, prepared.processor, growing)
+        WRITERS[layout](prepared.skeleton, prepared.tensors, prepared.processor, growing)
         record = _record(source, prepared) | {"layout": layout}
         record["files"] = sorted([path.name for path in growing.iterdir()] + [RECORD])
         (growing / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        _check_written(growing, prepared, layout)
+        check_written(growing, prepared.tensors, prepared.processor, layout)
+        _say("checking", f"{len(prepared.tensors)} weights read back equal to the bit, and the tokenizer")
         publish_folder(growing, output_dir)
     except SafetensorError as error:
         raise OSError(f"{output_dir} cannot be written ({error}); nothing was left there.") from None
@@ -288,57 +284,6 @@ def _record(source: str | Path, prepared: Prepared) -> dict[str, Any]:
         "text_positions": prepared.skeleton.config.text_config.max_position_embeddings,
         "versions": {"torch": str(torch.__version__), "transformers": transformers_version},
     }
-
-
-def _write_lrsclip(
-    skeleton: LRSCLIPModel, tensors: dict[str, torch.Tensor], processor: LRSCLIPProcessor, folder: Path
-) -> None:
-    skeleton.save_pretrained(folder, state_dict=dict(tensors))
-    processor.save_pretrained(folder)
-    # vocab.json and merges.txt, for readers that do not know tokenizer.json.
-    processor.tokenizer.backend_tokenizer.model.save(str(folder))
-
-
-_WRITERS = {"lrsclip": _write_lrsclip, "plain-clip": write_plain_clip, "open-clip": write_open_clip}
-
-
-def _check_written(folder: Path, prepared: Prepared, layout: str) -> None:
-    """Every weight read back equal to the bit, and the tokenizer by what it does."""
-    left = set(prepared.tensors)
-    for path in sorted(folder.glob("*.safetensors")):
-        for name, written in _read_back(path, layout):
-            expected = prepared.tensors[name]
-            if written.dtype != expected.dtype or not torch.equal(_bytes(written), _bytes(expected)):
-                raise OSError(f"{path.name}: {name} reads back differently from what was written; check the disk.")
-            left.remove(name)
-    if left:
-        raise OSError(f"{folder} lacks {len(left)} weights after writing; check the disk.")
-    if layout == "open-clip":
-        _say("checking", f"{len(prepared.tensors)} weights read back equal to the bit")
-        return
-    if layout == "lrsclip":
-        rows = LRSCLIPProcessor.from_pretrained(folder).encode_text([_PROBE])
-    else:
-        rows = AutoTokenizer.from_pretrained(folder)([_PROBE])["input_ids"]
-    if rows != prepared.processor.encode_text([_PROBE]):
-        raise OSError(f"The tokenizer in {folder} reads back differently from what was written; check the disk.")
-    _say("checking", f"{len(prepared.tensors)} weights read back equal to the bit, and the tokenizer")
-
-
-def _read_back(path: Path, layout: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of a file under the names of `CLIPModel`; opened anew for each, so that memory holds one at a time."""
-    if layout == "open-clip":
-        yield from rename_published(load_file(path), path)[0].items()
-        return
-    with safe_open(path, "pt") as file:
-        names = list(file.keys())
-    for name in names:
-        with safe_open(path, "pt") as file:
-            yield name, file.get_tensor(name)
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _types(tensors: dict[str, torch.Tensor]) -> str:
