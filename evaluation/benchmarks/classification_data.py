@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from modeling_lrsclip.encoding.imagery import IMAGE_SUFFIXES, is_image_file
 from modeling_lrsclip.files.hashing import json_sha256
+from modeling_lrsclip.files.tables import parquet_columns
 
 from .class_names import Dataset, find_dataset, known_datasets, own_dataset
 from .image_files import ImageFiles, complain, plain, usable_images
@@ -103,12 +104,10 @@ def find_sources(source: str | Path) -> list[str]:
 
 def _is_dataset(folder: Path) -> bool:
     """Whether a folder holds classes; one folder of images alone does not: retrieval benchmarks keep theirs in `images/`."""
-    from pyarrow import ArrowInvalid, parquet
-
     try:
-        if any(set(LABEL_COLUMNS) & set(parquet.read_schema(file).names) for file in _parquet_files(folder, None)[:1]):
+        if any(set(LABEL_COLUMNS) & set(parquet_columns(file)) for file in _parquet_files(folder, None)[:1]):
             return True
-    except (ArrowInvalid, OSError):
+    except ValueError:
         return True  # loading it says what is wrong
     found = _class_folders(folder) or _nested_class_folders(folder, _detect(folder))
     return len({plain(class_folder.name) for class_folder in found}) > 1
@@ -278,7 +277,7 @@ def _read_rows(source: str, dataset: Dataset | None, parquet: list[Path]) -> _Fo
     if not len(table):
         raise ValueError(f"{table.origin} has no rows.")
     labels = [_label(value, table.label_names) for value in table.values]
-    odd = [f"{table.row_name} {row + 1}" for row, label in enumerate(labels) if not label]
+    odd = [table.place(row) for row, label in enumerate(labels) if not label]
     complain(odd, len(table), f"{table.row_name}s of {table.origin} have no class name")
     images, owners, beside = table_images(table, merge_embedded=False)  # a copy of an image is an image of its own
     own: dict[int, str] = {}

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from modeling_lrsclip.files.hashing import json_sha256
+from modeling_lrsclip.files.tables import TableRow, iter_rows, json_list_name, parquet_columns, read_rows
 
 from ..metrics.semantic_localization.measures import check_regions
 from .image_files import ImageFiles, usable_images
-from .tables import NotHere, parse_json, read_text
+from .tables import NotHere
 
 
 AIR_SLT = "AIR-SLT"
@@ -188,49 +189,36 @@ def _name(path: Path) -> str:
 def _read(path: Path) -> list[_Query]:
     if path.suffix == ".parquet":
         return _read_parquet(path)
-    text, _ = read_text(path)
+    fields, folder = OWN_FIELDS, path.parent
     if path.suffix == ".json":
-        rows = parse_json(path, text)
-        if not isinstance(rows, list):
+        if json_list_name(path) != "":
             raise NotHere(f"{path} must hold a list of queries with {', '.join(AIR_SLT_FIELDS)}.")
         beside = [path.parent.parent / "imgs", path.parent / "imgs"]
-        folder = next((folder for folder in beside if folder.is_dir()), path.parent)
-        return [
-            _query(row, AIR_SLT_FIELDS, folder, path, f"entry {number}") for number, row in enumerate(rows, start=1)
-        ]
-    queries = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            where = f"line {number}"
-            queries.append(_query(parse_json(Path(f"{path}, {where}"), line), OWN_FIELDS, path.parent, path, where))
-    return queries
+        fields, folder = AIR_SLT_FIELDS, next((found for found in beside if found.is_dir()), path.parent)
+    return [_query(row, fields, folder, path) for row in iter_rows(path)]
 
 
-def _query(row: Any, fields: Sequence[str], folder: Path, path: Path, where: str) -> _Query:
+def _query(row: TableRow, fields: Sequence[str], folder: Path, path: Path) -> _Query:
     """A row of a JSON file; the first one shows whether the file is of this kind at all."""
-    missing = [name for name in fields if not isinstance(row, dict) or name not in row]
+    where, values = f"{path}, {row.where}", row.values
+    if row.fault and "JSON" in row.fault:
+        raise ValueError(f"{where} {row.fault}.")
+    missing = [name for name in fields if name not in values]
     if missing:
         kind = NotHere if where.endswith(" 1") else ValueError
-        raise kind(f"{path}, {where} has no {' and no '.join(missing)}; a query has the fields {', '.join(fields)}.")
-    image, text, regions = (row[name] for name in fields)
+        raise kind(f"{where} has no {' and no '.join(missing)}; a query has the fields {', '.join(fields)}.")
+    image, text, regions = (values[name] for name in fields)
     if not isinstance(image, str) or not image:
-        raise ValueError(f"{path}, {where}: {fields[0]} must be the path of an image, got {image!r:.60}.")
-    return _Query(folder / Path(image).expanduser(), image, text, regions, f"{path}, {where}")
+        raise ValueError(f"{where}: {fields[0]} must be the path of an image, got {image!r:.60}.")
+    return _Query(folder / Path(image).expanduser(), image, text, regions, where)
 
 
 def _read_parquet(path: Path) -> list[_Query]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        names = parquet.read_schema(path).names
-        if not {"image", "queries"} <= set(names):
-            raise NotHere(f"{path} must have the columns image and queries; it has {', '.join(names) or 'none'}.")
-        rows = parquet.read_table(path, columns=["image", "queries"]).to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is not a readable parquet file: {error}") from error
+    names = parquet_columns(path)
+    if not {"image", "queries"} <= set(names):
+        raise NotHere(f"{path} must have the columns image and queries; it has {', '.join(names) or 'none'}.")
     queries = []
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(read_rows(path, columns=["image", "queries"]), start=1):
         image = row["image"] or {}
         source = image.get("bytes") or (path.parent / image["path"] if image.get("path") else None)
         where = f"{path}, row {number}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from modeling_lrsclip.files.hashing import json_sha256
+from modeling_lrsclip.files.tables import json_list_name, read_rows, text_encoding
 
 from .image_files import ImageFiles, complain, plain, usable_images
 from .tables import (
@@ -18,11 +19,9 @@ from .tables import (
     NotHere,
     Table,
     is_hub_id,
-    parse_json,
     read_hub,
     read_parquet,
     read_table,
-    read_text,
     table_images,
 )
 
@@ -226,10 +225,8 @@ def _only(found: list[Path]) -> Path:
 def _read_file(path: Path, text_column: str) -> Table:
     if path.name.endswith("_caps.txt"):
         return _read_line_pairs(path, text_column)
-    if path.suffix == ".json":
-        document = parse_json(path, read_text(path)[0])
-        if isinstance(document, dict) and isinstance(document.get("images"), list):
-            return _read_karpathy(path, document["images"], text_column)
+    if path.suffix == ".json" and json_list_name(path) == "images":
+        return _read_karpathy(path, list(read_rows(path)), text_column)
     return read_table(path, TEXT_COLUMNS[text_column])
 
 
@@ -238,7 +235,7 @@ def _read_karpathy(path: Path, entries: list[Any], text_column: str) -> Table:
     column = "sentences" if text_column == "short_text" else text_column
     for number, entry in enumerate(entries, start=1):
         for name in ("filename", "split", "sentences"):
-            if not isinstance(entry, dict) or name not in entry:
+            if name not in entry:
                 raise ValueError(f"{path}, image {number} has no {name}; each image needs filename, split, sentences.")
     chosen = [entry for entry in entries if entry["split"] == "test"]
     if not chosen:
@@ -265,7 +262,7 @@ def _read_line_pairs(path: Path, text_column: str) -> Table:
     beside = path.with_name(path.name.replace("_caps.txt", "_filename.txt"))
     if not beside.is_file():
         raise ValueError(f"{path} needs {beside.name} beside it, with the images' names.")
-    texts, names = (read_text(file)[0].rstrip("\n").split("\n") for file in (path, beside))
+    texts, names = (file.read_text(encoding=text_encoding(file)).rstrip("\n").split("\n") for file in (path, beside))
     each, rest = divmod(len(texts), max(len(names), 1))
     if not each or rest:
         raise ValueError(
@@ -285,7 +282,7 @@ def _captions(table: Table, text_column: str) -> list[list[str]]:
         own = list(value) if isinstance(value, list | tuple) else [value]
         own = [text.get("raw") if isinstance(text, dict) else text for text in own]  # a sentence of Karpathy's
         if not own or not all(isinstance(text, str) and text.strip() for text in own):
-            empty.append(f"{table.row_name} {row + 1}")
+            empty.append(table.place(row))
         captions.append(own)
     complain(empty, len(table), f"{table.row_name}s of {table.origin} have no {text_column}, or an empty one")
     return captions

@@ -1,21 +1,28 @@
 """Tables of images with a column of texts or labels: parquet, JSON lines, JSON, CSV, or a data set of the Hub."""
 
-import csv
 import difflib
-import hashlib
-import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modeling_lrsclip.files.hashing import bytes_sha256
+from modeling_lrsclip.files.tables import (
+    ENCODINGS,
+    TABLE_SUFFIXES,
+    iter_rows,
+    json_list_name,
+    load_hub,
+    parquet_columns,
+    read_rows,
+    text_encoding,
+)
+
 from .image_files import ImageFiles, complain
 
 
 IMAGE_COLUMNS = ("image", "filename", "filepath", "file_name")  # the first that a table has is taken
-FORMATS = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
-ENCODINGS = ("utf-8-sig", "gb18030")  # RS5M's rsicd_test.csv is in the second
+FORMATS = TABLE_SUFFIXES
 SPLITS = ("train", "training", "validation", "valid", "val", "test", "testing")
 
 
@@ -42,9 +49,14 @@ class Table:
     row_name: str = "row"
     how: str = ""  # what was taken: columns, encoding, splits
     label_names: list[str] | None = None  # of labels that are numbers
+    places: Sequence[str] = ()  # of the rows in the file, such as "line 3"; by default they are counted
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def place(self, row: int) -> str:
+        """Where a row stands, for errors."""
+        return self.places[row] if self.places else f"{self.row_name} {row + 1}"
 
 
 def read_table(path: Path, columns: Sequence[str]) -> Table:
@@ -55,6 +67,9 @@ def read_table(path: Path, columns: Sequence[str]) -> Table:
         path: a file of one of the `FORMATS`.
         columns: names that the column of texts or labels may have; the first found is taken.
 
+    Returns:
+        [`Table`]: the column of images and that one, a row each.
+
     Raises:
         `ValueError`: one sentence for a format or encoding that cannot be read, or a missing column.
     """
@@ -62,57 +77,40 @@ def read_table(path: Path, columns: Sequence[str]) -> Table:
         return read_parquet([path], columns)
     if path.suffix not in FORMATS:
         raise NotHere(f"{path}: {path.suffix or 'no suffix'} is not a supported format; use {', '.join(FORMATS)}.")
-    text, encoding = read_text(path)
-    if path.suffix == ".jsonl":
-        rows, row_name = _json_lines(path, text), "line"
-    elif path.suffix == ".json":
-        rows, row_name = parse_json(path, text), "entry"
-        if not isinstance(rows, list):
-            raise NotHere(f"{path} must hold a list of objects, one an image; it holds a {type(rows).__name__}.")
-    else:
-        delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
-        rows, row_name = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)), "row"
-    return _from_records(path, rows, columns, row_name, encoding)
-
-
-def read_text(path: Path) -> tuple[str, str]:
-    """The text of a file and its encoding, one of the `ENCODINGS`."""
-    content = path.read_bytes()
-    for encoding in ENCODINGS:
+    if path.suffix == ".json" and json_list_name(path) != "":
+        raise NotHere(f"{path} must hold a list of objects, one an image.")
+    encoding = text_encoding(path)
+    images, values, places, image, column = [], [], [], IMAGE_COLUMNS[0], columns[0]
+    for row in iter_rows(path, encoding):
+        origin = f"{path}, {row.where}"
+        if row.fault:
+            raise ValueError(f"{origin} {row.fault}.")
         try:
-            return content.decode(encoding), encoding
-        except UnicodeDecodeError:
-            continue
-    raise ValueError(f"{path} is neither UTF-8 nor GB18030 text.")
-
-
-def parse_json(path: Path, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+            image, column = (find_column(origin, list(row.values), names) for names in (IMAGE_COLUMNS, columns))
+        except MissingColumn as error:
+            if not places:
+                raise
+            raise ValueError(f"{error} The rows before it have them.") from error
+        images.append(row.values[image])
+        values.append(row.values[column])
+        places.append(row.where)
+    row_name = {".jsonl": "line", ".json": "entry"}.get(path.suffix, "row")
+    how = _took(image, column) + ("" if encoding == ENCODINGS[0] else f", {encoding}")
+    return Table(str(path), images, values, path.parent, row_name, how, places=places)
 
 
 def read_parquet(paths: Sequence[Path], columns: Sequence[str]) -> Table:
-    """Reads parquet files of the same columns as one table."""
-    import datasets
-    import pyarrow
-    from pyarrow import parquet
-
-    rows, names = [], None
+    """Reads parquet files of the same columns as one table; otherwise as [`read_table`]."""
+    images, values, names = [], [], None
     for path in paths:
-        try:
-            schema = parquet.read_schema(path)
-            image = find_column(str(path), schema.names, IMAGE_COLUMNS)
-            column = find_column(str(path), schema.names, columns)
-            rows += [
-                (row[image], row[column]) for row in parquet.read_table(path, columns=[image, column]).to_pylist()
-            ]
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{path} is not a readable parquet file: {error}") from error
-        names = getattr(datasets.Features.from_arrow_schema(schema)[column], "names", None)
+        known = parquet_columns(path)
+        image = find_column(str(path), list(known), IMAGE_COLUMNS)
+        column = find_column(str(path), list(known), columns)
+        for row in read_rows(path, columns=[image, column]):
+            images.append(row[image])
+            values.append(row[column])
+        names = known[column]
     origin = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
-    images, values = [row[0] for row in rows], [row[1] for row in rows]
     return Table(origin, images, values, paths[0].parent, how=_took(image, column), label_names=names)
 
 
@@ -124,22 +122,21 @@ def read_hub(name: str, columns: Sequence[str], split: str | None = "test") -> T
         name: its id, `owner/name`.
         columns: as for [`read_table`].
         split: the one to take; None for all of them.
-    """
-    import datasets
 
+    Returns:
+        [`Table`]: the column of images and that one, a row each.
+
+    Raises:
+        `NotHere`: for a data set that cannot be read, or lacks such a column.
+    """
     try:
-        data = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError) as error:  # datasets' and the Hub's errors are of these kinds
-        reason = str(error).strip().split("\n")[0]
-        raise NotHere(f"{name} is neither a path nor a Hub data set that could be read ({reason})") from error
-    splits = data if split is None else {split: data}
-    data = datasets.concatenate_datasets(list(splits.values()))
+        data, splits = load_hub(name, split)
+    except ValueError as error:
+        raise NotHere(str(error)) from error
     image = find_column(name, data.column_names, IMAGE_COLUMNS)
     column = find_column(name, data.column_names, columns)
-    if isinstance(data.features[image], datasets.Image):
-        data = data.cast_column(image, datasets.Image(decode=False))
     names = getattr(data.features[column], "names", None)
-    how = f"{_took(image, column)}, split {' + '.join(splits)}"
+    how = f"{_took(image, column)}, split {splits}"
     return Table(name, list(data[image]), list(data[column]), how=how, label_names=names)
 
 
@@ -161,36 +158,6 @@ def find_column(origin: str, columns: Sequence[Any], wanted: Sequence[str]) -> s
 
 def _took(image: str, column: str) -> str:
     return f"columns {image} and {column}"
-
-
-def _json_lines(path: Path, text: str) -> list[Any]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also cut at U+2028 within a caption
-        try:
-            rows.append(json.loads(line) if line.strip() else None)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
-    while rows and rows[-1] is None:  # empty lines at the end
-        rows.pop()
-    return rows
-
-
-def _from_records(path: Path, rows: list[Any], columns: Sequence[str], row_name: str, encoding: str) -> Table:
-    images, values, image, column = [], [], IMAGE_COLUMNS[0], columns[0]
-    for number, row in enumerate(rows, start=1):
-        origin = f"{path}, {row_name} {number}"
-        if not isinstance(row, dict):
-            raise ValueError(f"{origin} is not an object with the fields {image} and {column}.")
-        try:
-            image, column = find_column(origin, list(row), IMAGE_COLUMNS), find_column(origin, list(row), columns)
-        except MissingColumn as error:
-            if number == 1:
-                raise
-            raise ValueError(f"{error} The {row_name}s before it have them.") from error
-        images.append(row[image])
-        values.append(row[column])
-    how = _took(image, column) + ("" if encoding == ENCODINGS[0] else f", {encoding}")
-    return Table(str(path), images, values, path.parent, row_name, how)
 
 
 # -------------------------------------------------------------------------------------------------------------- images
@@ -217,9 +184,9 @@ def table_images(table: Table, merge_embedded: bool = True) -> tuple[ImageFiles,
         path, content = (value.get("path"), value.get("bytes")) if isinstance(value, dict) else (value, None)
         if isinstance(path, bytes):
             path, content = None, path
-        where = f"{table.row_name} {row + 1}"
+        where = table.place(row)
         if content is not None:
-            key, source = (path, hashlib.sha256(content).digest()) if merge_embedded else row, content
+            key, source = (path, bytes_sha256(content)) if merge_embedded else row, content
         elif isinstance(path, str) and path:
             key = source = folder / Path(path).expanduser()
         else:

@@ -200,7 +200,7 @@ def _explain(mistake: Mapping[str, Any], kind: Any, values: Any, hints: Mapping[
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)  # a section's own name may be misspelt too
         return f"{name} is not a field; did you mean {nearest[0]}?"
     if mistake["type"] in ("missing", "missing_argument"):
-        return f"{name} is required and not set" + (f"; {hints[parts[-1]]}." if parts[-1] in hints else ".")
+        return f"{name} is not set; {hints.get(parts[-1], 'it is required')}."
     if mistake["type"] == "value_error":  # of our own, which names the fields
         return f"{message.removeprefix('Value error, ')}."
     return f"{name}={mistake['input']!r}: {message[0].lower()}{message[1:]}."

@@ -55,7 +55,7 @@ def test_every_mistake_at_once():
     message = str(caught.value)
     assert "optim.learning_rat is not a field; did you mean optim.learning_rate?" in message
     assert "loss.long_weight=1.5: input should be less than or equal to 1." in message
-    assert "loop.batch_size='many'" in message and "data is required and not set." in message
+    assert "loop.batch_size='many'" in message and "data is not set; it is required." in message
 
 
 def test_mistakes_of_the_data_are_told_with_the_others(tmp_path):

@@ -1,18 +1,20 @@
 """Where the rows of files begin that have no table of contents, found once and kept beside the user's caches."""
 
 import contextlib
+import csv
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from modeling_lrsclip.files.atomic import replacing
 from modeling_lrsclip.files.cache_folder import cache_folder
+from modeling_lrsclip.files.tables import BOM, csv_dialect
 
 
 BLOCK = 1 << 26  # bytes read at a time
-VERSION = "1"  # of what the indices look like
+VERSION = "2"  # of what the indices look like
 
 
 def kept_index(path: Path, kind: str, build: Callable[[Path], np.ndarray]) -> np.ndarray:
@@ -37,23 +39,49 @@ def kept_index(path: Path, kind: str, build: Callable[[Path], np.ndarray]) -> np
 
 def line_index(path: Path, quoted: bool) -> np.ndarray:
     """
-    First byte and end of every line that is not blank, (rows, 2) int64; lines in an open double quote belong together
-    where `quoted`, as in CSV.
+    First byte and end of every row of a text file, (rows, 2) int64.
+
+    Args:
+        path: a UTF-8 file; a mark of the byte order at its start belongs to no row.
+        quoted: whether the file is CSV, whose rows, with its header, are those of Python's `csv`; else rows are the lines
+            that are not blank.
     """
-    return kept_index(path, "quoted lines" if quoted else "lines", lambda file: _find_lines(file, quoted))
+    return kept_index(path, "csv" if quoted else "lines", _find_csv_rows if quoted else _find_lines)
 
 
-def _find_lines(path: Path, quoted: bool) -> np.ndarray:
-    ends, quotes_before, first = [np.empty(0, dtype=np.int64)], 0, 0
+def _find_csv_rows(path: Path) -> np.ndarray:
+    """`csv` itself says where rows end: in Latin-1, a character is a byte, and UTF-8 has no other quotes or line ends."""
+    spans, position = [], 0
+
+    def counted(lines: Iterable[str]) -> Iterator[str]:
+        nonlocal position
+        for line in lines:
+            position += len(line)
+            yield line
+
+    with path.open(encoding="latin-1", newline="") as stream:
+        mark = BOM.decode("latin-1")
+        position = len(BOM) if stream.read(len(mark)) == mark else 0
+        stream.seek(position)
+        dialect = csv_dialect(stream.readline())
+        stream.seek(position)
+        reader = csv.reader(counted(stream), **dialect)
+        start = position
+        try:
+            for fields in reader:
+                if fields:
+                    spans.append((start, position))
+                start = position
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num} cannot be read as CSV: {error}") from error
+    return np.array(spans, dtype=np.int64).reshape(-1, 2)
+
+
+def _find_lines(path: Path) -> np.ndarray:
+    ends, first = [np.empty(0, dtype=np.int64)], 0
     with path.open("rb") as file:
         while block := file.read(BLOCK):
-            values = np.frombuffer(block, dtype=np.uint8)
-            breaks = np.flatnonzero(values == ord("\n"))
-            if quoted:
-                quotes = np.flatnonzero(values == ord('"'))
-                outside = (quotes_before + np.searchsorted(quotes, breaks)) % 2 == 0
-                breaks, quotes_before = breaks[outside], quotes_before + len(quotes)
-            ends.append(breaks + first + 1)
+            ends.append(np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n")) + first + 1)
             first += len(block)
     ends = np.concatenate(ends)
     if first and (not len(ends) or ends[-1] != first):  # the last line is not closed

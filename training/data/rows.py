@@ -6,7 +6,7 @@ Every kind of file is one class with the same four members: `chunks`, the rows t
 """
 
 import csv
-import json
+import io
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -18,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
+
+from modeling_lrsclip.files.tables import BOM, csv_dialect, csv_values, parse_object
 
 from .line_index import line_index
 
@@ -206,12 +208,13 @@ class LineRows:
 
     def __init__(self, path: Path, columns: Mapping[str, str]):
         self.path, self.columns, self.name, self.location = path, columns, path.name, str(path)
-        self.delimiter = {".csv": ",", ".tsv": "\t"}.get(path.suffix)
-        self.spans, self.header = line_index(path, quoted=self.delimiter is not None), []  # (rows, 2) first byte, end
+        is_csv = path.suffix in (".csv", ".tsv")
+        self.spans, self.header, self.dialect = line_index(path, quoted=is_csv), [], {}  # (rows, 2) first byte, end
         self._file, self._owner = None, None
-        if self.delimiter and len(self.spans):
-            self.header = next(csv.reader([self._line(0).decode("utf-8-sig")], delimiter=self.delimiter))
-            self.spans = self.spans[1:]
+        if is_csv and len(self.spans):
+            header = self._line(0).decode("utf-8")
+            self.dialect = csv_dialect(header.splitlines()[0])
+            self.header, self.spans = self._fields(header), self.spans[1:]
         self.chunks = even_chunks(len(self.spans))
 
     def __getstate__(self):
@@ -231,13 +234,13 @@ class LineRows:
         Raises:
             `ValueError`: for a line that is not valid UTF-8 or JSON.
         """
-        text = self._line(number).decode("utf-8-sig" if number == 0 else "utf-8")
-        if self.delimiter is None:
-            values = json.loads(text)
-            if not isinstance(values, dict):
-                raise ValueError("the line is no JSON object")
-            return values
-        return dict(zip(self.header, next(csv.reader(text.splitlines(keepends=True), delimiter=self.delimiter))))
+        line = self._line(number)
+        if not self.header:
+            return parse_object(line.removeprefix(BOM))
+        return csv_values(self.header, self._fields(line.decode("utf-8")))
+
+    def _fields(self, row: str) -> list[str]:
+        return next(csv.reader(io.StringIO(row, newline=""), **self.dialect))
 
     def read(self, numbers: list[int]) -> list[Row]:
         rows = []

@@ -21,12 +21,13 @@ from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
 from modeling_lrsclip.encoding.imagery import Augmentation
+from modeling_lrsclip.files.tables import TABLE_SUFFIXES, read_rows
 
 from .rows import GroupCache, LineRows, ParquetRows, Rows, TableRows, filled
-from .tars import IMAGE_SUFFIXES, TarRows
+from .tars import TAR_IMAGES, TarRows
 
 
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".tar": "tar"}
+FORMATS = (*TABLE_SUFFIXES, ".tar")
 # What a folder's caption file may be called, the first found is read; {split} is data.train_split.
 FOLDER_FILES = tuple(
     f"{stem}{suffix}"
@@ -144,12 +145,11 @@ def open_source(
         return _open_parquet(source.path, [(None, str(file)) for file in files], columns, config)
     if streaming and suffix != ".json":  # which is one value, and comes memory-mapped
         return _checked(source.path, [LineRows(file, columns) for file in files], lambda rows: list(rows.values(0)))
-    options = {"sep": "\t"} if suffix == ".tsv" else {}
     if suffix == ".parquet":
         counts = [(file.name, pq.read_metadata(file).num_rows) for file in files]
         tables = [(load_dataset("parquet", data_files=[str(file) for file in files], split="train"), counts, files[0])]
     else:
-        tables = [(load_dataset(FORMATS[suffix], data_files=str(f), split="train", **options), None, f) for f in files]
+        tables = [(_read_table(file), None, file) for file in files]
     return [
         _open_table(str(file), table, columns, config, counts or [(file.name, len(table))], file.parent)
         for table, counts, file in tables
@@ -240,6 +240,24 @@ def _open_parquet(
     return _checked(source, parts, lambda rows: rows.file.schema_arrow.names)
 
 
+def _read_table(path: Path) -> Dataset:
+    """All rows of a text file, in memory; `data.streaming` is for files that are too large."""
+    rows = list(read_rows(path))
+    columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+    try:
+        return Dataset(pa.table({name: pa.array(values) for name, values in columns.items()}))
+    except pa.ArrowException:
+        for name, values in columns.items():
+            kinds = {type(value): number for number, value in enumerate(values) if value is not None}
+            if len(kinds) > 1:
+                (one, first), (other, second) = list(kinds.items())[:2]
+                raise ValueError(
+                    f"{path}: {name} is {one.__name__} in row {first} and {other.__name__} in row {second}; write all of "
+                    "its values alike."
+                ) from None
+        raise
+
+
 def _open_table(
     source: str, table: Dataset, columns: Mapping[str, str], config: DataConfig, files: list, folder: Path | None
 ) -> TableRows:
@@ -290,7 +308,7 @@ def _checked(source: str, parts: list[Rows], names_of) -> list[Rows]:
     except ValueError as error:
         raise ValueError(f"The first row of {first.name} cannot be read ({error}); mend or remove it.") from error
     columns = dict(first.columns)
-    if isinstance(first, TarRows) and columns["image"] == "image" and set(first.suffixes) & set(IMAGE_SUFFIXES):
+    if isinstance(first, TarRows) and columns["image"] == "image" and set(first.suffixes) & set(TAR_IMAGES):
         del columns["image"]
     check_columns(source, columns, names)
     return parts

@@ -231,7 +231,9 @@ def read_recipe(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
         _add(values, read_yaml(path, "ready recipes are in training/lrs2m/recipes/"), path)
     for override in overrides:
         set_field(values, *split_setting(override))
-    return validate(Recipe, values, hints={"licence": "every source must name it: it goes into the rows and the card"})
+    return validate(
+        Recipe, values, hints={"licence": "every source must name its licence, which goes into the rows and the card"}
+    )
 
 
 def recipe_hash(recipe: Recipe, prompts: Mapping[str, Mapping[str, Any]]) -> str:

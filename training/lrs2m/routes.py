@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from modeling_lrsclip.files.tables import garbled
+
 from .captioners.answer_checks import Checks, clean_answer, find_fault
 from .captioners.captioner import AnswerStore, Captioner, NoAnswer, Request, Sampling
 from .captioners.prompts import Prompt
@@ -15,7 +17,6 @@ from .data_row import GIVEN, Record
 from .recipe import Recipe, SourceConfig, TextConfig
 from .sources.anchors import Label, anchor_text, anchors_json, labels_caption
 from .sources.images import Picture, Skip
-from .sources.tables import garbled
 
 
 TEMPLATE = "template"

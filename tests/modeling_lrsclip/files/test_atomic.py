@@ -1,102 +1,77 @@
-"""A file or a folder is on disk before it has its name, and gets its name by a rename."""
+"""What replaces a file or a folder is there as a whole, and on disk before it has its name."""
 
 import os
 
 import pytest
 
 from modeling_lrsclip.files import atomic
-from modeling_lrsclip.files.atomic import growing_folder, publish_folder, replace_bytes, replacing, restore_folder
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """What is asked of the disk, in order: `("sync", path)` and `("rename", source, target)`."""
-    recorded = []
-    rename, replace, sync = os.rename, os.replace, atomic.sync
-
-    def note(kind, function):
-        def noted(*paths, **options):
-            recorded.append((kind, *(os.fspath(path) for path in paths[:2])))
-            return function(*paths, **options)
-
-        return noted
-
-    monkeypatch.setattr(os, "rename", note("rename", rename))
-    monkeypatch.setattr(os, "replace", note("rename", replace))
-    monkeypatch.setattr(atomic, "sync", note("sync", sync))
-    return recorded
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_is_flushed_before_it_has_its_name_and_its_folder_after(calls, tmp_path):
-    replace_bytes(tmp_path / "file", b"new")
-    kinds = [call[0] for call in calls]
-    assert kinds == ["sync", "rename", "sync"]
-    growing, folder = calls[0][1], calls[2][1]
-    assert calls[1] == ("rename", growing, str(tmp_path / "file")) and folder == str(tmp_path)
+def test_an_error_leaves_the_file_as_it_was(tmp_path):
+    atomic.replace_text(tmp_path / "a.txt", "first")
+    with pytest.raises(OSError, match="full"), atomic.replacing(tmp_path / "a.txt") as growing:
+        growing.write_text("half")
+        raise OSError("full")
+    assert (tmp_path / "a.txt").read_text() == "first" and names(tmp_path) == ["a.txt"]
+    atomic.replace_json(tmp_path / "a.txt", {"é": [1]})
+    assert (tmp_path / "a.txt").read_bytes() == '{\n  "é": [\n    1\n  ]\n}\n'.encode() and names(tmp_path) == [
+        "a.txt"
+    ]
 
 
-def test_sync_reaches_the_disk(monkeypatch, tmp_path):
-    flushed = []
-    monkeypatch.setattr(os, "fsync", flushed.append)
-    (tmp_path / "file").write_bytes(b"x")
-    atomic.sync(tmp_path / "file")
-    atomic.sync(tmp_path)
-    assert len(flushed) == 2
+def test_content_is_on_disk_before_its_name(tmp_path, monkeypatch):
+    """The order of flushes and renames, as the operating system is asked for them."""
+    calls = []
+    sync, replace, rename = atomic.sync, os.replace, atomic.Path.rename
+    monkeypatch.setattr(atomic, "sync", lambda path: (calls.append(("sync", path.name)), sync(path)))
+    monkeypatch.setattr(atomic.os, "replace", lambda old, new: (calls.append(("rename", new.name)), replace(old, new)))
+    monkeypatch.setattr(atomic.Path, "rename", lambda old, new: (calls.append(("rename", new.name)), rename(old, new)))
+    folder = tmp_path / "folder"
+    atomic.replace_text(tmp_path / "a", "x")
+    assert calls == [("sync", f".a.{os.getpid()}.partial"), ("rename", "a"), ("sync", tmp_path.name)]
+    calls.clear()
+    growing = atomic.growing_folder(folder)
+    (growing / "below").mkdir(parents=True)
+    (growing / "below" / "weights").write_text("x")
+    atomic.publish_folder(growing, folder)
+    assert sorted(calls[:3]) == [("sync", ".folder.partial"), ("sync", "below"), ("sync", "weights")]
+    assert calls[3:] == [("rename", "folder"), ("sync", tmp_path.name)] and names(tmp_path) == ["a", "folder"]
 
 
-def test_a_folder_is_flushed_with_all_its_files_and_renamed(calls, tmp_path):
-    folder = tmp_path / "final"
-    growing = growing_folder(folder)
-    (growing / "inner").mkdir(parents=True)
-    (growing / "inner" / "weights").write_bytes(b"1")
-    inode = (growing / "inner" / "weights").stat().st_ino
-    publish_folder(growing, folder)
-    assert (folder / "inner" / "weights").stat().st_ino == inode and not growing.exists()  # no copy
-    at = calls.index(("rename", str(growing), str(folder)))
-    before, after = calls[:at], calls[at + 1 :]
-    assert {path for kind, path in before} == {
-        str(growing),
-        str(growing / "inner"),
-        str(growing / "inner" / "weights"),
-    }
-    assert all(kind == "sync" for kind, _ in before) and after == [("sync", str(tmp_path))]
+def folder_of(path, text: str):
+    path.mkdir()
+    (path / "weights").write_text(text)
+    return path
 
 
-def test_the_former_folder_stays_until_the_new_one_is_in_place(monkeypatch, tmp_path):
-    folder = tmp_path / "final"
-    folder.mkdir()
-    (folder / "weights").write_bytes(b"old")
-    growing = growing_folder(folder)
-    growing.mkdir()
-    (growing / "weights").write_bytes(b"new")
-
-    rename = os.rename
-
-    def full_disk(source, target, **_):
-        if os.fspath(source) == str(growing):
-            raise OSError(28, "No space left on device")
-        rename(source, target)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "rename", full_disk)
-        with pytest.raises(OSError, match="No space left"):
-            publish_folder(growing, folder)
-    assert (folder / "weights").read_bytes() == b"old"
-    publish_folder(growing, folder)
-    assert (folder / "weights").read_bytes() == b"new" and [path.name for path in tmp_path.iterdir()] == ["final"]
+def test_a_folder_is_replaced_and_its_former_content_goes(tmp_path):
+    folder = folder_of(tmp_path / "best", "first")
+    atomic.publish_folder(folder_of(tmp_path / ".best.partial", "second"), folder)
+    assert (folder / "weights").read_text() == "second" and names(tmp_path) == ["best"]
 
 
-def test_a_crash_between_the_two_renames(tmp_path):
-    folder = tmp_path / "final"
-    (tmp_path / ".final.old").mkdir()
-    restore_folder(folder)
-    assert folder.is_dir() and not (tmp_path / ".final.old").exists()
+def test_between_the_renames(tmp_path, monkeypatch):
+    """An error brings the former folder back at once; after a crash, the next call does."""
+    folder, growing = folder_of(tmp_path / "best", "first"), folder_of(tmp_path / ".best.partial", "second")
+    rename = atomic.Path.rename
 
+    def failing(path, target):
+        if path == growing:
+            raise OSError("no")
+        return rename(path, target)
 
-def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with pytest.raises(RuntimeError), replacing(path) as growing:
-        growing.write_bytes(b"half")
-        raise RuntimeError
-    assert path.read_bytes() == b"old" and [entry.name for entry in tmp_path.iterdir()] == ["file"]
+    monkeypatch.setattr(atomic.Path, "rename", failing)
+    with pytest.raises(OSError, match="no"):
+        atomic.publish_folder(growing, folder)
+    assert (folder / "weights").read_text() == "first" and growing.exists()
+    monkeypatch.undo()
+    folder.rename(tmp_path / ".best.old")  # a crash between the two
+    atomic.restore_folder(folder)
+    assert (folder / "weights").read_text() == "first" and not (tmp_path / ".best.old").exists()
+    folder.rename(tmp_path / ".best.old")
+    atomic.publish_folder(growing, folder)
+    assert (folder / "weights").read_text() == "second" and names(tmp_path) == ["best"]

@@ -106,7 +106,7 @@ class TestErrors:
         with pytest.raises(ValueError, match="holds no caption file; name it one of train.parquet, train.jsonl"):
             self.load(str(tmp_path))
         (tmp_path / "a.txt").write_text("x")
-        with pytest.raises(ValueError, match="must end in one of .jsonl"):
+        with pytest.raises(ValueError, match="must end in one of .parquet, .jsonl"):
             self.load(str(tmp_path / "a.txt"))
 
     def test_unreadable_image(self, tmp_path):

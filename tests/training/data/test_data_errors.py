@@ -152,7 +152,7 @@ class TestFiles:
         monkeypatch.setenv("LRSCLIP_CACHE", str(tmp_path / "kept"))
         path = write_tar(tmp_path / "a.tar", {"0.jpg": b"x"})
         assert len(tar_index(path)) == 1 and len(list((tmp_path / "kept" / "indices").iterdir())) == 1
-        monkeypatch.setattr("training.data.tars._members", lambda path: pytest.fail("read again"))
+        monkeypatch.setattr("training.data.tars.tar_members", lambda path: pytest.fail("read again"))
         assert len(tar_index(path)) == 1
         monkeypatch.undo()
         write_tar(path, {"0.jpg": b"x", "1.jpg": b"y"})
