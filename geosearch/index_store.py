@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import shapely
 
-from modeling_lrsclip.files.atomic import replace_text, sync
+from modeling_lrsclip.files.atomic import replace_text, replacing, sync
 from modeling_lrsclip.files.hashing import file_sha256
 
 from .footprints import hilbert_order
@@ -225,16 +224,15 @@ class Index:
         return None
 
     def _write_rows(self) -> None:
-        unfinished = self.folder / f".{ROWS}.{uuid.uuid4().hex}"  # several readers may make it at once
         fields = [field for field in row_schema(1) if field.name != "embedding"]
         schema = pa.schema(fields, {"state": json.dumps(self._vectors_stamp)})
-        try:
-            with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-                for batch in self._parts_without_vectors():
-                    writer.write_batch(batch.replace_schema_metadata(schema.metadata))
-            os.replace(unfinished, self.folder / ROWS)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with (
+            replacing(self.folder / ROWS) as growing,
+            pa.OSFile(str(growing), "wb") as file,
+            pa.ipc.new_file(file, schema) as writer,
+        ):
+            for batch in self._parts_without_vectors():
+                writer.write_batch(batch.replace_schema_metadata(schema.metadata))
 
     def _parts_without_vectors(self) -> Iterator[pa.RecordBatch]:
         for path in self.part_files:
@@ -268,16 +266,12 @@ class Index:
         return {"parts": self.metadata["parts"], "dimensions": self.dimensions}
 
     def _write_vectors(self) -> None:
-        unfinished = self.folder / f".{VECTORS}.{uuid.uuid4().hex}"  # several readers may make it at once
-        try:
-            with unfinished.open("wb") as file:
+        with replacing(self.folder / VECTORS) as growing:
+            with growing.open("wb") as file:
                 for block in self._vector_blocks():
                     block.tofile(file)
             (self.folder / VECTORS_STAMP).unlink(missing_ok=True)
-            os.replace(unfinished, self.folder / VECTORS)
-            replace_text(self.folder / VECTORS_STAMP, json.dumps(self._vectors_stamp))
-        finally:
-            unfinished.unlink(missing_ok=True)
+        replace_text(self.folder / VECTORS_STAMP, json.dumps(self._vectors_stamp))
 
     def _vector_blocks(self) -> Iterator[np.ndarray]:
         for path in self.part_files:

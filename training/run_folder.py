@@ -22,6 +22,7 @@ from accelerate import Accelerator
 
 from modeling_lrsclip import LRSCLIPModel
 from modeling_lrsclip.files.atomic import replace_json, replace_text
+from modeling_lrsclip.files.configuration import read_yaml
 from modeling_lrsclip.files.hashing import weights_sha256
 from modeling_lrsclip.published.registry import MODELS
 
@@ -63,7 +64,7 @@ def check_run_folder(folder: Path, config: dict[str, Any], resume: bool) -> None
         return
     if not resume:
         raise ValueError(f"{folder} holds a run already; go on with it by --resume, or set another output_dir.")
-    before, now = flatten(yaml.safe_load((folder / CONFIG).read_text())), flatten(config)
+    before, now = flatten(read_yaml(folder / CONFIG)), flatten(config)
     changed = [name for name in now | before if name not in FREE and before.get(name) != now.get(name)]
     if changed:
         changes = ", ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     A path to write a file to, which takes the place of `path` at the end of the block, when it is on disk.
 
-    After an error nothing is left of it, and `path` is as it was. Several processes may replace a file at a time: the
-    last one stays.
+    After an error nothing is left of it, and `path` is as it was. Several threads, processes and machines may replace
+    a file at a time: the last one stays.
     """
     path = Path(path)
-    growing = path.with_name(f".{path.name}.{os.getpid()}.{PARTIAL}")
+    growing = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.{PARTIAL}")
     try:
         yield growing
         sync(growing)

@@ -6,7 +6,6 @@ Candidates come from 64-bit perceptual hashes of whole images and of their parts
 when one thumbnail, laid over the other, correlates with it.
 """
 
-import hashlib
 import json
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ from evaluation.benchmarks.image_files import ImageFiles
 from evaluation.benchmarks.tables import NotHere
 from modeling_lrsclip.encoding.imagery import is_image_file
 from modeling_lrsclip.encoding.ties import best_first
+from modeling_lrsclip.files.hashing import bytes_sha256
 
 from .fingerprints import PARTS, SIDE, TURNS, coefficients, correlation, hashes, is_flat, likeness, thumbnail, turned
 from .hash_index import HashIndex, probe_keys
@@ -341,12 +341,9 @@ def _signature(images: ImageFiles) -> str:
     def parts() -> Iterable[str]:
         for name, source in zip(images.names, images.sources, strict=True):
             if isinstance(source, bytes):
-                yield f"{name} {hashlib.sha256(source).hexdigest()}\n"
+                yield f"{name} {bytes_sha256(source)}\n"
             else:
                 stat = source.stat()
                 yield f"{name} {stat.st_size} {stat.st_mtime_ns}\n"
 
-    digest = hashlib.sha256()
-    for part in parts():
-        digest.update(part.encode())
-    return digest.hexdigest()
+    return bytes_sha256("".join(parts()))
