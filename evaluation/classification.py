@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modeling_lrsclip.encoding import Embeddings, Encoder
+from modeling_lrsclip.encoding.model_inputs import encode_texts, share_truncated, token_lengths
 from modeling_lrsclip.encoding.ties import SCORE_TIE
-from modeling_lrsclip.encoding.tokens import encode_texts, share_truncated, token_lengths
 from modeling_lrsclip.files.hashing import json_sha256
 
 from .benchmarks.class_names import Templates, known_datasets, load_templates
 from .benchmarks.classification_data import ClassificationData, load_classification
 from .paper import paper_note
 from .results import Aside, Column, Gap, Table, rows_beside
+from .retrieval import check_embeddings, check_indices
 
 
 SEEN = "†"  # beside figures of a model that was trained on the data set
@@ -52,7 +53,8 @@ def classify(image_embeds: Any, class_embeds: Any, labels: Any) -> Predictions:
         `ValueError`: for shapes that do not fit, values that are not finite, labels out of range, fewer than two
             classes.
     """
-    images, classes, labels = _check(image_embeds, class_embeds, labels)
+    images, classes = check_embeddings({"image_embeds": image_embeds, "class_embeds": class_embeds}, least=(1, 2))
+    labels = check_indices("labels", labels, len(images), len(classes), "image", "class").to(images.device)
     scores = images.double() @ classes.double().T  # (M, C)
     right_scores = scores.gather(1, labels[:, None]).squeeze(1)  # (M,)
     scores.scatter_(1, labels[:, None], -torch.inf)
@@ -102,30 +104,6 @@ def class_embeddings(encoder: Encoder, class_names: Sequence[str], templates: Te
     embeds, seconds = encoder.texts(encode_texts(encoder.processor, prompts))  # (C * T, D)
     means = embeds.view(len(class_names), -1, embeds.shape[1]).mean(dim=1)  # (C, D)
     return Embeddings(F.normalize(means, dim=1), seconds)
-
-
-def _check(image_embeds: Any, class_embeds: Any, labels: Any) -> tuple[Tensor, Tensor, Tensor]:
-    images, classes, labels = (torch.as_tensor(value) for value in (image_embeds, class_embeds, labels))
-    for name, value, least in (("image_embeds", images, 1), ("class_embeds", classes, 2)):
-        if value.ndim != 2 or len(value) < least:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}; wanted (n, D) with n of at least {least}.")
-        if not value.isfinite().all():
-            bad = (~value.isfinite().all(dim=1)).nonzero().flatten()
-            raise ValueError(f"{name} has NaN or infinite values in {len(bad)} of {len(value)} rows, first: {bad[0]}.")
-    if images.shape[1] != classes.shape[1]:
-        raise ValueError(f"image_embeds are {images.shape[1]} wide, class_embeds {classes.shape[1]}; must be equal.")
-    if labels.shape != (len(images),) or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(
-            f"labels must be {len(images)} class indices, one an image; got shape {tuple(labels.shape)} of "
-            f"{str(labels.dtype).removeprefix('torch.')}."
-        )
-    outside = ((labels < 0) | (labels >= len(classes))).nonzero().flatten()
-    if len(outside):
-        raise ValueError(
-            f"labels[{outside[0]}] is {labels[outside[0]]}; with {len(classes)} classes it must be from 0 to "
-            f"{len(classes) - 1}."
-        )
-    return images, classes.to(images.device), labels.long().to(images.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------- task

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from modeling_lrsclip.encoding import Encoder
-from modeling_lrsclip.encoding.tokens import share_truncated, token_lengths
+from modeling_lrsclip.encoding.model_inputs import share_truncated, token_lengths
 from modeling_lrsclip.image_processing_lrsclip import to_rgb
 from modeling_lrsclip.published.registry import PAPER_ONLY
 

@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from modeling_lrsclip.encoding import Embeddings, Encoder
+from modeling_lrsclip.encoding.model_inputs import encode_texts
 from modeling_lrsclip.encoding.ties import best_first
-from modeling_lrsclip.encoding.tokens import encode_texts
 from modeling_lrsclip.files.hashing import bytes_sha256
 
 

@@ -4,12 +4,9 @@ import csv
 import importlib.metadata
 import io
 import itertools
-import json
 import platform
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +14,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
-
-from modeling_lrsclip.files.atomic import replace_text
 
 from .paper import paper_note
 
@@ -46,14 +41,6 @@ def environment() -> dict[str, Any]:
         "cuda_device": cuda,
         "versions": versions,
     }
-
-
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Indented JSON with lists of plain numbers on one line each."""
-    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-    replace_text(
-        path, re.sub(r"\[\n[\s\d.,eE+-]+\]", lambda match: "[" + " ".join(match[0][1:-1].split()) + "]", text) + "\n"
-    )
 
 
 CSV_COLUMNS = ("model", "task", "dataset", "metric", "value", "low", "high", "paper", "gap", "seen")

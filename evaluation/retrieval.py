@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from modeling_lrsclip.encoding import Encoder, embed_images, embed_texts
+from modeling_lrsclip.encoding.model_inputs import cut_tokens, encode_texts, share_truncated, token_lengths
 from modeling_lrsclip.encoding.ties import SCORE_TIE, best_first
-from modeling_lrsclip.encoding.tokens import cut_tokens, encode_texts, share_truncated, token_lengths
 
 from .benchmarks.retrieval_data import RetrievalData, load_retrieval
 
@@ -115,31 +115,72 @@ def retrieval_recall(
 
 
 def _check(image_embeds: Any, text_embeds: Any, text_to_image: Any) -> tuple[Tensor, Tensor, Tensor]:
-    images, texts, own_image = (torch.as_tensor(value) for value in (image_embeds, text_embeds, text_to_image))
-    for name, value in (("image_embeds", images), ("text_embeds", texts)):
-        if value.ndim != 2 or not len(value):
-            raise ValueError(f"{name} has shape {tuple(value.shape)}; wanted one row per item, at least one: (n, D).")
-        if not value.isfinite().all():
-            bad = (~value.isfinite().all(dim=1)).nonzero().flatten()
-            raise ValueError(f"{name} has NaN or infinite values in {len(bad)} of {len(value)} rows, first: {bad[0]}.")
-    if images.shape[1] != texts.shape[1]:
-        raise ValueError(f"image_embeds are {images.shape[1]} wide, text_embeds {texts.shape[1]}; must be equal.")
-    if own_image.shape != (len(texts),) or own_image.is_floating_point() or own_image.dtype == torch.bool:
-        raise ValueError(
-            f"text_to_image must be {len(texts)} image indices, one a text; got shape {tuple(own_image.shape)} of "
-            f"{str(own_image.dtype).removeprefix('torch.')}."
-        )
-    own_image = own_image.long()
-    outside = ((own_image < 0) | (own_image >= len(images))).nonzero().flatten()
-    if len(outside):
-        raise ValueError(
-            f"text_to_image[{outside[0]}] is {own_image[outside[0]]}; with {len(images)} images it must be from 0 to "
-            f"{len(images) - 1}."
-        )
+    images, texts = check_embeddings({"image_embeds": image_embeds, "text_embeds": text_embeds})
+    own_image = check_indices("text_to_image", text_to_image, len(texts), len(images), "text", "image")
     bare = (torch.bincount(own_image, minlength=len(images)) == 0).nonzero().flatten()
     if len(bare):
         raise ValueError(f"{len(bare)} of {len(images)} images have no text in text_to_image, first: image {bare[0]}.")
-    return images, texts.to(images.device), own_image
+    return images, texts, own_image.to(images.device)
+
+
+def check_embeddings(embeds: dict[str, Any], least: Sequence[int] = (1, 1)) -> tuple[Tensor, ...]:
+    """
+    Return embeddings as tensors on the device of the first, after a look at their shapes and values.
+
+    Args:
+        embeds: (n, D) tensors or arrays by the name that an error calls them.
+        least: rows that each must have.
+
+    Returns:
+        (n, D) each, in the order given.
+
+    Raises:
+        `ValueError`: for other shapes, unequal widths, and values that are not finite.
+    """
+    tensors = [torch.as_tensor(value) for value in embeds.values()]
+    for name, value, rows in zip(embeds, tensors, least, strict=True):
+        if value.ndim != 2 or len(value) < rows:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; wanted (n, D) with n of at least {rows}.")
+        if not value.isfinite().all():
+            bad = (~value.isfinite().all(dim=1)).nonzero().flatten()
+            raise ValueError(f"{name} has NaN or infinite values in {len(bad)} of {len(value)} rows, first: {bad[0]}.")
+    widths = [value.shape[1] for value in tensors]
+    if len(set(widths)) > 1:
+        names = list(embeds)
+        raise ValueError(f"{names[0]} are {widths[0]} wide, {names[1]} {widths[1]}; must be equal.")
+    return tuple(value.to(tensors[0].device) for value in tensors)
+
+
+def check_indices(name: str, indices: Any, count: int, choices: int, item: str, choice: str) -> Tensor:
+    """
+    Return indices of what each item belongs to as a tensor, after a look at their number, type and range.
+
+    Args:
+        name: the argument, for the error.
+        indices: (count,) integers, tensor or array.
+        count: items.
+        choices: what there is to belong to; an index is from 0 to `choices - 1`.
+        item, choice: one of the items and of the choices, for the error: `text` and `image`.
+
+    Returns:
+        (count,) int64.
+
+    Raises:
+        `ValueError`: for another shape, another type, or an index out of range.
+    """
+    values = torch.as_tensor(indices)
+    if values.shape != (count,) or values.is_floating_point() or values.dtype == torch.bool:
+        raise ValueError(
+            f"{name} must be {count} {choice} indices, one {'an' if item[0] in 'aeiou' else 'a'} {item}; got shape "
+            f"{tuple(values.shape)} of {str(values.dtype).removeprefix('torch.')}."
+        )
+    outside = ((values < 0) | (values >= choices)).nonzero().flatten()
+    if len(outside):
+        plural = f"{choice}es" if choice.endswith("s") else f"{choice}s"
+        raise ValueError(
+            f"{name}[{outside[0]}] is {values[outside[0]]}; with {choices} {plural} it must be from 0 to {choices - 1}."
+        )
+    return values.long()
 
 
 def evaluate_retrieval(

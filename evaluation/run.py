@@ -22,7 +22,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from modeling_lrsclip.encoding import load_encoder
-from modeling_lrsclip.files.atomic import replace_text
+from modeling_lrsclip.files.atomic import replace_json, replace_text
 from modeling_lrsclip.files.cache_folder import cache_folder
 from modeling_lrsclip.published.registry import label_models, resolve
 
@@ -35,7 +35,6 @@ from .results import (
     make_console,
     markdown,
     print_table,
-    write_json,
 )
 from .tasks import TASKS, Benchmark, choose_tasks, load_benchmarks
 
@@ -158,7 +157,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             line = f"{label}: {task.name} on {benchmark.data.name} done in {seconds:.1f} s, {headline}"
             console.print(line, markup=False)
             if main_process:
-                write_json(output / "results.json", document)  # after each: what is done stays done
+                replace_json(output / "results.json", document, allow_nan=False)  # after each: what is done stays done
     if main_process:
         show(console, benchmarks, document, output)
     if processes:

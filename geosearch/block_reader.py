@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from modeling_lrsclip.encoding.pixels import PixelBatcher
+from modeling_lrsclip.encoding.model_inputs import PixelBatcher
 from modeling_lrsclip.encoding.rasters import Raster, RasterError, Rendering, fill_nothing
 
 from .plan import PlannedScene, WindowOptions

@@ -28,11 +28,11 @@ from transformers.utils import logging
 
 from evaluation.benchmarks.aerial_scenes.data_set import CLASS_NAMES, write_dataset
 from evaluation.benchmarks.scene_mosaics import write_mosaics
-from evaluation.results import environment, make_console, markdown, print_table, write_json
+from evaluation.results import environment, make_console, markdown, print_table
 from evaluation.run import parse_arguments as evaluation_options
 from evaluation.tasks import choose_tasks, load_benchmarks
 from modeling_lrsclip.encoding.encoder import load_encoder
-from modeling_lrsclip.files.atomic import replace_text
+from modeling_lrsclip.files.atomic import replace_json, replace_text
 
 from .ablations.figure import draw_study
 from .ablations.models import PAPER_RECIPE, OwnModels, SmallModels
@@ -193,7 +193,7 @@ class Measured:
             result = benchmark.measure(encoder)
             result.pop("examples", None)  # for galleries
             results.setdefault(benchmark.task.name, []).append(result)
-        write_json(kept, {"data": self.identity, "seconds": time.perf_counter() - started, "results": results})
+        replace_json(kept, {"data": self.identity, "seconds": time.perf_counter() - started, "results": results})
         return results
 
 
@@ -223,7 +223,7 @@ def report(outcome: Outcome, folder: Path, console: Console, record: dict[str, A
     figure = draw_study(outcome.study, here, outcome.paper, folder / "figure.png", bars)
     lines = [closing[0], "", *(f"- {line}" for line in closing[1:-1]), "", closing[-1], "", "![](figure.png)", ""]
     replace_text(folder / "table.md", markdown(table) + "\n" + "\n".join(lines))
-    write_json(folder / "results.json", record)
+    replace_json(folder / "results.json", record)
     for path in (folder / "table.md", folder / "results.json", figure):
         console.print(str(path), soft_wrap=True, markup=False)
 

@@ -26,8 +26,15 @@ from modeling_lrsclip.files.hashing import weights_sha256
 
 from ..published.registry import ModelSource
 from .cache import EmbeddingCache, SharedWork
-from .image_batches import pixel_batches
-from .tokens import cut_tokens, encode_texts, hash_rows, text_positions, unique_rows
+from .model_inputs import (
+    PixelBatcher,
+    cut_tokens,
+    encode_texts,
+    hash_rows,
+    pixel_batches,
+    text_positions,
+    unique_rows,
+)
 from .towers import class_token_only, end_of_text_only, image_batch_size, in_threads, text_batches
 
 
@@ -46,7 +53,7 @@ def embed_texts(
     progress: bool | str | tqdm = False,
 ) -> Tensor:
     """
-    Unit embeddings of texts. Texts longer than the model's position table are cut ([`~.tokens.share_truncated`] says how many).
+    Unit embeddings of texts. Texts longer than the model's position table are cut ([`~.model_inputs.share_truncated`] says how many).
 
     Args:
         model: `LRSCLIPModel` or `CLIPModel`; its training state is left as found.
@@ -75,7 +82,7 @@ def embed_token_rows(
     progress: bool | str | tqdm = False,
 ) -> Tensor:
     """
-    Unit embeddings of texts that [`~.tokens.encode_texts`] has turned into token ids.
+    Unit embeddings of texts that [`~.model_inputs.encode_texts`] has turned into token ids.
 
     Args:
         model, processor, batch_size, max_tokens, dtype, progress: as in [`embed_texts`].
@@ -138,7 +145,8 @@ def embed_images(
     size, total = image_batch_size(model, batch_size), len(images) if hasattr(images, "__len__") else None
     prepared: Any = _batches(images, size)
     if total is not None and hasattr(images, "__getitem__"):
-        prepared = pixel_batches(processor, images, size, workers, pin=model.device.type == "cuda")
+        prepare = PixelBatcher(processor.image_processor)
+        prepared = pixel_batches(prepare, images, size, workers, pin=model.device.type == "cuda")
     embeds = [torch.empty(0, model.config.projection_dim)]
     with _bar(total, progress, "images") as bar:
         for encoded in embed_batches(model, processor, prepared, dtype):
@@ -161,13 +169,14 @@ def embed_batches(
     Yields:
         `Tensor` (B, D), float32 on the CPU, in the order of the batches.
     """
+    prepare = PixelBatcher(processor.image_processor)
     with _inference(model, dtype), class_token_only(model):
 
         def encode(batch: Any) -> Tensor:
             _settle_thread(model.device, dtype)
             batch = batch() if callable(batch) else batch
             if not isinstance(batch, Tensor):
-                batch = processor(images=batch, return_tensors="pt")["pixel_values"]  # (B, 3, H, W)
+                batch = prepare(batch)  # (B, 3, H, W)
             return _unit(model.get_image_features(pixel_values=batch.to(model.device, non_blocking=True)))
 
         yield from in_threads(encode, batches, model.device)

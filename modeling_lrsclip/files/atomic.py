@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 
+NUMBERS = re.compile(r"\[\n[\s\d.,eE+-]+\]")  # a list of numbers, a line each
 PARTIAL = "partial"  # ends the name under which something grows; the name begins with a dot
 OLD = "old"  # ends the name of a folder that is being replaced
 
@@ -46,9 +48,17 @@ def replace_text(path: str | Path, text: str) -> None:
     replace_bytes(path, text.encode())
 
 
-def replace_json(path: str | Path, value: Any) -> None:
-    """Writes a value as indented JSON in one step, as [`replace_bytes`]."""
-    replace_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def replace_json(path: str | Path, value: Any, allow_nan: bool = True) -> None:
+    """
+    Writes a value as indented JSON, lists of plain numbers on one line each, in one step, as [`replace_bytes`].
+
+    Args:
+        path: file to write.
+        value: of dictionaries, lists, texts, numbers and None.
+        allow_nan: writes NaN and infinity, which strict readers of JSON refuse; False: they are a `ValueError`.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan)
+    replace_text(path, NUMBERS.sub(lambda match: "[" + " ".join(match[0][1:-1].split()) + "]", text) + "\n")
 
 
 def growing_folder(folder: Path) -> Path:

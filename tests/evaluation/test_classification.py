@@ -19,8 +19,9 @@ from evaluation.classification import (
 )
 from evaluation.figures.classification import draw_confusion_matrix
 from evaluation.paper import beside_paper
-from evaluation.results import markdown, write_json
+from evaluation.results import markdown
 from modeling_lrsclip.encoding.encoder import Encoder, embed_images, embed_texts
+from modeling_lrsclip.files.atomic import replace_json
 
 
 TASK = ClassificationTask()
@@ -162,7 +163,7 @@ def test_the_task_agrees_with_embedding_by_hand(encoder, folder, images, tmp_pat
     assert result["per_class"][3]["name"] == "commercial area" and result["per_class"][1]["accuracy"] is None
     assert np.array(result["confusion"]).sum(axis=1).tolist() == [row["images"] for row in result["per_class"]]
     assert result["share_truncated"] == 0 and result["seconds"]["images"] > 0
-    write_json(tmp_path / "result.json", {"results": [result]})
+    replace_json(tmp_path / "result.json", {"results": [result]})
     assert json.loads((tmp_path / "result.json").read_text())["results"][0]["metrics"] == result["metrics"]
 
 

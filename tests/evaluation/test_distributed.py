@@ -10,7 +10,7 @@ import modeling_lrsclip.encoding.encoder as encoding
 from evaluation.benchmarks.image_files import ImageFiles
 from modeling_lrsclip.encoding.cache import SharedWork
 from modeling_lrsclip.encoding.encoder import load_encoder
-from modeling_lrsclip.encoding.tokens import encode_texts
+from modeling_lrsclip.encoding.model_inputs import encode_texts
 
 
 SCRIPT = """

@@ -12,9 +12,10 @@ from rich.console import Console
 
 from evaluation import run
 from evaluation.benchmarks.aerial_scenes import data_set as aerial_scenes
-from evaluation.results import Column, Table, make_console, markdown, print_table, write_json
+from evaluation.results import Column, Table, make_console, markdown, print_table
 from evaluation.retrieval import retrieval_recall
 from modeling_lrsclip.encoding.encoder import embed_images, embed_texts
+from modeling_lrsclip.files.atomic import replace_json
 from modeling_lrsclip.published.registry import MODELS, ModelSource, label_models
 from tests.modeling_lrsclip.references import published_state
 from tests.modeling_lrsclip.source_files import write_source
@@ -227,11 +228,11 @@ def test_the_table_is_readable_in_80_columns():
 
 def test_json_keeps_lists_of_numbers_on_a_line(tmp_path):
     document = {"ranks": [1, 2, 30], "text": "[1,  2]", "curve": [{"tokens": 20}]}
-    write_json(tmp_path / "a.json", document)
+    replace_json(tmp_path / "a.json", document)
     assert '"ranks": [1, 2, 30]' in (tmp_path / "a.json").read_text()
     assert json.loads((tmp_path / "a.json").read_text()) == document
     with pytest.raises(ValueError):
-        write_json(tmp_path / "a.json", {"mR": float("nan")})
+        replace_json(tmp_path / "a.json", {"mR": float("nan")}, allow_nan=False)
     assert json.loads((tmp_path / "a.json").read_text()) == document
 
 

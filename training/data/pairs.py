@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from modeling_lrsclip import LRSCLIPProcessor
 from modeling_lrsclip.encoding.imagery import augment, read_image
-from modeling_lrsclip.encoding.pixels import PixelBatcher
+from modeling_lrsclip.encoding.model_inputs import PixelBatcher
 
 from ..distributed import USER_ERRORS
 from ..signals import leave_signals_to_the_parent

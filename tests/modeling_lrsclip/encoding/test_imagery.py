@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 
 from modeling_lrsclip import LRSCLIPImageProcessor
 from modeling_lrsclip.encoding.imagery import MAX_PIXELS, VIEWS, augment, read_image
-from modeling_lrsclip.encoding.pixels import PixelBatcher
+from modeling_lrsclip.encoding.model_inputs import PixelBatcher
 
 
 def stored(image: Image.Image, kind: str = "png", **options) -> bytes:
@@ -153,6 +153,12 @@ def test_other_processors_are_called(options):
     )
     images = [scene(64, 64, seed) for seed in range(3)]
     assert PixelBatcher(processor).levels is None
+    assert torch.equal(PixelBatcher(processor)(images), processor(images, return_tensors="pt")["pixel_values"])
+
+
+def test_arrays_go_through_the_processor():
+    processor = LRSCLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    images = [np.asarray(scene(64, 48)), scene(64, 48, 1)]
     assert torch.equal(PixelBatcher(processor)(images), processor(images, return_tensors="pt")["pixel_values"])
 
 
