@@ -2,7 +2,9 @@
 
 import argparse
 import datetime
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 
@@ -106,3 +108,84 @@ def run_search(options: argparse.Namespace) -> None:
     if options.html:
         title = options.text or f"Like {options.image}"
         print(f"-> {write_page(ScenePictures(index), hits, options.html, title)}")
+
+
+# --------------------------------------------------------------------------------------------------------------- locate
+
+
+def add_locate(commands: argparse._SubParsersAction) -> None:
+    """`geosearch locate`."""
+    parser = commands.add_parser(
+        "locate",
+        help="where in a scene is what a text describes",
+        description="Writes a map of similarity in the scene's own coordinates, and the places on it. Over an indexed "
+        "scene no image is encoded; a scene file is indexed first, for this once.",
+    )
+    parser.add_argument("source", metavar="INDEX_OR_SCENE", help="folder that geosearch index made, or a scene's file")
+    parser.add_argument("text", metavar="TEXT", help="what is to be seen, in up to 248 tokens")
+    parser.add_argument("--not", metavar="TEXT", dest="exclude", help="what is not to be seen")
+    parser.add_argument("--scene", help="which scene of the index: its path or the end of it")
+    parser.add_argument("--output", metavar="FILE", help="write the map to a Cloud Optimized GeoTIFF (.tif)")
+    parser.add_argument("--places", metavar="FILE", help="write the places to a .geojson, .gpkg or .parquet file")
+    parser.add_argument(
+        "--window", help="for a scene's file: windows in pixels (224) or metres (500m), commas between"
+    )
+    _add_model(parser)
+    parser.set_defaults(run=run_locate)
+
+
+def run_locate(options: argparse.Namespace) -> None:
+    """Maps, prints and writes."""
+    from .hits import output_driver
+    from .search import SearchProblem
+
+    if options.places:
+        output_driver(options.places)
+    if Path(options.source).is_dir():
+        if options.window:
+            raise SearchProblem("--window is for a scene's file; the windows of an index are there already.")
+        _locate(options, Path(options.source))
+        return
+    if not options.model:
+        raise SearchProblem(f"{options.source} is no index: name the --model that is to look at this scene.")
+    from .index import IndexJob, build_index
+    from .windows import WindowSize
+
+    with tempfile.TemporaryDirectory(prefix="geosearch-") as folder:
+        sizes = options.window and tuple(map(WindowSize.parse, options.window.split(",")))
+        job = IndexJob([options.source], Path(folder), options.model, {"sizes": sizes}, device=options.device)
+        build_index(job)
+        _locate(options, Path(folder))
+
+
+def _locate(options: argparse.Namespace, folder: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .hits import place_name, write_features
+    from .index_store import open_index
+    from .locate import PLACE_LEVEL, place_middles, places_of, scene_windows, similarity_map, write_map
+    from .search import question_vector, read_text
+
+    index = open_index(folder)
+    scene_windows(index, options.scene)  # says which scenes there are, before the model is loaded
+    encoder = load_index_encoder(index, options.model, options.device)
+    query = question_vector(index, encoder, options.text, exclude=options.exclude)
+    heat = similarity_map(index, query, options.scene)
+    places = places_of(heat)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("place", "similarity", "mean", "cells"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("middle", no_wrap=True)
+    for row, (lon, lat) in zip(places.to_pylist(), place_middles(places)):
+        numbers = f"{row['similarity']:.4f}", f"{row['mean_similarity']:.4f}", f"{row['cells']:,}"
+        table.add_row(str(row["rank"]), *numbers, place_name(lon, lat, heat.coordinates))
+    Console().print(table)
+    print(read_text(encoder, options.text).sentence())
+    print(
+        f"{heat.scene}: places exceed {heat.level:.4f}, {PLACE_LEVEL:.0%} of the way from the map's median to its peak."
+    )
+    if options.output:
+        print(f"-> {write_map(heat, options.output)}")
+    if options.places:
+        print(f"-> {write_features(places, options.places, heat.coordinates)}")

@@ -96,7 +96,7 @@ def footprints(pixel_boxes: np.ndarray, transform: Affine, crs: Any) -> tuple[np
         outlines[index] = _around_pole(rings[index], pole)
     beyond = np.flatnonzero((np.abs(shapely.bounds(outlines)[:, [0, 2]]) > 180).any(axis=1))
     for index in beyond:
-        outlines[index] = _cut_at_180(outlines[index])
+        outlines[index] = cut_at_180(outlines[index])
     return outlines, middles
 
 
@@ -136,8 +136,10 @@ def _around_pole(ring: np.ndarray, pole: float) -> shapely.Polygon:
     return shapely.orient_polygons(shapely.Polygon(line))
 
 
-def _cut_at_180(outline: shapely.Polygon) -> shapely.MultiPolygon | shapely.Polygon:
-    """A polygon whose longitudes go beyond 180 degrees, as parts that lie within."""
+def cut_at_180(outline: shapely.Polygon) -> shapely.MultiPolygon | shapely.Polygon:
+    """A polygon whose longitudes may go beyond 180 degrees, as parts that lie within."""
+    if np.abs(shapely.bounds(outline)[[0, 2]]).max() <= 180:
+        return outline
     parts = []
     for turn in (-360.0, 0.0, 360.0):
         strip = shapely.box(-180.0 - turn, -90.0, 180.0 - turn, 90.0)

@@ -21,6 +21,7 @@ MAP_PIXELS = 800  # width of the map where labels have their size
 MARGIN = 0.06  # of the map's longer side around what is shown
 OVERVIEW, THUMBNAIL = 1024, 256  # longest side of the pictures in a page, pixels
 MOST_OVERVIEWS = 12  # of a page; other scenes are outlines
+GRATICULE = (30, 10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)  # degrees between lines
 GAP = 0.05  # between scenes without coordinates, which lie side by side, as a share of the widest
 
 Ring = np.ndarray  # (4, 2) upper left, upper right, lower right, lower left
@@ -49,8 +50,7 @@ class MapFrame:
         else:
             middles = np.array([ring.mean(axis=0) for ring in corners.values()])
             turned = np.exp(1j * np.radians(middles[:, 0])).sum()  # the mean of longitudes on both sides of 180
-            self.middle = np.array([np.degrees(np.angle(turned)), middles[:, 1].mean()])
-            self.shrink = max(0.05, math.cos(math.radians(self.middle[1])))
+            self.middle = np.array([np.degrees(np.angle(turned)), _mercator(middles[:, 1]).mean()])
         self.rings = {scene: self.ring(scene) for scene in scenes}
 
     def ring(self, scene: str, pixel_box: tuple[int, int, int, int] | None = None) -> Ring:
@@ -61,10 +61,10 @@ class MapFrame:
         return self.points(corners)
 
     def points(self, lon_lat: np.ndarray) -> np.ndarray:
-        """Places in the drawing of `(K, 2)` longitudes and latitudes that lie on one side of the 180th meridian."""
-        away = lon_lat - self.middle
-        turn = 360 * round(float(away[:, 0].mean()) / 360)
-        return np.stack([(away[:, 0] - turn) * self.shrink, -away[:, 1]], axis=-1) * UNITS
+        """Places in the drawing, in Mercator's projection, of `(K, 2)` longitudes and latitudes next to each other."""
+        away = lon_lat[:, 0] - self.middle[0]
+        turn = 360 * round(float(away.mean()) / 360)
+        return np.stack([away - turn, self.middle[1] - _mercator(lon_lat[:, 1])], axis=-1) * UNITS
 
     def view(self, scenes: Sequence[str]) -> tuple[float, float, float, float]:
         """Left, top, width and height that show scenes."""
@@ -145,28 +145,33 @@ def _label(text: str, point: np.ndarray, scale: float) -> str:
     return f'<g class="label" {place}><circle r="11"/><text dy="4.5">{html.escape(text)}</text></g>'
 
 
+def _mercator(lat: np.ndarray) -> np.ndarray:
+    """Mercator's ordinate in degrees of longitude; shapes stay true at every latitude."""
+    return np.degrees(np.arcsinh(np.tan(np.radians(np.clip(lat, -89.5, 89.5)))))
+
+
 def _graticule(frame: MapFrame, view: tuple[float, float, float, float]) -> str:
     """Lines of whole degrees or parts of them, a few across the map, each with its number."""
     left, top, width, height = view
-    span = max(width / frame.shrink, height) / UNITS  # degrees
-    step = next(
-        size for size in (30, 10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0) if size * 4 <= span
-    )
-    if not step:
+    steps = [step for step in GRATICULE if step * 4 * UNITS <= width]
+    if not steps:
         return ""
-    parts = ['<g class="graticule">']
-    west, north = left / frame.shrink / UNITS + frame.middle[0], frame.middle[1] - top / UNITS
-    scale = width / MAP_PIXELS
-    for number in range(math.ceil(west / step), math.floor((west + width / frame.shrink / UNITS) / step) + 1):
-        x = (number * step - frame.middle[0]) * frame.shrink * UNITS
+    parts, step, scale = ['<g class="graticule">'], steps[0], width / MAP_PIXELS
+    west, east = (edge / UNITS + frame.middle[0] for edge in (left, left + width))
+    south, north = (
+        float(np.degrees(np.arctan(np.sinh(np.radians(frame.middle[1] - edge / UNITS)))))
+        for edge in (top + height, top)
+    )
+    for number in range(math.ceil(west / step), math.floor(east / step) + 1):
+        x = (number * step - frame.middle[0]) * UNITS
         lon = (number * step + 180) % 360 - 180
-        parts.append(f'<path d="M{_numbers((x, top))}V{top + height:.6g}"/>')
-        parts.append(_degree(f"{abs(lon):g}°{'E' if lon >= 0 else 'W'}", x, top + height, scale))
-    for number in range(math.ceil((north - height / UNITS) / step), math.floor(north / step) + 1):
-        y = (frame.middle[1] - number * step) * UNITS
+        parts.append(f'<path d="M{_numbers((x, top))}V{top + height:.9g}"/>')
+        parts.append(_degree(f"{abs(lon):.6g}°{'E' if lon >= 0 else 'W'}", x, top + height, scale))
+    for number in range(math.ceil(south / step), math.floor(north / step) + 1):
         lat = number * step
-        parts.append(f'<path d="M{_numbers((left, y))}H{left + width:.6g}"/>')
-        parts.append(_degree(f"{abs(lat):g}°{'N' if lat >= 0 else 'S'}", left, y, scale))
+        y = (frame.middle[1] - float(_mercator(np.array(lat)))) * UNITS
+        parts.append(f'<path d="M{_numbers((left, y))}H{left + width:.9g}"/>')
+        parts.append(_degree(f"{abs(lat):.6g}°{'N' if lat >= 0 else 'S'}", left, y, scale))
     return "".join([*parts, "</g>"])
 
 

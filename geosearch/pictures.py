@@ -19,6 +19,7 @@ from .index_store import Index
 from .plan import WindowOptions
 
 
+BACKGROUND = (238, 241, 244)  # of maps: what an overview shows where a scene has nothing
 LONGEST_PICTURE = 4096  # pixels of the longer side that are ever shown
 
 
@@ -86,6 +87,9 @@ class ScenePictures:
                 rgb, valid = raster.read(left, top, width, height, shape)
         except ImageError:
             return None
+        if pixel_box is None:
+            rgb[~valid] = BACKGROUND
+            return Image.fromarray(rgb)
         return Image.fromarray(fill_nothing(rgb, valid))
 
     def corners(self, scene: str, pixel_box: tuple[int, int, int, int] | None = None) -> np.ndarray:
