@@ -17,13 +17,14 @@ import pyarrow.parquet as pq
 import pyproj
 from affine import Affine
 
+from modeling_lrsclip.encoding.imagery import IMAGE_SUFFIXES
 from modeling_lrsclip.encoding.rasters import Raster, RasterError
 from modeling_lrsclip.files.hashing import bytes_sha256, file_sha256
 
 from .footprints import to_lon_lat
 
 
-SCENE_SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".png", ".jpg", ".jpeg")  # taken from folders
+SCENE_SUFFIXES = (*IMAGE_SUFFIXES, ".vrt")  # taken from folders
 PATH_COLUMNS = ("path", "location", "file", "filepath", "file_name", "filename", "href", "scene", "image")
 TIME_COLUMNS = ("timestamp", "datetime", "date", "acquired")
 SIDECARS = (".aux.xml", ".ovr")  # statistics and overviews, which other programs write beside a scene; not its content

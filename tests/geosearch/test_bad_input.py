@@ -141,7 +141,7 @@ def test_pictures_without_coordinates_are_told_in_pixels(make_index, tmp_path, c
 # Arguments -> the sentence on standard error, and exit status 2. {good} is a scene, {model} a model, {index} a finished index.
 COMMANDS = {
     "missing scene": ("index {tmp}/none.tif --model {model} --output {tmp}/new", "none.tif does not exist"),
-    "empty folder": ("index {empty} --model {model} --output {tmp}/new", "holds no scenes: files ending in .tif"),
+    "empty folder": ("index {empty} --model {model} --output {tmp}/new", "holds no scenes: files ending in .bmp"),
     "pattern of nothing": ("index {tmp}/*.jp2 --model {model} --output {tmp}/new", "holds no scenes"),
     "address": ("index https://example.org/a.tif --model {model} --output {tmp}/new", "is not on this machine"),
     "only bad ones": ("index {text} --model {model} --output {tmp}/new", "none of 1 scenes can be indexed; the first: "),

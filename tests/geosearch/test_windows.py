@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geosearch import windows
 from geosearch.windows import WindowSize, block_of, scene_grids, window_starts
 
 
+@settings(deadline=None)
 @given(st.integers(1, 400), st.integers(1, 400), st.floats(0.05, 1))
 def test_starts_cover_every_pixel_and_stay_inside(length, side, stride):
     side = min(side, length)
@@ -20,6 +21,7 @@ def test_starts_cover_every_pixel_and_stay_inside(length, side, stride):
     assert (np.diff(starts) > 0).all() and (len(starts) < 2 or np.diff(starts).max() <= max(1, round(side * stride)))
 
 
+@settings(deadline=None)
 @given(st.integers(4, 900), st.integers(4, 900), st.sampled_from([(16,), (64, 32), (300, 700)]), st.floats(0.2, 1))
 def test_blocks_are_a_partition_of_all_windows(width, height, sizes, stride):
     grids = scene_grids(width, height, [WindowSize(size) for size in sizes], stride)
