@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_lrsclip.encoding import Encoder
+from modeling_lrsclip.encoding.imagery import survey_lines
 
 from .benchmarks.classification_data import find_sources as find_classification
 from .benchmarks.localization_data import find_sources as find_localization
@@ -160,7 +161,7 @@ class Benchmark:
         """The result of one model, as `results.json` holds it."""
         result = self.method.evaluate(encoder, self.data)
         named = {"model": encoder.label, "task": self.task.name, "dataset": self.data.name, "source": self.source}
-        result = named | result
+        result = named | result | {"imagery": self.data.images.imagery}
         result["intervals"] = intervals(result)
         return result | beside_paper(result)
 
@@ -209,6 +210,8 @@ def load_benchmarks(tasks: Sequence[Task], options: argparse.Namespace, say: Cal
             raise ValueError(f"--data has {twice.pop()} for {task.name} twice; name one of them otherwise.")
         for benchmark in loaded:
             say(f"{task.name}: {benchmark.data.summary}")
+            for line in survey_lines(benchmark.data.images.imagery, benchmark.data.name):
+                say(line)
         benchmarks += loaded
     unused = [path for path in options.data if path not in used]
     if unused:

@@ -21,6 +21,7 @@ import yaml
 from accelerate import Accelerator
 
 from modeling_lrsclip import LRSCLIPModel
+from modeling_lrsclip.encoding.imagery import survey_lines
 from modeling_lrsclip.files.atomic import replace_json, replace_text
 from modeling_lrsclip.files.configuration import read_yaml
 from modeling_lrsclip.files.hashing import weights_sha256
@@ -182,6 +183,7 @@ class RunRecord:
         pairs: rows that it is trained on.
         lengths: token lengths of their texts by column, see `Pairs.token_lengths`.
         validation_pairs: rows that are validated on, None for none.
+        imagery: what the training images are made of, see `Pairs.imagery`.
     """
 
     def __init__(
@@ -193,9 +195,11 @@ class RunRecord:
         pairs: int,
         lengths: dict[str, dict[str, float]],
         validation_pairs: int | None,
+        imagery: dict[str, Any],
     ):
         self.folder, self.config, self.accelerator = folder, config, accelerator
         self.steps, self.pairs, self.lengths, self.validation_pairs = steps, pairs, lengths, validation_pairs
+        self.imagery = imagery
 
     def introduce(self, model: LRSCLIPModel, seen: set[str]) -> None:
         """
@@ -219,6 +223,8 @@ class RunRecord:
                 f"{column}: {lengths['mean_tokens']:.0f} tokens on average, {lengths['share_truncated']:.0%} longer than "
                 f"{positions} and cut"
             )
+        for line in survey_lines(self.imagery, "data.train"):
+            print(line)
 
     def start(self, step: int) -> None:
         """Write `config.yaml`, and add a start of the run, or a resumption after `step`, to `run.json`."""
@@ -270,7 +276,8 @@ class RunRecord:
             "starts": (read_record(self.folder) or {}).get("starts", []),
             "init": describe_init(init) if init != SCRATCH else None,
             "init_run": read_record(init),
-            "data": describe_data(data["train"]) | {"pairs": self.pairs, "captions": self.lengths},
+            "data": describe_data(data["train"])
+            | {"pairs": self.pairs, "captions": self.lengths, "imagery": self.imagery},
             "validation": measured and describe_data(data["validation"]) | {"pairs": measured},
             "best": measured and {"step": state.best_step, "mR": state.best_recall},
             "steps": self.steps,

@@ -87,7 +87,9 @@ def train(config: TrainConfig, folder: Path) -> Path:
     if accelerator.is_main_process:
         steps, lengths = config.loop.count_steps(len(pairs)), pairs.token_lengths(processor, config.data)
         measured = validation and validation.rows
-        record = RunRecord(folder, plain_values(config), accelerator, steps, len(pairs), lengths, measured)
+        record = RunRecord(
+            folder, plain_values(config), accelerator, steps, len(pairs), lengths, measured, pairs.imagery()
+        )
         record.introduce(model, pairs.locations & (held_out.locations if held_out else set()))
         if config.push_to_hub:
             look_for_a_token(print)

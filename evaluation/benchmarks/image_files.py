@@ -1,5 +1,6 @@
 """Images of a data set, opened when they are asked for, and which of them may be left out."""
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import Any, overload
 from PIL import Image
 from tqdm import tqdm
 
-from modeling_lrsclip.encoding.imagery import ImageError, image_size, read_image
+from modeling_lrsclip.encoding.imagery import ImageError, image_size, read_image, spread, survey
 from modeling_lrsclip.files.hashing import bytes_sha256, file_sha256
 
 
@@ -53,6 +54,16 @@ class ImageFiles(Sequence[Image.Image]):
     def sizes(self) -> list[tuple[int, int]]:
         """Height and width of each image as it is shown, in pixels; none is decoded."""
         return [self._read(index, image_size) for index in range(len(self))]
+
+    @cached_property
+    def imagery(self) -> dict[str, Any]:
+        """What the images are made of: a [`survey`] of some of them."""
+        return survey(self._readable())
+
+    def _readable(self) -> Iterator[Image.Image]:
+        for index in spread(len(self)):
+            with contextlib.suppress(ImageError):  # an error when its turn comes
+                yield self[index]
 
     def _read(self, index: int, read: Callable[[Path | bytes], Any]) -> Any:
         try:

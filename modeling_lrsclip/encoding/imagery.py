@@ -1,25 +1,41 @@
-"""Image files of every kind and state: what can be used is read, what cannot says why."""
+"""
+Image files of every kind and state: what can be used is read, what cannot says why.
+
+Images of 8 bits a channel in grey or RGB are Pillow's, as they lie in their file. Rasters of other depths or bands (16
+bits, floating point, 4 to 12 bands) are rendered as 8-bit RGB by [`.rasters`], which needs rasterio.
+"""
 
 import contextlib
 import io
+import logging
 import random
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
+
+from ..image_processing_lrsclip import to_rgb
 
 
 MAX_PIXELS = 178_956_970  # twice Pillow's warning threshold, where Pillow too takes a file for a decompression bomb
 MIN_SIDE = 4  # pixels of the short side; less is no picture
 MAX_ASPECT = 50  # long side / short side; resized by its short side, a longer strip would fill the memory
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+RASTER_FORMATS = ("TIFF", "PNG", "JPEG2000")  # Pillow's names of those that may have more than 8 bits a channel
+TIFF_BEGINNINGS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+SURVEYED = 32  # images of a data set that are looked at before it is used
+DARK, FLAT = 4, 2  # levels of 255: a mean below the one or a standard deviation below the other shows next to nothing
 StoredImage = str | Path | bytes | dict[str, Any] | None  # a path, the bytes of a file, or {"bytes", "path"}
 Augmentation = Literal["none", "flips", "rotations", "dihedral"]
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS decides
 warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")  # odd tags
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # more bands than Pillow reads: rasterio does
 _FLIPS = [Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.ROTATE_180]
 _ROTATIONS = [Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270]
 VIEWS: dict[str, list[Image.Transpose | None]] = {
@@ -43,11 +59,11 @@ class ImageError(ValueError):
 
 def read_image(stored: StoredImage, shortest_edge: int | None = None) -> Image.Image:
     """
-    Reads an image and turns it upright by its EXIF tag; its PIL mode may be any.
+    Reads an image and turns it upright by its EXIF tag; its PIL mode may be any of 8 bits.
 
-    Modes stay as they are (grey, palette, CMYK, 16 bits): the processor makes RGB of them, for training as for
-    evaluation, and scales more than 8 bits by the image's own smallest and largest value. An EXIF block that cannot be
-    read is ignored; of an animation, the first frame is taken.
+    Modes of 8 bits stay as they are (grey, palette, CMYK): the processor makes RGB of them, for training as for
+    evaluation. Images of more bits or bands become RGB here, as [`rasters.read_rgb`] chooses bands and stretches their
+    values. An EXIF block that cannot be read is ignored; of an animation, the first frame is taken.
 
     Args:
         stored: a path, the bytes of a file, or `{"bytes", "path"}`.
@@ -59,7 +75,8 @@ def read_image(stored: StoredImage, shortest_edge: int | None = None) -> Image.I
 
     Raises:
         [`ImageError`]: naming the file, for one that is missing, empty, no image, truncated or corrupt, of more than
-            `MAX_PIXELS` pixels, narrower than `MIN_SIDE` or longer than `MAX_ASPECT` times its width.
+            `MAX_PIXELS` pixels, narrower than `MIN_SIDE` or longer than `MAX_ASPECT` times its width, and for one that
+            needs rasterio where that is not installed.
     """
     with _opened(stored) as image:
         if shortest_edge is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
@@ -69,9 +86,18 @@ def read_image(stored: StoredImage, shortest_edge: int | None = None) -> Image.I
         return upright(image)
 
 
-def open_image(stored: StoredImage) -> Image.Image:
-    """Reads an image as it lies in its file, not turned, with its `format`; arguments and errors as [`read_image`]."""
-    with _opened(stored) as image:
+def open_image(stored: StoredImage, rendered: bool = True) -> Image.Image:
+    """
+    Reads an image as it lies in its file, not turned, with its `format`.
+
+    Args:
+        stored: as in [`read_image`], and so are the errors.
+        rendered: whether more than 8 bits or 4 bands become 8-bit RGB; a mask of class numbers must not.
+
+    Returns:
+        The image, decoded.
+    """
+    with _opened(stored, rendered) as image:
         image.load()
         return image
 
@@ -109,13 +135,73 @@ def is_image_file(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
+def survey(images: Iterable[Image.Image]) -> dict[str, Any]:
+    """
+    Count of what images are made of, for records and for a warning before they are used.
+
+    Args:
+        images: as [`read_image`] returns them.
+
+    Returns:
+        `sampled`, their number; `dark`, how many of them show next to nothing, black or of one colour; `kinds`, a list of
+            `bits` a channel, `bands` of the file, `stretch` ("as stored", "percentiles 2-98", …) and `images`, how many
+            are so.
+    """
+    kinds, dark = Counter(), 0
+    for image in images:
+        bits, bands, stretch = image.info.get("rendering", (8, len(image.getbands()), "as stored"))
+        kinds[bits, bands, stretch] += 1
+        levels = np.asarray(to_rgb(image).resize((32, 32), Image.Resampling.BOX).convert("L"), dtype=np.float32)
+        dark += bool(levels.mean() < DARK or levels.std() < FLAT)
+    listed = [dict(zip(("bits", "bands", "stretch", "images"), (*kind, n))) for kind, n in kinds.most_common()]
+    return {"sampled": kinds.total(), "dark": dark, "kinds": listed}
+
+
+def survey_lines(surveyed: dict[str, Any], where: str) -> list[str]:
+    """
+    What of a [`survey`] a user should know before the images are used.
+
+    Args:
+        surveyed: of the images.
+        where: the data set's name.
+
+    Returns:
+        A line on rasters that are stretched, and a warning where half of the images or more show next to nothing.
+    """
+    stretched = [kind for kind in surveyed["kinds"] if kind["bits"] > 8 or kind["stretch"] != "as stored"]
+    lines = [
+        f"{where}: {kind['images']} of {surveyed['sampled']} images looked at have {kind['bits']} bits and "
+        f"{kind['bands']} bands; they are read as RGB ({kind['stretch']})"
+        for kind in stretched
+    ]
+    if surveyed["dark"] and 2 * surveyed["dark"] >= surveyed["sampled"]:
+        lines.append(
+            f"warning: {surveyed['dark']} of {surveyed['sampled']} images of {where} looked at are nearly black or of one "
+            "colour; look at the files before you trust a figure"
+        )
+    return lines
+
+
+def spread(count: int, most: int = SURVEYED) -> list[int]:
+    """Up to `most` indices, evenly spread over `count` items."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist() if count else []
+
+
 @contextlib.contextmanager
-def _opened(stored: StoredImage) -> Iterator[Image.Image]:
+def _opened(stored: StoredImage, rendered: bool = True) -> Iterator[Image.Image]:
     """An image whose header was read and whose size is within the limits; what goes wrong is told as [`ImageError`]."""
     try:
-        with Image.open(_file(stored)) as image:
-            _check_size(image)
-            yield image
+        file = _file(stored)
+        try:
+            opened = Image.open(file)
+        except UnidentifiedImageError:
+            if not rendered or _beginning(file) not in TIFF_BEGINNINGS:
+                raise
+            opened = _rendered(file, "bands or values of a kind that Pillow does not know")
+        with opened as image:
+            _check_size(*image.size)
+            bits = _bits(image) if image.format in RASTER_FORMATS else 8
+            yield _rendered(file, f"{bits} bits a channel", orientation(image)) if rendered and bits > 8 else image
         return
     except FileNotFoundError:
         reason = "the file does not exist"
@@ -126,6 +212,58 @@ def _opened(stored: StoredImage) -> Iterator[Image.Image]:
     except Exception as error:  # a broken file lets Pillow's readers raise nearly anything
         reason = str(error).split("\n")[0] or type(error).__name__
     raise ImageError(image_name(stored) or "an embedded image", reason)
+
+
+def _bits(image: Image.Image) -> int:
+    """Bits a channel that the file holds, where Pillow would keep or show 8 of them only; 8 for fewer, too."""
+    if image.format == "TIFF":
+        return max(8, *image.tag_v2.get(258, (1,)))
+    if image.format == "JPEG2000":
+        header = _first_bytes(image.fp, 65536)
+        sizes = header.find(b"\xff\x4f\xff\x51") + 2  # the code stream's SIZ segment
+        return max(8, (header[sizes + 40] & 0x7F) + 1) if sizes >= 2 and len(header) > sizes + 40 else 8
+    return 16 if image.mode[0] in "IF" or "16" in str(image.tile[0].args if image.tile else "") else 8
+
+
+def _first_bytes(file: Any, count: int) -> bytes:
+    position = file.tell()
+    file.seek(0)
+    content = file.read(count)
+    file.seek(position)
+    return content
+
+
+def _beginning(file: str | Path | io.BytesIO) -> bytes:
+    if isinstance(file, io.BytesIO):
+        return _first_bytes(file, 4)
+    with open(file, "rb") as opened:
+        return opened.read(4)
+
+
+def _rendered(file: str | Path | io.BytesIO, has: str, turned: int = 1) -> Image.Image:
+    """A raster as 8-bit RGB by rasterio, with the EXIF number of its orientation and how it was rendered in `info`."""
+    try:
+        from .rasters import NAMING, Raster, RasterError, fill_nothing  # only who has such files needs rasterio
+    except ImportError as error:
+        raise ValueError(f"it has {has}, which needs rasterio: pip install 'lrsclip[geosearch]'") from error
+    with contextlib.ExitStack() as stack:
+        if isinstance(file, io.BytesIO):
+            stored = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".raster"))
+            stored.write(file.getvalue())
+            stored.flush()
+            file = stored.name
+        try:
+            raster = stack.enter_context(Raster(file))
+            _check_size(raster.width, raster.height)
+            pixels, valid = raster.read(0, 0, raster.width, raster.height)
+        except RasterError as error:
+            raise ValueError(str(error).replace(f"{file} ", "it ").replace(NAMING, "").rstrip(".")) from error
+        image = Image.fromarray(fill_nothing(pixels, valid))
+        bits = 8 * np.dtype(raster.dataset.dtypes[raster.bands[0] - 1]).itemsize
+        image.info["rendering"] = (bits, raster.dataset.count, raster.rendering.stretch)
+    if turned != 1:
+        image.getexif()[0x0112] = turned
+    return image
 
 
 def _file(stored: StoredImage) -> str | Path | io.BytesIO:
@@ -144,11 +282,11 @@ def _file(stored: StoredImage) -> str | Path | io.BytesIO:
     return stored
 
 
-def _check_size(image: Image.Image) -> None:
-    short, long = sorted(image.size)
+def _check_size(width: int, height: int) -> None:
+    short, long = sorted((width, height))
     if short * long > MAX_PIXELS:
         raise Image.DecompressionBombError
-    size = f"{image.size[0]} x {image.size[1]} pixels"
+    size = f"{width} x {height} pixels"
     if short < MIN_SIDE:
         raise ValueError(f"it has {size}, and the short side needs {MIN_SIDE}")
     if long > MAX_ASPECT * short:

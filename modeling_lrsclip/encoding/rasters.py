@@ -36,6 +36,7 @@ DRIVERS = ("GTiff", "VRT", "JP2OpenJPEG", "PNG", "JPEG", "HFA", "ENVI", "BMP", "
 PERCENTILES = (2.0, 98.0)  # of a scene's values become black and white
 SAMPLE_SIDE = 2048  # pixels of the picture that percentiles are taken from
 SAMPLE_TILES, SAMPLE_TILE = 8, 256  # without overviews: so many pieces in each direction, of so many pixels a side
+NAMING = "name three of them with bands (for example 4,3,2), or "  # for commands that have this option
 COLOURS = ("red", "green", "blue")
 SENTINEL2 = (("b04", "b4", "band 4"), ("b03", "b3", "band 3"), ("b02", "b2", "band 2"))
 LOOKED_UP = ("uint8", "int8", "uint16", "int16")  # values few enough for a table
@@ -287,7 +288,7 @@ class Raster:
             return tuple(usable[:3]), "order"
         raise RasterError(
             f"{self.path} has {self.dataset.count} bands, and none is marked as red, green or blue: "
-            f"name three of them with bands (for example 4,3,2)."
+            f"{NAMING}mark them in the file (rio edit-info FILE --colorinterp undefined,blue,green,red: a name a band)."
         )
 
     def _find_band(self, band: int | str) -> int:

@@ -169,6 +169,32 @@ class TestPixels:
         for other in (array, torch.from_numpy(array.copy()).permute(2, 0, 1)):
             assert torch.equal(tiny_processor(images=other, return_tensors="pt")["pixel_values"], expected)
 
+    def test_arrays_of_other_ranges(self, tiny_processor, images):
+        """0 to 1 is what 0 to 255 is; 16 bits are stretched as a file of them is; nothing turns black or white unsaid."""
+        array = np.asarray(images[0])
+        expected = tiny_processor(images=array, return_tensors="pt")["pixel_values"]
+        for other in (array / 255, (array / 255).astype(np.float32), torch.from_numpy(array / 255).permute(2, 0, 1)):
+            got = tiny_processor(images=other, return_tensors="pt")["pixel_values"]
+            torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+        for other in (array.astype(np.int64), array.astype(np.uint16)):
+            got = tiny_processor(images=other, return_tensors="pt")["pixel_values"]
+            torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+        low, high = np.percentile(array, (2, 98), axis=(0, 1))
+        stretched = np.floor(np.clip((array - low) / (high - low) * 255, 0, 255) + 0.5).astype(np.uint8)
+        wanted = tiny_processor(images=stretched, return_tensors="pt")["pixel_values"]
+        got = tiny_processor(images=array.astype(np.uint16) * 40, return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(got, wanted, atol=0.03, rtol=0)
+        plain = tiny_processor(images=array / 255, return_tensors="pt", do_rescale=False, do_resize=False)
+        torch.testing.assert_close(
+            plain["pixel_values"],
+            tiny_processor(images=array, return_tensors="pt", do_resize=False)["pixel_values"],
+            atol=1e-6,
+            rtol=0,
+            check_dtype=False,
+        )
+        with pytest.raises(ValueError, match="lie between -.* give 0 to 255 or 0 to 1, or, for images that are norm"):
+            tiny_processor(images=array / 255 - 0.5, return_tensors="pt")
+
 
 def test_auto_classes_after_a_save(tiny_checkpoint, tiny_processor, long_texts, short_texts, images):
     given = {"text": long_texts, "short_text": short_texts, "images": images, "return_tensors": "pt"}

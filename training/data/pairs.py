@@ -1,5 +1,6 @@
 """Images with a long and a short caption: from their sources to batches that every run can repeat."""
 
+import contextlib
 import os
 import random
 import re
@@ -10,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from modeling_lrsclip import LRSCLIPProcessor
-from modeling_lrsclip.encoding.imagery import augment, read_image
+from modeling_lrsclip.encoding.imagery import SURVEYED, ImageError, augment, read_image, spread, survey
 from modeling_lrsclip.encoding.model_inputs import PixelBatcher
 
 from ..distributed import USER_ERRORS
@@ -126,6 +128,20 @@ class Pairs:
                 "share_truncated": cut,
             }
         return measured
+
+    def imagery(self) -> dict[str, Any]:
+        """What the images are made of: a [`survey`] of some of each source, of its first ones where it is streamed."""
+        each, first, numbers = max(1, SURVEYED // len(self.sources)), 0, []
+        for end in self.source_ends.tolist():
+            rows = end - first
+            numbers += [first + number for number in (range(min(each, rows)) if self.buffer else spread(rows, each))]
+            first = end
+        return survey(self._readable_images(numbers))
+
+    def _readable_images(self, numbers: list[int]) -> Iterator[Image]:
+        for number in numbers:
+            with contextlib.suppress(ImageError):  # training names it when its turn comes
+                yield read_image(self.read([number])[0].image)
 
     def texts(self, kind: str, first: int | None = None) -> Iterator[Stored]:
         """The usable texts of a kind, "long" or "short", as stored, without the images; of each source's `first` rows."""

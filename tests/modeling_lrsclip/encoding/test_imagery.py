@@ -3,15 +3,26 @@
 import io
 import random
 import struct
+import sys
 import zlib
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 from PIL import Image, ImageFilter
 
 from modeling_lrsclip import LRSCLIPImageProcessor
-from modeling_lrsclip.encoding.imagery import MAX_PIXELS, VIEWS, augment, read_image
+from modeling_lrsclip.encoding.imagery import (
+    MAX_PIXELS,
+    VIEWS,
+    augment,
+    image_size,
+    open_image,
+    read_image,
+    survey,
+    survey_lines,
+)
 from modeling_lrsclip.encoding.model_inputs import PixelBatcher
 
 
@@ -172,3 +183,97 @@ def test_views_are_exact_and_equally_likely(kind, views):
         counts[view.tobytes()] = counts.get(view.tobytes(), 0) + 1
     assert len(counts) == len(VIEWS[kind]) == views and image.tobytes() in counts
     assert min(counts.values()) > 400 / views / 2
+
+
+def raster(path, pixels: np.ndarray, descriptions=None, **options) -> str:
+    bands, height, width = pixels.shape
+    shape = {"driver": "GTiff", "height": height, "width": width, "count": bands, "dtype": pixels.dtype}
+    with rasterio.open(path, "w", **shape | {"transform": rasterio.Affine(1, 0, 0, 0, -1, 0)} | options) as file:
+        file.write(pixels)
+        if descriptions:
+            file.descriptions = descriptions
+    return str(path)
+
+
+def satellite_forms(folder) -> dict[str, str]:
+    """One scene of 8 bits as satellites deliver it: in files of more bits and bands."""
+    levels = np.asarray(scene(96, 64)).transpose(2, 0, 1)  # (3, H, W)
+    counts = levels.astype(np.uint16) * 12 + 300
+    outlier = counts.copy()
+    outlier[:, 5, 5] = 65535
+    many = np.stack([counts[0] * 0 + 9, *counts[::-1], *[counts[0]] * 8])  # Sentinel-2's order: B02 is blue
+    names = ["B01", "B02", "B03", "B04", *(f"B{band:02}" for band in range(5, 13))]
+    return {
+        "16 bits": raster(folder / "a.tif", counts),
+        "one pixel of nodata": raster(folder / "b.tif", outlier, nodata=65535),
+        "floating point": raster(folder / "c.tif", (levels / 255).astype(np.float32)),
+        "4 bands": raster(folder / "d.tif", np.concatenate([counts, counts[:1]])),
+        "12 bands": raster(folder / "e.tif", many, names),
+    }
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+def test_every_depth_and_number_of_bands_is_read_as_its_8_bits(tmp_path, embedded):
+    levels = np.asarray(scene(96, 64)).astype(float)
+    low, high = np.percentile(levels, (2, 98), axis=(0, 1))
+    expected = np.clip((levels - low) / (high - low) * 255, 0, 255)
+    for kind, path in satellite_forms(tmp_path).items():
+        with open(path, "rb") as file:
+            image = read_image({"bytes": file.read(), "path": None} if embedded else path)
+        assert image.mode == "RGB" and image.size == (96, 64) and image_size(path) == (64, 96), kind
+        difference = np.abs(np.asarray(image).astype(float) - expected)
+        difference[5, 5] = 0
+        assert difference.max() <= 1.5, (kind, difference.max())
+
+
+def test_masks_are_not_stretched(tmp_path):
+    mask = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 9)
+    mask.save(tmp_path / "mask.png")
+    assert np.array_equal(np.asarray(open_image(tmp_path / "mask.png", rendered=False)), np.asarray(mask))
+
+
+def test_without_rasterio_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "modeling_lrsclip.encoding.rasters", None)
+    for path in satellite_forms(tmp_path).values():
+        with pytest.raises(
+            ValueError, match=r"\.tif cannot be read .*needs rasterio: pip install 'lrsclip\[geosearch\]'"
+        ):
+            read_image(path)
+    assert read_image(stored(scene(32, 32))).mode == "RGB"
+
+
+def test_bands_nobody_named_are_not_guessed(tmp_path):
+    with pytest.raises(ValueError, match="it has 6 bands, and none is marked as red.*: mark them in the file"):
+        read_image(raster(tmp_path / "six.tif", np.ones((6, 8, 8), np.uint16)))
+
+
+def test_turned_16_bits(tmp_path):
+    image = Image.fromarray(GREY16)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=exif)
+    turned = np.asarray(read_image(tmp_path / "turned.png"))[..., 0]
+    image.save(tmp_path / "plain.png")
+    assert np.array_equal(turned, np.rot90(np.asarray(read_image(tmp_path / "plain.png"))[..., 0], -1))
+
+
+def test_survey_says_how_images_are_read_and_whether_they_show_anything(tmp_path):
+    deep = read_image(raster(tmp_path / "a.tif", np.asarray(scene(32, 32)).transpose(2, 0, 1).astype(np.uint16) * 9))
+    surveyed = survey([deep, scene(32, 32), scene(40, 40)])
+    assert surveyed == {
+        "sampled": 3,
+        "dark": 0,
+        "kinds": [
+            {"bits": 8, "bands": 3, "stretch": "as stored", "images": 2},
+            {"bits": 16, "bands": 3, "stretch": "percentiles 2-98", "images": 1},
+        ],
+    }
+    assert survey_lines(surveyed, "tiles") == [
+        "tiles: 1 of 3 images looked at have 16 bits and 3 bands; they are read as RGB (percentiles 2-98)"
+    ]
+    black, grey = Image.new("RGB", (9, 9), (2, 1, 3)), Image.new("L", (9, 9), 130)
+    assert survey_lines(survey([black, grey, scene(32, 32)]), "tiles") == [
+        "warning: 2 of 3 images of tiles looked at are nearly black or of one colour; look at the files before you trust "
+        "a figure"
+    ]
+    assert survey_lines(survey([scene(32, 32), scene(33, 32), black]), "tiles") == []

@@ -14,7 +14,6 @@ from modeling_lrsclip.files.hashing import bytes_sha256
 
 STORED_AS_THEY_ARE = ("JPEG", "PNG", "WEBP")  # other formats become PNG: few viewers know a TIFF
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
-EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
 class Skip(ValueError):
@@ -74,17 +73,15 @@ def read_picture(stored: Any, min_side: int) -> Picture:
         min_side: pixels of the shorter side, at least.
 
     Raises:
-        `Skip`: for a missing, corrupt, truncated, tiny or 16-bit image.
+        `Skip`: for a missing, corrupt, truncated or tiny image.
     """
     content = read_content(stored)
     try:
         image = open_image(content)
     except ImageError as error:
         raise Skip("image unreadable", error.reason) from error
-    form, mode, turned = image.format, image.mode, orientation(image) != 1
+    form, turned = image.format, orientation(image) != 1
     image = upright(image)
-    if mode not in EIGHT_BITS:
-        raise Skip("image not 8-bit", f"mode {mode}; scale it to 8 bits a channel")
     if min(image.size) < min_side:
         raise Skip("image too small", f"{image.size[0]} x {image.size[1]} pixels")
     sha256 = bytes_sha256(content)

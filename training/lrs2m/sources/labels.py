@@ -100,7 +100,7 @@ class LabelReader:
         if path is None:
             raise Skip("labels missing", f"no mask named {Path(record.image_key).stem} in {self.path.name}")
         try:
-            mask = np.array(open_image(path))
+            mask = np.array(open_image(path, rendered=False))
         except ImageError as error:
             raise Skip("labels unreadable", f"mask {path.name}: {error.reason}") from error
         return mask_labels(mask, self.config.names, self.config.min_share)
