@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -76,6 +77,18 @@ def test_two_models_on_both_tasks(
     for name in ("recall_vs_tokens.png", "retrieval_gallery.png"):
         assert min(Image.open(output / name).size) > 500
     assert not list(output.glob(".*"))
+
+
+def test_how_images_were_read_is_said_and_recorded(tiny_checkpoint, data, images, tmp_path, capsys):
+    for index, image in enumerate(images):
+        levels = np.asarray(image.convert("L")).astype(np.uint16) * 40
+        Image.fromarray(levels).save(data.parent / f"{index}.tif")
+    data.write_text(data.read_text().replace(".png", ".tif"))
+    assert run.main(arguments([tiny_checkpoint], data, tmp_path / "out", "--tasks", "zcrs")) == 0
+    result = json.loads((tmp_path / "out" / "results.json").read_text())["results"][0]
+    kind = {"bits": 16, "bands": 1, "stretch": "percentiles 2-98", "images": 4}
+    assert result["imagery"]["kinds"] == [kind]
+    assert "4 of 4 images looked at have 16 bits and 1 bands; they are read as RGB" in capsys.readouterr().out
 
 
 def test_images_are_encoded_once_for_both_tasks(tiny_checkpoint, data, tmp_path, monkeypatch):

@@ -3,7 +3,10 @@
 import json
 import subprocess
 
+import numpy as np
 import pytest
+import rasterio
+from PIL import Image
 from transformers import AutoModel
 
 from modeling_lrsclip.files.hashing import weights_sha256
@@ -49,6 +52,26 @@ def test_a_run_that_starts_from_another_carries_its_record(run_arguments, tmp_pa
     assert second["init"] == {"name": str(tmp_path / "run" / "final"), "kind": "local"}
     assert second["init_run"] == first
     assert second["weights"]["sha256"] != first["weights"]["sha256"]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_16_bits_are_recorded_and_black_images_said(run_arguments, captioned_folder, tmp_path, capsys, dark):
+    tiles = tmp_path / "tiles"
+    tiles.mkdir()
+    for index in range(12):
+        levels = np.asarray(Image.open(captioned_folder / f"{index}.png")).astype(np.uint16) * (0 if dark else 12)
+        shape = {"height": 36, "width": 40, "count": 3, "dtype": "uint16"}
+        with rasterio.open(tiles / f"{index}.tif", "w", driver="GTiff", **shape) as file:
+            file.write(levels.transpose(2, 0, 1))
+    text = (captioned_folder / "captions.jsonl").read_text().replace(".png", ".tif")
+    (tiles / "captions.jsonl").write_text(text)
+    train.main([*run_arguments, "--data.train", str(tiles), "--loop.steps", "1"])
+    record = json.loads((tmp_path / "run" / "final" / "run.json").read_text())
+    kind = {"bits": 16, "bands": 3, "stretch": "percentiles 2-98", "images": 12}
+    assert record["data"]["imagery"] == {"sampled": 12, "dark": 12 if dark else 0, "kinds": [kind]}
+    printed = capsys.readouterr().out
+    assert "12 of 12 images looked at have 16 bits and 3 bands; they are read as RGB (percentiles 2-98)" in printed
+    assert ("warning: 12 of 12 images of data.train looked at are nearly black" in printed) == dark
 
 
 def test_git_state(tmp_path):

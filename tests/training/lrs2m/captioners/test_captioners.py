@@ -4,6 +4,7 @@ import asyncio
 import io
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -175,7 +176,12 @@ def test_images_are_sent_as_they_are_or_smaller():
     turned.save(buffer, "JPEG", exif=exif)
     shown = read_picture(buffer.getvalue(), 8)
     assert shown.size == (44, 60) and not shown.unchanged_for_captioners
+
+
+def test_16_bits_are_stored_and_sent_as_training_reads_them():
     grey = io.BytesIO()
-    Image.new("I;16", (40, 40)).save(grey, "PNG")
-    with pytest.raises(ValueError, match="scale it to 8 bits"):
-        read_picture(grey.getvalue(), 8)
+    Image.fromarray(np.arange(1600, dtype=np.uint16).reshape(40, 40) * 20).save(grey, "PNG")
+    shown = read_picture(grey.getvalue(), 8)
+    levels = np.asarray(shown.image)
+    assert levels.shape == (40, 40, 3) and (levels.min(), levels.max()) == (0, 255) and 120 < levels.mean() < 135
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(shown.content))), levels) and shown.suffix == ".png"
