@@ -350,6 +350,7 @@ class Encoder:
             origin["image_processor_class"] = type(self.processor.image_processor).__qualname__
             origin["torchvision"] = find_spec("torchvision") and version("torchvision")
             origin["pillow"] = PIL.__version__
+            origin["more_than_8_bits"] = "percentiles 2-98"  # as `.imagery` reads them
         return EmbeddingCache(Path(self.cache_dir).expanduser(), json.dumps(origin, sort_keys=True, default=str))
 
     @cached_property
