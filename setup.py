@@ -35,6 +35,7 @@ setup(
         "train": [
             "accelerate>=1.10",
             "datasets>=4.0",
+            "ijson",
             "matplotlib",
             "psutil",
             "pydantic>=2.7",
@@ -47,6 +48,7 @@ setup(
             "accelerate>=1.10",
             "datasets>=4.0",
             "evaluate>=0.4.6",
+            "ijson",
             "matplotlib",
             "opencv-python-headless>=4.11",
             "rich",
