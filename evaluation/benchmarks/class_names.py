@@ -14,7 +14,7 @@ from typing import Any
 
 from modeling_lrsclip.files.hashing import bytes_sha256
 
-from .image_files import plain
+from .tables import plain
 
 
 FOLDER = Path(__file__).parent / "classes"

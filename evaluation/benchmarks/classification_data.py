@@ -12,13 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from modeling_lrsclip.encoding.imagery import IMAGE_SUFFIXES, is_image_file
+from modeling_lrsclip.encoding.imagery import IMAGE_SUFFIXES, ImageFiles, is_image_file
 from modeling_lrsclip.files.hashing import json_sha256
 from modeling_lrsclip.files.tables import parquet_columns
 
 from .class_names import Dataset, find_dataset, known_datasets, own_dataset
-from .image_files import ImageFiles, complain, plain, usable_images
-from .tables import FORMATS, SPLITS, NotHere, is_hub_id, read_hub, read_parquet, read_table, table_images
+from .tables import (
+    FORMATS,
+    SPLITS,
+    NotHere,
+    complain,
+    is_hub_id,
+    plain,
+    read_hub,
+    read_parquet,
+    read_table,
+    table_images,
+    usable_images,
+)
 
 
 LABEL_COLUMNS = ("label", "class_name", "labels", "class")

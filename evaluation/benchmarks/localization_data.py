@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from modeling_lrsclip.encoding.imagery import ImageFiles
 from modeling_lrsclip.files.hashing import json_sha256
 from modeling_lrsclip.files.tables import TableRow, iter_rows, json_list_name, parquet_columns, read_rows
 
 from ..metrics.semantic_localization.measures import check_regions
-from .image_files import ImageFiles, usable_images
-from .tables import NotHere
+from .tables import NotHere, usable_images
 
 
 AIR_SLT = "AIR-SLT"

@@ -9,20 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from modeling_lrsclip.encoding.imagery import ImageFiles
 from modeling_lrsclip.files.hashing import json_sha256
 from modeling_lrsclip.files.tables import json_list_name, read_rows, text_encoding
 
-from .image_files import ImageFiles, complain, plain, usable_images
 from .tables import (
     FORMATS,
     MissingColumn,
     NotHere,
     Table,
+    complain,
     is_hub_id,
+    plain,
     read_hub,
     read_parquet,
     read_table,
     table_images,
+    usable_images,
 )
 
 

@@ -1,11 +1,17 @@
 """Tables of images with a column of texts or labels: parquet, JSON lines, JSON, CSV, or a data set of the Hub."""
 
 import difflib
+import os
+import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from modeling_lrsclip.encoding.imagery import ImageError, ImageFiles
 from modeling_lrsclip.files.hashing import bytes_sha256
 from modeling_lrsclip.files.tables import (
     ENCODINGS,
@@ -18,11 +24,10 @@ from modeling_lrsclip.files.tables import (
     text_encoding,
 )
 
-from .image_files import ImageFiles, complain
-
 
 IMAGE_COLUMNS = ("image", "filename", "filepath", "file_name")  # the first that a table has is taken
 FORMATS = TABLE_SUFFIXES
+SHOWN = 3  # offenders an error names before it only counts
 SPLITS = ("train", "training", "validation", "valid", "val", "test", "testing")
 
 
@@ -215,3 +220,77 @@ def _image_folder(table: Table) -> tuple[Path, str]:
         best,
         f" (paths are taken from {best})" if found or not below else f" (neither in {folder} nor in a folder below)",
     )
+
+
+def usable_images(
+    images: ImageFiles, allow_missing: int, origin: str, beside: str = ""
+) -> tuple[list[int], list[str]]:
+    """
+    Which images to keep. With `allow_missing`, all of them are opened once, to see which cannot be read; without it,
+    an image that cannot be read is an error when its turn comes.
+
+    Args:
+        allow_missing: how many may be missing or unreadable.
+        origin: the file or folder that names the images, for the error.
+        beside: what the error says in brackets, for example where the paths start.
+
+    Returns:
+        Indices of the images that can be used, and `name (reason)` of the others.
+
+    Raises:
+        `ValueError`: one sentence with the number of missing or unreadable images and the first of them, when they
+            are more than `allow_missing`, or all.
+    """
+    if allow_missing < 0:
+        raise ValueError(f"allow_missing={allow_missing} must be 0 or more: the images that may be left out.")
+    reasons = {
+        index: "missing"
+        for index, source in enumerate(images.sources)
+        if isinstance(source, Path) and not source.is_file()
+    }
+    if len(reasons) <= allow_missing and allow_missing:
+        reasons |= _unreadable(images, [index for index in range(len(images)) if index not in reasons])
+    if len(reasons) > allow_missing or (reasons and len(reasons) == len(images)):
+        only_missing = set(reasons.values()) == {"missing"}
+        offenders = [
+            images.names[index] + ("" if only_missing else f" ({reasons[index]})") for index in sorted(reasons)
+        ]
+        what = f"images of {origin} are missing" + ("" if only_missing else " or cannot be read")
+        complain(offenders, len(images), what + beside, _advice(len(reasons), len(images), allow_missing))
+    kept = [index for index in range(len(images)) if index not in reasons]
+    return kept, [f"{images.names[index]} ({reasons[index]})" for index in sorted(reasons)]
+
+
+def _advice(bad: int, total: int, allow_missing: int) -> str:
+    if bad == total:
+        return ""
+    limit = f"--allow-missing {allow_missing} does not cover them; " if allow_missing else ""
+    return f" ({limit}--allow-missing {bad} would leave them out)"
+
+
+def _unreadable(images: ImageFiles, indices: list[int]) -> dict[int, str]:
+    """Opens the images; PIL decodes outside Python's lock, so threads help."""
+
+    def reason(index: int) -> str | None:
+        try:
+            images[index]
+        except ImageError as error:
+            return error.reason
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        progress = tqdm(pool.map(reason, indices), "checking images", len(indices), leave=False, disable=None)
+        return {index: found for index, found in zip(indices, progress, strict=True) if found}
+
+
+def complain(offenders: Sequence[str], total: int, what: str, advice: str = "") -> None:
+    """Raises one sentence that counts the offenders and names the first few; says nothing where there are none."""
+    if offenders:
+        shown = ", ".join(offenders[:SHOWN])
+        more = ", …" if len(offenders) > SHOWN else ""
+        raise ValueError(f"{len(offenders)} of {total} {what}, first: {shown}{more}{advice}")
+
+
+def plain(name: str) -> str:
+    """A name without case and separators: `Baseball_Diamond`, `baseball diamond` and `BaseballDiamond` are one."""
+    return re.sub(r"[\W_]", "", name).lower()

@@ -10,9 +10,9 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageOps
 
+from modeling_lrsclip.encoding.imagery import ImageFiles
 from modeling_lrsclip.image_processing_lrsclip import to_rgb
 
-from ..benchmarks.retrieval_data import ImageFiles
 from ..retrieval import TOKEN_BIN
 
 

@@ -133,7 +133,7 @@ def embed_images(
     Args:
         model, processor, dtype, progress: as in [`embed_texts`].
         images: M PIL images of any size and mode: a list, a generator, a `datasets` column, or an
-            [`~evaluation.benchmarks.image_files.ImageFiles`]. Few batches are held decoded.
+            [`~.imagery.ImageFiles`]. Few batches are held decoded.
         batch_size: most images encoded at once; a CPU takes as many as its cache holds.
         workers: processes that decode and resize images ahead of the model; for a GPU, which would wait for them. 0:
             none; on a CPU each thread does it for its own batch, a generator is read in this one.
@@ -287,7 +287,7 @@ class Encoder:
 
         Args:
             images: M images that can be cut into slices and have a `content_hash`, as
-                [`~evaluation.benchmarks.image_files.ImageFiles`] and its slices have.
+                [`~.imagery.ImageFiles`] and its slices have.
 
         Returns:
             (M, D) unit embeddings and their seconds.

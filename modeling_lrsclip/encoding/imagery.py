@@ -12,13 +12,15 @@ import random
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
+from ..files.hashing import bytes_sha256, file_sha256
 from ..image_processing_lrsclip import to_rgb
 
 
@@ -303,3 +305,70 @@ def augment(image: Image.Image, kind: Augmentation, rng: random.Random) -> Image
     """
     view = rng.choice(VIEWS[kind])
     return image if view is None else image.transpose(view)
+
+
+# ---------------------------------------------------------------------------------------------------------- sequence
+
+
+class ImageFiles(Sequence[Image.Image]):
+    """
+    A sequence of images that are opened when they are asked for, so that none is held in memory.
+
+    Args:
+        sources: per image a path or the bytes of an image file.
+        names: per image what errors and figures call it.
+    """
+
+    def __init__(self, sources: Sequence[Path | bytes], names: Sequence[str]):
+        self.sources, self.names = list(sources), list(names)
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> "ImageFiles": ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return ImageFiles(self.sources[index], self.names[index])
+        return self._read(index, read_image)
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        return (self[index] for index in range(len(self)))
+
+    def take(self, indices: Sequence[int]) -> "ImageFiles":
+        """Some of the images, in the order of the indices."""
+        return ImageFiles([self.sources[index] for index in indices], [self.names[index] for index in indices])
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width of each image as it is shown, in pixels; none is decoded."""
+        return [self._read(index, image_size) for index in range(len(self))]
+
+    @cached_property
+    def imagery(self) -> dict[str, Any]:
+        """Return a [`survey`] of some of the images: modes, bits, bands."""
+        return survey(self._readable())
+
+    def _readable(self) -> Iterator[Image.Image]:
+        for index in spread(len(self)):
+            with contextlib.suppress(ImageError):  # an error when its turn comes
+                yield self[index]
+
+    def _read(self, index: int, read: Callable[[Path | bytes], Any]) -> Any:
+        try:
+            return read(self.sources[index])
+        except ImageError as error:
+            raise ImageError(f"image {self.names[index]}", error.reason) from error
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 over the content of all files, in order; file names do not enter."""
+        digests = []
+        for name, source in zip(self.names, self.sources, strict=True):
+            try:
+                digests.append(bytes_sha256(source) if isinstance(source, bytes) else file_sha256(source))
+            except OSError as error:
+                raise ValueError(f"image {name} cannot be read: {error}") from error
+        return bytes_sha256(bytes.fromhex("".join(digests)))

@@ -15,7 +15,7 @@ from evaluation.benchmarks.class_names import (
     load_templates,
 )
 from evaluation.benchmarks.classification_data import find_sources, load_classification
-from evaluation.benchmarks.image_files import plain
+from evaluation.benchmarks.tables import plain
 from evaluation.paper import dataset_key, paper_tables
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import modeling_lrsclip.encoding.encoder as encoding
-from evaluation.benchmarks.image_files import ImageFiles
 from modeling_lrsclip.encoding.cache import SharedWork
 from modeling_lrsclip.encoding.encoder import load_encoder
+from modeling_lrsclip.encoding.imagery import ImageFiles
 from modeling_lrsclip.encoding.model_inputs import encode_texts
 
 

@@ -19,8 +19,8 @@ import pyarrow
 from datasets import Features, Image, List, Value
 from pyarrow import parquet
 
-from evaluation.benchmarks.image_files import plain
 from evaluation.benchmarks.retrieval_data import PUBLISHED_SPLITS, PublishedSplit
+from evaluation.benchmarks.tables import plain
 from modeling_lrsclip.files.atomic import replacing
 
 from .data_row import Row

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation.benchmarks.image_files import ImageFiles
 from evaluation.benchmarks.localization_data import LocalizationData
 from evaluation.figures.localization import draw_localization
+from modeling_lrsclip.encoding.imagery import ImageFiles
 
 
 @pytest.mark.parametrize("size, queries", [((900, 300), 1), ((200, 700), 3), ((640, 640), 4)])

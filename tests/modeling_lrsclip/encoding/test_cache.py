@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import modeling_lrsclip.encoding.encoder as encoding
-from evaluation.benchmarks.image_files import ImageFiles
 from modeling_lrsclip.encoding.cache import EmbeddingCache
 from modeling_lrsclip.encoding.encoder import Encoder, embed_images, embed_texts
+from modeling_lrsclip.encoding.imagery import ImageFiles
 from modeling_lrsclip.encoding.model_inputs import encode_texts
 from modeling_lrsclip.files.cache_folder import cache_folder
 

@@ -18,9 +18,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from evaluation.benchmarks import classification_data, localization_data, retrieval_data
-from evaluation.benchmarks.image_files import ImageFiles
 from evaluation.benchmarks.tables import NotHere
-from modeling_lrsclip.encoding.imagery import is_image_file
+from modeling_lrsclip.encoding.imagery import ImageFiles, is_image_file
 from modeling_lrsclip.encoding.ties import best_first
 from modeling_lrsclip.files.hashing import bytes_sha256
 
