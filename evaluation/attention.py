@@ -106,7 +106,9 @@ def draw_attention(image: Image.Image, texts: Sequence[str], maps: Tensor, path:
     square = ImageOps.fit(to_rgb(image), (SIDE, SIDE), Image.Resampling.BICUBIC)
     pixels = np.asarray(square, np.float32) / 255
     sheet.tile(margin, head, panel, square, GREY, 0.8)
-    sheet.text(margin, head + panel + 0.22, "what the model sees", 8.5)
+    seen = "what the model sees" + (f": {_cropped(image)}" if image.width != image.height else "")
+    for line, words in enumerate(_lines(seen)):
+        sheet.text(margin, head + panel + 0.22 + 0.17 * line, words, 8.5)
     for index, (text, relevance) in enumerate(zip(texts, maps, strict=True), start=1):
         heat = F.interpolate(relevance[None, None], size=(SIDE, SIDE), mode="bicubic").clamp(0, 1)[0, 0].numpy()
         mixed = 0.45 * pixels + 0.55 * HEAT(heat)[..., :3]
@@ -116,6 +118,10 @@ def draw_attention(image: Image.Image, texts: Sequence[str], maps: Tensor, path:
             sheet.text(x, head + panel + 0.22 + 0.17 * line, words, 8.5, INK)
     sheet.figure.savefig(path)
     return path
+
+
+def _cropped(image: Image.Image) -> str:
+    return f"the middle square of {image.width} x {image.height} pixels"
 
 
 def _lines(text: str, width: int = 42, most: int = 3) -> list[str]:
@@ -140,6 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         image = to_rgb(read_image(options.image))
         encoder = load_encoder(source, options.device, label_models([source])[0], tokenizer=options.tokenizer)
         maps = attention_maps(encoder.model, encoder.processor, image, options.text)
+        if image.width != image.height:
+            print(f"{options.image}: a model sees {_cropped(image)}; cut it to see the rest.", file=sys.stderr)
         print(draw_attention(image, options.text, maps, options.output, encoder.label))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -75,22 +75,27 @@ def _draw_retrieval(results: Results, data: Any, models: Results, path: Callable
         longest = results[0]["tokens"]["longest"]
         paths.append(draw_recall_vs_tokens(curves, path("recall_vs_tokens"), title, longest))
     paths.append(draw_token_lengths(results[0]["tokens"]["histogram"], path("token_lengths"), data.name))
-    best = max(reversed(results), key=lambda result: result["metrics"]["mR"])
-    label = best["model"]
-    gallery = path("retrieval_gallery")
-    return [*paths, draw_retrieval_gallery(best["examples"], data.images, gallery, label, positions[label])]
+    best, label = _best(results, "mR")
+    gallery, read = path("retrieval_gallery"), positions[best["model"]]
+    return [*paths, draw_retrieval_gallery(best["examples"], data.images, gallery, label, read)]
 
 
 def _draw_classification(results: Results, data: Any, models: Results, path: Callable[[str], Path]) -> list[Path]:
     """The confusion matrix of the best model."""
-    best = max(reversed(results), key=lambda result: result["metrics"]["accuracy"])
-    return [draw_confusion_matrix(best, path("confusion_matrix"), best["model"], data.name)]
+    best, label = _best(results, "accuracy")
+    return [draw_confusion_matrix(best, path("confusion_matrix"), label, data.name)]
 
 
 def _draw_localization(results: Results, data: Any, models: Results, path: Callable[[str], Path]) -> list[Path]:
     """Scenes, maps and regions of the best model."""
-    best = max(reversed(results), key=lambda result: result["metrics"]["Rmi"])
-    return [draw_localization(best, data, path("localization"), best["model"])]
+    best, label = _best(results, "Rmi")
+    return [draw_localization(best, data, path("localization"), label)]
+
+
+def _best(results: Results, metric: str) -> tuple[dict[str, Any], str]:
+    """The result that is drawn, and its model's name, which says why it is this one where there are several."""
+    best = max(reversed(results), key=lambda result: result["metrics"][metric])
+    return best, best["model"] + (f" (best {metric} of {len(results)} models)" if len(results) > 1 else "")
 
 
 TASKS = {

@@ -180,13 +180,18 @@ def draw_curves(records: list[dict], path: Path) -> Path:
     Args:
         records: the log's lines.
         path: replaced in one step.
+
+    Returns:
+        `path`.
     """
     validations = [record for record in records if record["kind"] == "validation"]
     figure = Figure(figsize=(11 if validations else 6, 4), dpi=130, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2 if validations else 1, squeeze=False)[0]
     _draw(axes[0], [record for record in records if record["kind"] == "train"], LOSSES, "loss")
-    if validations:
+    if len(validations) == 1:
+        _draw_bars(axes[1], validations[0], RECALLS, "recall on held-out pairs, %")
+    elif validations:
         _draw(axes[1], validations, RECALLS, "recall on held-out pairs, %", marker="o")
     with replacing(path) as growing:
         figure.savefig(growing, format="png")
@@ -205,3 +210,14 @@ def _draw(axes: Axes, records: list[dict], colours: dict[str, str], label: str, 
     axes.spines[["top", "right"]].set_visible(False)
     if records:
         axes.legend(frameon=False)
+
+
+def _draw_bars(axes: Axes, record: dict, colours: dict[str, str], label: str) -> None:
+    """One validation makes no curve."""
+    shown = {name: colour for name, colour in colours.items() if name in record}
+    bars = axes.barh(list(shown), [record[name] for name in shown], color=list(shown.values()), height=0.5)
+    axes.bar_label(bars, fmt="%.1f", padding=4)
+    axes.set(xlim=(0, 103), xlabel=f"{label}, at step {record['step']}")
+    axes.invert_yaxis()
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)

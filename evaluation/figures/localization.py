@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.patches import Polygon
 from matplotlib.patheffects import Normal, Stroke
 from PIL import Image
@@ -18,18 +16,19 @@ from PIL import Image
 from modeling_lrsclip.image_processing_lrsclip import to_rgb
 
 from ..benchmarks.localization_data import LocalizationData
-from .retrieval import DPI, GREY, INK, RIGHT
+from .retrieval import INK, RIGHT, Sheet
 
 
 SCENE_PIXELS = 640  # longer side of a scene in the picture
 HEAT, STRENGTH = colormaps["inferno"], 0.8  # colours of the map, and how much they cover where it is highest
-PANEL, GAP, MARGIN, HEAD, FOOT = 2.75, 0.12, 0.4, 1.05, 0.3  # inches
+PANEL, GAP, MARGIN, HEAD, FOOT = 2.75, 0.12, 0.4, 1.65, 0.3  # inches
+SCALE = (1.5, 0.1)  # inches, width and height of the scale of colours
 CAPTION, LINE, WRAP = 0.62, 0.17, 84  # inches above a pair of panels, inches a line, characters a line
 
 
 def draw_localization(result: Mapping[str, Any], data: LocalizationData, path: Path, label: str = "") -> Path:
     """
-    Draw scenes beside the map that a model makes for a query, the annotated regions outlined in both.
+    Draw scenes beside the map that a model makes for a query: the annotated regions outlined, the highest point crossed.
 
     Args:
         result: of [`~evaluation.localization.LocalizationTask.evaluate`]; its `examples` are drawn.
@@ -45,36 +44,62 @@ def draw_localization(result: Mapping[str, Any], data: LocalizationData, path: P
     rows = math.ceil(len(examples) / columns)
     cell_width, cell_height = 2 * PANEL + GAP + MARGIN, CAPTION + PANEL + FOOT
     width, height = MARGIN + columns * cell_width, HEAD + rows * cell_height
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
-    FigureCanvasAgg(figure)
-
-    def say(x: float, y: float, text: str, size: float, color: str = GREY, weight: str = "normal") -> None:
-        """Text at inches from the upper left corner."""
-        style = {"fontsize": size, "color": color, "weight": weight, "parse_math": False}
-        figure.text(x / width, 1 - y / height, text, va="baseline", **style)
-
-    say(MARGIN, 0.45, f"Where {label or 'the model'} looks for a text", 14, INK, "bold")
-    what = f"{data.name}, protocol {result['protocol']} · queries spread evenly, not picked · green: the annotated regions"
-    say(MARGIN, 0.73, what, 9.5)
+    sheet = Sheet(width, height)
+    sheet.text(MARGIN, 0.45, f"Where {label or 'the model'} looks for a text", 14, INK, "bold")
+    what = f"{data.name}, protocol {result['protocol']} · queries spread evenly, not picked"
+    sheet.text(MARGIN, 0.73, what, 9.5)
+    sheet.text(
+        MARGIN, 0.97, "green: the annotated regions, where it should look · white cross: where it looks most", 9.5
+    )
+    measures = (
+        "Rsu: attention within the regions · Ras: distance from their middles (lower is better)",
+        "Rda: how concentrated it is there · Rmi: the three together; all from 0 to 1",
+    )
+    for line, text in enumerate(measures):
+        sheet.text(MARGIN, 1.19 + LINE * line, text, 8)
+    _scale_of_colors(sheet)
     for number, example in enumerate(examples):
         query = example["query"]
         left, top = MARGIN + number % columns * cell_width, HEAD + number // columns * cell_height
         lines = textwrap.wrap(textwrap.shorten(data.texts[query], 2 * WRAP - 10, placeholder=" …"), WRAP)
         for above, line in enumerate(reversed(lines), start=1):
-            say(left, top + CAPTION - 0.1 - LINE * above, line, 8.5, INK)
-        say(left, top + CAPTION - 0.1, _figures(result, query), 8)
-        scene = _scene(data, data.text_to_image[query])
-        for index, pixels in enumerate((scene, _heated(scene, np.asarray(example["map"], np.float32)))):
+            sheet.text(left, top + CAPTION - 0.1 - LINE * above, line, 8.5, INK)
+        sheet.text(left, top + CAPTION - 0.1, _figures(result, query), 8)
+        heat = np.asarray(example["map"], np.float32)
+        scene, extent = _scene(data, data.text_to_image[query]), _extent(data, query)
+        for index, pixels in enumerate((scene, _heated(scene, heat))):
             x = left + index * (PANEL + GAP)
             box = (x / width, 1 - (top + CAPTION + PANEL) / height, PANEL / width, PANEL / height)
-            axes = figure.add_axes(box, xticks=[], yticks=[])
-            axes.imshow(pixels, extent=_extent(data, query), aspect="equal", interpolation="bilinear")
-            axes.set(xlim=_extent(data, query)[:2], ylim=_extent(data, query)[2:])
+            axes = sheet.figure.add_axes(box, xticks=[], yticks=[])
+            axes.imshow(pixels, extent=extent, aspect="equal", interpolation="bilinear")
+            axes.set(xlim=extent[:2], ylim=extent[2:])
             axes.spines[:].set_visible(False)
             axes.set_anchor("NW")
             _outline(axes, data.regions[query])
-    figure.savefig(path)
+            _cross(axes, heat, extent)
+    sheet.figure.savefig(path)
     return path
+
+
+def _scale_of_colors(sheet: Sheet) -> None:
+    """The colours of the maps, in the heading's last line."""
+    (wide, high), y = SCALE, HEAD - 0.05
+    left = MARGIN + 1.1
+    box = (left / sheet.width, 1 - y / sheet.height, wide / sheet.width, high / sheet.height)
+    axes = sheet.figure.add_axes(box, xticks=[], yticks=[])
+    axes.imshow(np.linspace(0, 1, 256)[None], cmap=HEAT, aspect="auto")
+    axes.spines[:].set_visible(False)
+    sheet.text(MARGIN, y, "attention from 0", 8)
+    sheet.text(left + wide + 0.07, y, "to 1, the highest of the scene", 8)
+
+
+def _cross(axes: Any, heat: np.ndarray, extent: tuple[float, float, float, float]) -> None:
+    """Mark the highest point of a map; of equals, their middle."""
+    rows, columns = np.nonzero(heat >= heat.max())
+    height, width = heat.shape
+    x, y = (columns.mean() + 0.5) / width * extent[1], (rows.mean() + 0.5) / height * extent[2]
+    outlined = [Stroke(linewidth=4, foreground=INK), Normal()]
+    axes.plot([x], [y], "x", color="white", markersize=9, markeredgewidth=2, path_effects=outlined, clip_on=False)
 
 
 def _figures(result: Mapping[str, Any], query: int) -> str:

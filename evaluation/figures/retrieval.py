@@ -154,10 +154,10 @@ def draw_token_lengths(counts: Sequence[int], path: Path, dataset: str = "") -> 
     axes.bar(starts, counts, width=TOKEN_BIN, align="edge", color=BEYOND, edgecolor="white", linewidth=0.8)
     end = max(starts[-1] + TOKEN_BIN, CLIP_POSITIONS + 3 * TOKEN_BIN)
     axes.set(xlim=(0, end), ylim=(0, 1.05 * max(counts)))
-    for positions in (CLIP_POSITIONS, LONG_POSITIONS):
-        if positions < end:
-            axes.axvline(positions, color=INK, linewidth=1, linestyle=(0, (1, 2)))
-            axes.text(positions, 1.07 * max(counts), f"{positions}", color=INK, fontsize=8.5, ha="center", va="bottom")
+    read = f"dotted: what CLIP reads ({CLIP_POSITIONS})"
+    for positions in (CLIP_POSITIONS, LONG_POSITIONS)[: 1 + (end > LONG_POSITIONS)]:
+        axes.axvline(positions, color=INK, linewidth=1, linestyle=(0, (1, 2)))
+        axes.text(positions, 1.07 * max(counts), f"{positions}", color=INK, fontsize=8.5, ha="center", va="bottom")
     axes.set_xlabel("tokens of a text, start and end included", color=INK, labelpad=6)
     axes.tick_params(colors=GREY, length=0, labelsize=9)
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
@@ -166,7 +166,12 @@ def draw_token_lengths(counts: Sequence[int], path: Path, dataset: str = "") -> 
     axes.spines["bottom"].set_color(GREY)
     figure.text(0.085, 0.92, "How long the texts are", fontsize=13, weight="bold", color=INK)
     subtitle = f"{sum(counts):,} texts" + (f" of {dataset}" if dataset else "")
-    figure.text(0.085, 0.855, f"{subtitle} · dotted: what CLIP (77) and LRSCLIP (248) read", fontsize=9.5, color=GREY)
+    read += (
+        f" and LRSCLIP ({LONG_POSITIONS})"
+        if end > LONG_POSITIONS
+        else f"; LRSCLIP reads {LONG_POSITIONS}, all of each"
+    )
+    figure.text(0.085, 0.855, f"{subtitle} · {read}", fontsize=9.5, color=GREY)
     figure.savefig(path)
     return path
 

@@ -65,3 +65,10 @@ def test_the_command(tiny_checkpoint, images, tmp_path, capsys):
     (tmp_path / "tile.png").write_bytes(b"no image")
     assert attention.main([*given, "--text", "a road", "--output", str(output)]) == 2
     assert f"error: {tmp_path / 'tile.png'} cannot be read" in capsys.readouterr().err
+
+
+def test_a_picture_that_is_no_square_is_said_to_be_cut(tiny_checkpoint, tmp_path, capsys):
+    Image.new("RGB", (201, 57), "grey").save(tmp_path / "strip.png")
+    arguments = ["--model", str(tiny_checkpoint), "--image", str(tmp_path / "strip.png"), "--device", "cpu"]
+    assert attention.main([*arguments, "--text", "a road", "--output", str(tmp_path / "attention.png")]) == 0
+    assert "the middle square of 201 x 57 pixels" in capsys.readouterr().err

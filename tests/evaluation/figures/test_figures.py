@@ -1,9 +1,10 @@
 """Figures of unusual results: one model, nothing found, many equal curves, texts with odd signs."""
 
+import matplotlib.figure
 import pytest
 from PIL import Image
 
-from evaluation.figures.retrieval import draw_recall_vs_tokens, draw_retrieval_gallery
+from evaluation.figures.retrieval import draw_recall_vs_tokens, draw_retrieval_gallery, draw_token_lengths
 
 
 def curve(**points):
@@ -33,3 +34,17 @@ def test_galleries_of_few_images_and_texts_with_dollars_are_drawn(found, images,
     example = {"text": text, "word_tokens": words, "image": 0, "rank": 3, "found": found}
     path = draw_retrieval_gallery([example] * 2, images, tmp_path / "gallery.png", "a_model$", positions=77)
     assert Image.open(path).width > 1000
+
+
+@pytest.mark.parametrize("bins, announced", [(9, False), (24, False), (25, True), (31, True)])
+def test_only_lines_that_are_drawn_are_announced(bins, announced, tmp_path, monkeypatch):
+    written = []
+    text = matplotlib.figure.Figure.text
+    monkeypatch.setattr(
+        matplotlib.figure.Figure,
+        "text",
+        lambda figure, x, y, s, **kind: (written.append(s), text(figure, x, y, s, **kind)),
+    )
+    draw_token_lengths([1] * bins, tmp_path / "lengths.png", "scenes")
+    assert any("what CLIP reads (77)" in line for line in written)
+    assert any("and LRSCLIP (248)" in line for line in written) == announced

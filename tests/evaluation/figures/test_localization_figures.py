@@ -29,3 +29,7 @@ def test_scenes_of_any_shape_are_drawn(size, queries, tmp_path):
     assert (frame == 255).all() and picture.shape[1] > 900
     green = (np.abs(picture - (31, 157, 85)).sum(axis=2) < 12).sum()
     assert green > 500  # the outlines
+    heading = picture[: picture.shape[0] // 3].reshape(-1, 3)
+    assert (np.abs(heading - (252, 165, 10)).sum(axis=1) < 40).sum() > 20  # the scale of colours
+    crosses = (picture == 255).all(axis=2) & (np.abs(np.roll(picture, 3, axis=1) - (34, 48, 60)).sum(axis=2) < 12)
+    assert crosses.sum() > 20  # white beside dark, at the highest points of the maps
