@@ -49,6 +49,9 @@ def classify(image_embeds: Any, class_embeds: Any, labels: Any) -> Predictions:
         class_embeds: (C, D) tensor or array, unit rows; at least two.
         labels: (M,) integers, the class of image i.
 
+    Returns:
+        [`Predictions`] of the M images.
+
     Raises:
         `ValueError`: for shapes that do not fit, values that are not finite, labels out of range, fewer than two
             classes.
@@ -65,7 +68,17 @@ def classify(image_embeds: Any, class_embeds: Any, labels: Any) -> Predictions:
 
 
 def confusion_matrix(labels: Any, predicted: Any, classes: int) -> Tensor:
-    """(C, C) int64 counts: row i, column j holds the images of class i that were taken for class j."""
+    """
+    (C, C) int64 counts: row i, column j holds the images of class i that were taken for class j.
+
+    Args:
+        labels: (M,) true class of each image.
+        predicted: (M,) class it was taken for.
+        classes: C.
+
+    Returns:
+        (C, C) int64.
+    """
     labels, predicted = torch.as_tensor(labels), torch.as_tensor(predicted)
     return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
 

@@ -88,6 +88,13 @@ def grid_windows(height: int, width: int, protocol: Protocol) -> list[Window]:
     All windows of a scene, column by column: a grid of each size, and for v1 another one half a window on. A window that
     would reach beyond the right or lower edge is moved back inside; one that stands there already is left out, as the
     published code's file names did.
+
+    Args:
+        height, width: of the scene in pixels.
+        protocol: sizes of the windows, and their version.
+
+    Returns:
+        The windows, in the order of the published loop.
     """
     protocol.check_size(height, width)
     windows = []
@@ -113,6 +120,13 @@ def near_windows(window: Window, height: int, width: int) -> list[Window]:
     """
     The windows of 128 and 256 pixels that v2 puts around nine points of a window: its corners, its middle and the
     points half way between. At the upper and left edge they are moved inside, at the others cut off.
+
+    Args:
+        window: one of those of 512 pixels.
+        height, width: of the scene in pixels.
+
+    Returns:
+        The smaller windows around it.
     """
     side = window.bottom - window.top
     points = [(row * side // 4, column * side // 4) for row, column in ((0, 0), (0, 4), (4, 0), (4, 4))]

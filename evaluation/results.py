@@ -120,7 +120,17 @@ def rows_beside(result: dict[str, Any]) -> list[tuple[str, type[Aside], dict[str
 
 
 def retrieval_table(title: str, results: Sequence[dict[str, Any]], models: Sequence[dict[str, Any]]) -> Table:
-    """One row per model, in the order of the paper's Tables II and III; below it the paper's row and the gap."""
+    """
+    One row per model, in the order of the paper's Tables II and III; below it the paper's row and the gap.
+
+    Args:
+        title: of the task.
+        results: of one data set, a model each.
+        models: their descriptions, as `results.json` holds them.
+
+    Returns:
+        The table, with its remarks.
+    """
     positions = {model["label"]: model["positions"] for model in models}
     keys = [key for key in results[0]["metrics"] if key != "mR"]
     columns = [Column("model"), Column("tokens", "reads")]

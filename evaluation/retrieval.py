@@ -52,6 +52,9 @@ def retrieval_ranks(
         text_to_image: (N,) integers, index of the image that text j describes; every image needs a text.
         block_bytes: memory for the scores of one block of texts.
 
+    Returns:
+        [`RetrievalRanks`] of the N texts and the M images.
+
     Raises:
         `ValueError`: for shapes that do not fit, values that are not finite, indices out of range, an image
             without a text.

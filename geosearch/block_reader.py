@@ -195,7 +195,7 @@ class BlockReader:
 
 @dataclass
 class _Line:
-    """What came of windows side by side."""
+    """Windows side by side, as they were read."""
 
     boxes: list[np.ndarray] = field(default_factory=list)  # of the windows in `pixels`
     pixels: Tensor | None = None

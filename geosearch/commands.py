@@ -71,6 +71,9 @@ def load_index_encoder(index: "Index", model: str | None = None, device: str = "
         model: folder, Hub id, file or name where the model is now; None: where it was when the index was made.
         device: where it runs.
 
+    Returns:
+        The encoder, on `device`.
+
     Raises:
         [`~geosearch.index_store.IndexProblem`]: for other weights.
     """

@@ -67,6 +67,9 @@ def write_features(table: pa.Table, path: str | Path, coordinates: str = "wgs84"
         path: ends in .geojson, .json, .gpkg or .parquet.
         coordinates: `wgs84`, or `pixels` of scenes without coordinates, which get no reference system.
 
+    Returns:
+        `path`.
+
     Raises:
         [`~geosearch.search.SearchProblem`]: for another suffix, or a place that takes no file.
     """
@@ -108,7 +111,16 @@ def _write_parquet(table: pa.Table, path: Path, coordinates: str) -> None:
 
 
 def place_name(lon: float, lat: float, coordinates: str = "wgs84") -> str:
-    """A point for people: `47.3712° N, 8.5423° E`, or its pixels."""
+    """
+    A point for people: `47.3712° N, 8.5423° E`, or its pixels.
+
+    Args:
+        lon, lat: degrees, or pixels from the left and from above.
+        coordinates: `wgs84` or `pixels`.
+
+    Returns:
+        The text.
+    """
     if coordinates != "wgs84":
         return f"pixel {lon:.0f}, {lat:.0f}"
     return f"{abs(lat):.4f}° {'N' if lat >= 0 else 'S'}, {abs(lon):.4f}° {'E' if lon >= 0 else 'W'}"
@@ -135,7 +147,7 @@ def hit_table(hits: Hits) -> Table:
 
 
 def summary(hits: Hits) -> list[str]:
-    """What stands below the table: how the text was read, and what the similarities are measured against."""
+    """Return the lines below the table: how the text was read, and what the similarities are measured against."""
     lines = [hits.text.sentence()] if hits.text else []
     lines.append(
         f"{hits.searched:,} windows compared. Of the whole index the mean is {hits.mean:.4f}, the standard deviation (σ) "

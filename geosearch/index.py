@@ -99,7 +99,7 @@ class IndexJob:
 
     def plan(self, encoder: Encoder) -> Plan:
         """
-        What is to be done, compared with the index as it is.
+        Return what is to be done, compared with the index as it is.
 
         Raises:
             `ValueError`: for arguments that do not fit each other or the index.
@@ -134,7 +134,7 @@ class IndexJob:
 
 
 def describe_model(encoder: Encoder) -> dict[str, Any]:
-    """What identifies a model in `index.json`."""
+    """Return what identifies a model in `index.json`."""
     path = os.path.abspath(encoder.path) if os.path.exists(encoder.path) else encoder.path
     known = encoder.describe()
     return {
@@ -313,7 +313,14 @@ class _BlockWriter:
 
 
 def write_block(block: Block, dimensions: int, folder: Path) -> None:
-    """Writes a block's rows and, in the file's metadata, what else came of it; it is on disk before it has its name."""
+    """
+    Writes a block's rows and, in the file's metadata, what else came of it; it is on disk before it has its name.
+
+    Args:
+        block: whose windows are all encoded.
+        dimensions: D, of a vector.
+        folder: of the index or shard.
+    """
     facts = block.scene.facts
     boxes = np.array(block.boxes, dtype=np.int64).reshape(-1, 4)
     reason, unreadable = block.reason, block.unreadable

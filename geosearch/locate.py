@@ -103,6 +103,9 @@ def similarity_map(index: Index, query: np.ndarray, scene: str | None = None) ->
         query (`(D,)`): unit vector of [`~geosearch.search.question_vector`].
         scene: path, or the end of one; None: the only scene.
 
+    Returns:
+        The map, with where it lies.
+
     Raises:
         [`~geosearch.search.SearchProblem`]: for none or several such scenes.
     """

@@ -320,6 +320,9 @@ def hits_page(pictures: ScenePictures, hits: Hits, title: str) -> str:
         pictures: of the index that was searched.
         hits: places found.
         title: what was looked for.
+
+    Returns:
+        HTML.
     """
     scenes = list(dict.fromkeys(hits.rows["scene"].to_pylist())) or pictures.scenes
     least, most = (float(function(hits.similarity)) if len(hits) else 0.0 for function in (np.min, np.max))
@@ -365,6 +368,13 @@ def _thumbnail(pictures: ScenePictures, row: dict) -> str:
 def write_page(pictures: ScenePictures, hits: Hits, path: str | Path, title: str) -> Path:
     """
     Writes [`hits_page`] to a file in one step.
+
+    Args:
+        pictures, hits, title: as for [`hits_page`].
+        path: file to write.
+
+    Returns:
+        `path`.
 
     Raises:
         [`~geosearch.search.SearchProblem`]: for a place that takes no file.

@@ -1,4 +1,4 @@
-"""What there is to do: which scenes are new or changed, their windows and blocks, and whose turn each block is."""
+"""Plans of what there is to do: which scenes are new or changed, their windows and blocks, and whose turn each block is."""
 
 import os
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ class WindowOptions:
             raise ValueError(f"max_empty {self.max_empty:g}: a share from 0 to below 1 is needed.")
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
+        """Return plain values for JSON."""
         return {
             "sizes": [str(size) for size in self.sizes],
             "stride": self.stride,
@@ -86,7 +86,7 @@ class PlannedScene:
 
 @dataclass
 class Plan:
-    """What one command has to encode; every shard of it makes the same plan."""
+    """Work of one command, the scenes that it has to encode; every shard of it makes the same plan."""
 
     model: dict[str, Any]  # `id`, `weights_sha256`, `dimensions`, `dtype`
     options: WindowOptions
@@ -121,7 +121,7 @@ class Plan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON; [`Plan.from_dict`] reads them."""
+        """Return plain values for JSON; [`Plan.from_dict`] reads them."""
         return {**{name: getattr(self, name) for name in _PLAIN}, "options": self.options.to_dict()} | {
             "scenes": [asdict(scene) for scene in self.scenes]
         }
@@ -154,6 +154,9 @@ def make_plan(
         options: how they are cut and rendered.
         model: facts of the model.
         index: content of `index.json`, where scenes are to be added to an index.
+
+    Returns:
+        What is to be encoded, kept and taken out.
 
     Raises:
         `ValueError`: where no scene can be used.

@@ -262,7 +262,7 @@ def _time(value: Any) -> datetime.datetime | None:
 
 @dataclass(frozen=True)
 class SceneFacts:
-    """What a scene's file says of itself, without its pixels."""
+    """Facts that a scene's file tells of itself, without its pixels."""
 
     path: str
     files: tuple[tuple[str, int, int], ...]  # path, bytes, time of change (ns) of everything that it consists of

@@ -431,7 +431,19 @@ def search(
 def nearest_places(
     index: Index, query: np.ndarray, area: Area | None = None, top: int = 10, text: ReadText | None = None
 ) -> Hits:
-    """As [`search`], for a question that is a unit vector `(D,)` already."""
+    """
+    Search as [`search`] does, for a question that is a unit vector `(D,)` already.
+
+    Args:
+        index: that is searched.
+        query: (D,) unit vector.
+        area: where to look; None: everywhere.
+        top: places to return.
+        text: how the text was read, for the record.
+
+    Returns:
+        Places by falling similarity.
+    """
     allowed = (area or Area()).rows(index)
     vectors = index.vectors()
     scores = similarities(vectors, query)

@@ -132,6 +132,9 @@ def scene_grids(
         stride: step between windows as a share of their side, above 0 and at most 1.
         pixel_size: metres of a pixel to the right and downwards; None: not known.
 
+    Returns:
+        A grid for each scale that is left.
+
     Raises:
         `ValueError`: for a scene that is too small, windows in metres without a pixel size, windows of less than
             `MIN_SIDE` pixels or more than `MAX_WINDOWS` of them.

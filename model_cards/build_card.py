@@ -137,7 +137,19 @@ def card_data(
     description: dict[str, Any] | None,
     license_id: str,
 ) -> ModelCardData:
-    """The card's metadata; what is not known is left out."""
+    """
+    The card's metadata; what is not known is left out.
+
+    Args:
+        name: of the model.
+        results: of `results.json`, those of this model.
+        training: content of `run.json`; None: not known.
+        description: of the model in `results.json`; None: not measured.
+        license_id: as the Hub names it.
+
+    Returns:
+        What stands in the card's head.
+    """
     base, datasets = description and description["base_model"], None
     if training and training["init"] and training["init"]["kind"] == "hub":
         base = training["init"]["name"]

@@ -12,7 +12,16 @@ from PIL import Image
 
 
 def main(folder: str, texts: str, image: str, output: str, code: str) -> None:
-    """Writes token ids, pixels and unit embeddings of the texts and the image; `code` is whether to trust the folder's."""
+    """
+    Writes token ids, pixels and unit embeddings of the texts and the image; `code` is whether to trust the folder's.
+
+    Args:
+        folder: the checkpoint.
+        texts: JSON list.
+        image: file.
+        output: file to write.
+        code: `remote` trusts the code in the folder.
+    """
     sys.modules["modeling_lrsclip"] = None  # any import of the package fails from here on
     from transformers import AutoModel, AutoProcessor
 

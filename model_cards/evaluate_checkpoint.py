@@ -147,7 +147,17 @@ def read_results(path: Path, must_exist: bool) -> dict[str, Any] | None:
 
 
 def choose(stored: dict[str, Any], pairs_of: dict[str, "Pairs"], data: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The stored results that this data is the data of, recognised by its hashes; says which are left out and why."""
+    """
+    The stored results that this data is the data of, recognised by its hashes; says which are left out and why.
+
+    Args:
+        stored: content of `results.json`.
+        pairs_of: by task, the data's images and texts.
+        data: where they were read, for what is said.
+
+    Returns:
+        Task and stored result of each that can be repeated.
+    """
     chosen = []
     for result in stored["results"]:
         task, name = result["task"], f"{result['task']} on {result['dataset']}"
@@ -370,6 +380,14 @@ def recall(images: torch.Tensor, texts: torch.Tensor, text_to_image: Sequence[in
     """
     Recall at 1, 5 and 10 in both directions and their mean, in percent. A wrong candidate with the score of the right
     one stands before it; an image's further texts never count against it.
+
+    Args:
+        images: (M, P) unit embeddings.
+        texts: (N, P) unit embeddings.
+        text_to_image: index of each text's image.
+
+    Returns:
+        Percent by metric.
     """
     image_of_text = torch.tensor(text_to_image)
     scores = texts.double() @ images.double().T  # (N, M)

@@ -67,6 +67,15 @@ def check_target(api: HfApi, repo_id: str, tag: str | None = None, private: bool
     """
     Ask the Hub whether the token is accepted, and what is there already. Nothing is changed.
 
+    Args:
+        api: with the token.
+        repo_id: `owner/name`.
+        tag: that is to be made.
+        private: whether the repository must not be public.
+
+    Returns:
+        What is there.
+
     Raises:
         `ValueError`: for a tag that exists, or a public repository that was meant to be private.
         [`HubError`]: for a token that is not accepted, or a Hub that is out of reach.

@@ -60,6 +60,14 @@ def select_model(document: dict[str, Any], weights_sha256: str, folder: Path) ->
     """
     The description and the results of the model with these weights.
 
+    Args:
+        document: content of `results.json`.
+        weights_sha256: hash of the weights.
+        folder: theirs, for the error.
+
+    Returns:
+        Description and results.
+
     Raises:
         `ValueError`: for a document that is not evaluation.run's, or that measured other weights only.
     """

@@ -85,6 +85,9 @@ def stage(
             with this only.
         card_options: `published`, `license_id`, `plain_repo` of [`build_card`].
 
+    Returns:
+        What was staged, for [`verify`] and the push.
+
     Raises:
         `ValueError`: as [`build_card`]; for a folder without processor or tokenizer, for code beside the weights that
             is not this package's, and for a link to a file outside the folder.
@@ -249,6 +252,15 @@ def public_results(document: dict[str, Any], weights_sha256: str, folder: Path, 
     """
     The part of results.json that is about these weights, under the repository's name; without the example captions,
     which are somebody's data set.
+
+    Args:
+        document: content of `results.json`.
+        weights_sha256: hash of the weights.
+        folder: theirs, for the error.
+        repo_id: `owner/name`.
+
+    Returns:
+        The document to publish.
     """
     measured, model_results = select_model(document, weights_sha256, folder)
     kept = [{name: value for name, value in result.items() if name != "examples"} for result in model_results]

@@ -138,6 +138,7 @@ def prepare(
     **reading: Any,
 ) -> Prepared:
     """
+
     Args:
         source (`str` or `Path`): a published checkpoint file (see [`read_published_checkpoint`]), or the folder or Hub
             id of a CLIP or LRSCLIP in HuggingFace format.
@@ -148,6 +149,9 @@ def prepare(
         kept_positions, stretch_ratio (`int`): see [`stretch_position_embedding`]; ratio 1 keeps the table as it is.
         keep_stretched (`bool`): whether a table that was stretched before is left as it is, instead of refused.
         reading: `preset`, `activation` and `heads` of [`read_published_checkpoint`], for a file.
+
+    Returns:
+        Model, processor and tokenizer in memory, with the record of what was decided.
 
     Raises:
         `ValueError`: as [`read_published_checkpoint`], [`read_pretrained`] and `LRSCLIPModel.from_clip`; for a

@@ -31,7 +31,7 @@ _LEGACY_EOS_TOKEN_ID = 2
 @dataclass
 class LRSCLIPOutput(ModelOutput):
     """
-    What [`LRSCLIPModel`] returns; a field whose input was not given is None.
+    Output of [`LRSCLIPModel`]; a field whose input was not given is None.
 
     Args:
         loss (scalar): `long_weight * long_loss + (1 - long_weight) * short_loss` (eq. 5), with `return_loss=True`;
@@ -138,6 +138,9 @@ class LRSCLIPModel(_CLIPInitialization, CLIPModel):
                 1 takes the checkpoint over unstretched.
             kwargs: for `CLIPModel.from_pretrained` (`dtype`, `revision`, `cache_dir`, ...).
 
+        Returns:
+            `LRSCLIPModel`: in the type, on the device and in the training state of the checkpoint.
+
         Raises:
             `ValueError`: for a checkpoint that was stretched before, or numbers that its table does not allow.
         """
@@ -214,6 +217,9 @@ class LRSCLIPModel(_CLIPInitialization, CLIPModel):
                 is causal and pools at the first end-of-text token.
             return_loss (`bool`): also the loss, with `config.long_weight`; B and N must then be equal.
             short_input_ids, short_attention_mask (`(N, L_short)`): the short texts of the same images.
+
+        Returns:
+            [`LRSCLIPOutput`], or a tuple of its fields with `return_dict=False`.
 
         Raises:
             `ValueError`: for texts longer than the position table, rows without end-of-text, no input at all, or

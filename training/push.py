@@ -43,7 +43,18 @@ def look_for_a_token(say: Callable[[str], None]) -> None:
 
 
 def push_command(config: PushConfig, checkpoint: Path, message: str, results: Path | None = None) -> list[str]:
-    """The words of the command that pushes a model folder; its card has the tables of `results`, if given."""
+    """
+    The words of the command that pushes a model folder; its card has the tables of `results`, if given.
+
+    Args:
+        config: repository and its options.
+        checkpoint: model folder.
+        message: of the commit.
+        results: `results.json`; None: not measured.
+
+    Returns:
+        Words, the interpreter first.
+    """
     words = [sys.executable, str(ROOT / "model_cards" / "push_to_hub.py"), "--checkpoint", str(checkpoint.absolute())]
     words += ["--repo", config.repo, "--message", message]
     words += ["--results", str(results.absolute())] if results else []
@@ -52,7 +63,17 @@ def push_command(config: PushConfig, checkpoint: Path, message: str, results: Pa
 
 
 def measure_command(checkpoint: Path, data: str, output: Path) -> list[str]:
-    """The words of the command that measures long and short retrieval of a model folder."""
+    """
+    The words of the command that measures long and short retrieval of a model folder.
+
+    Args:
+        checkpoint: model folder.
+        data: file, folder or Hub id.
+        output: folder for `results.json`.
+
+    Returns:
+        Words, the interpreter first.
+    """
     words = [sys.executable, "-m", "evaluation.run", "--model", str(checkpoint.absolute()), "--tasks", "zcrl,zcrs"]
     return [*words, "--data", data, "--output", str(output.absolute())]
 

@@ -85,7 +85,7 @@ class ClassificationData:
         return f"{self.name}: {'; '.join([*parts, *self.left_out])} ({self.read_from})"
 
     def describe(self) -> dict[str, Any]:
-        """What `results.json` says of the data."""
+        """Return what `results.json` says of the data."""
         return {
             "read_from": self.read_from,
             "benchmark": self.dataset.name if self.dataset.key else None,

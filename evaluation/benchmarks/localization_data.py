@@ -71,7 +71,7 @@ class LocalizationData:
         return f"{found}{left_out} ({self.read_from})"
 
     def describe(self) -> dict[str, Any]:
-        """What `results.json` says of the data."""
+        """Return what `results.json` says of the data."""
         return {
             "read_from": self.read_from,
             "benchmark": self.name if self.expected else None,

@@ -97,7 +97,7 @@ class RetrievalData:
         return bool(self.expected) and (len(self.images), len(self.texts)) == self.expected[1:]
 
     def describe(self) -> dict[str, Any]:
-        """What `results.json` says of the data."""
+        """Return what `results.json` says of the data."""
         return {
             "read_from": self.read_from,
             "benchmark": self.expected.name if self.expected else None,

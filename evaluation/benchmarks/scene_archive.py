@@ -54,6 +54,11 @@ def draw_archive_scene(seed: int, number: int, side: int = SIDE) -> tuple[np.nda
     """
     The picture of one GeoTIFF, and what lies where in it.
 
+    Args:
+        seed: of the archive.
+        number: of the scene.
+        side: pixels.
+
     Returns:
         `(side, side, 3)` uint8, and for each described scene its `text` and `pixel_box`.
     """
@@ -84,7 +89,14 @@ def _in_wedge(left: int, top: int, side: int) -> bool:
 
 
 def write_archive_scene(path: Path, picture: np.ndarray, number: int) -> None:
-    """Writes a picture as a tiled 16-bit GeoTIFF with overviews, a strip of it at a time."""
+    """
+    Writes a picture as a tiled 16-bit GeoTIFF with overviews, a strip of it at a time.
+
+    Args:
+        path: GeoTIFF to write.
+        picture: (H, W, 3) uint8.
+        number: of the scene, which decides where on Earth it lies.
+    """
     side = len(picture)
     x, y = ORIGINS[number % len(ORIGINS)]
     transform = Affine.translation(x, y) @ Affine.rotation(TURN if number % 3 == 2 else 0.0)

@@ -165,7 +165,17 @@ def _ground(rng: random.Random, scenes: dict[tuple[int, int], Scene], tiles: int
 def draw_mosaic(
     rng: random.Random, tiles: int = TILES, side: int = TILE_PIXELS
 ) -> tuple[Image.Image, list[District], list[Query]]:
-    """A landscape of `tiles` x `tiles` scenes of `side` pixels each, its districts, and its queries."""
+    """
+    A landscape of `tiles` x `tiles` scenes of `side` pixels each, its districts, and its queries.
+
+    Args:
+        rng: chooses.
+        tiles: scenes along a side.
+        side: pixels of a scene.
+
+    Returns:
+        The picture, its districts, and its queries with their regions.
+    """
     districts, names, scenes = plan_mosaic(rng, tiles)
     image = Image.fromarray(_ground(rng, scenes, tiles, side))
     for orientation in ORIENTATIONS:  # roads and rivers run between the scenes
@@ -181,7 +191,15 @@ def draw_mosaic(
 def write_mosaics(
     out: str | Path, mosaics: int, seed: int = 0, tiles: int = TILES, tile_pixels: int = TILE_PIXELS
 ) -> int:
-    """Draws the data set into the folder `out`; `localization.jsonl` is written last.
+    """
+    Draws the data set into the folder `out`; `localization.jsonl` is written last.
+
+    Args:
+        out: folder.
+        mosaics: number of landscapes.
+        seed: of the data set.
+        tiles: scenes along a side of one.
+        tile_pixels: of a scene's side.
 
     Returns:
         Number of queries.

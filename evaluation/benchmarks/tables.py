@@ -150,7 +150,17 @@ def is_hub_id(source: str) -> bool:
 
 
 def find_column(origin: str, columns: Sequence[Any], wanted: Sequence[str]) -> str:
-    """The first of the wanted names among the columns; one sentence where there is none."""
+    """
+    The first of the wanted names among the columns; one sentence where there is none.
+
+    Args:
+        origin: the file, for the error.
+        columns: names that there are.
+        wanted: names that will do, the best first.
+
+    Returns:
+        One of `wanted`.
+    """
     for name in wanted:
         if name in columns:
             return name
@@ -284,7 +294,15 @@ def _unreadable(images: ImageFiles, indices: list[int]) -> dict[int, str]:
 
 
 def complain(offenders: Sequence[str], total: int, what: str, advice: str = "") -> None:
-    """Raises one sentence that counts the offenders and names the first few; says nothing where there are none."""
+    """
+    Raises one sentence that counts the offenders and names the first few; says nothing where there are none.
+
+    Args:
+        offenders: names of what is wrong.
+        total: number of all that were looked at.
+        what: goes on after the numbers, for example `images are missing`.
+        advice: ends the sentence.
+    """
     if offenders:
         shown = ", ".join(offenders[:SHOWN])
         more = ", …" if len(offenders) > SHOWN else ""

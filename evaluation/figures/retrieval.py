@@ -189,16 +189,41 @@ class Sheet:
     def text(
         self, x: float, y: float, text: str, size: float = 8.5, color: str = GREY, weight: str = "normal"
     ) -> None:
+        """
+        TODO
+
+        Args:
+            x, y: where it begins, on its base line.
+            text: is set as it is, dollar signs too.
+            size: points.
+            color, weight: as matplotlib names them.
+        """
         x, y = x / self.width, 1 - y / self.height
         self.figure.text(x, y, text, fontsize=size, color=color, weight=weight, family=FONT, parse_math=False)
 
     def rule(self, x: float, y: float, length: float) -> None:
+        """
+        TODO
+
+        Args:
+            x, y: its left end.
+            length: inches.
+        """
         corner = (x / self.width, 1 - y / self.height)
         self.figure.add_artist(Rectangle(corner, length / self.width, 0, edgecolor=FAINT, linewidth=0.8))
 
     def tile(
         self, x: float, y: float, side: float, image: Image.Image, color: str, line: float, style: Any = "-"
     ) -> None:
+        """
+        TODO
+
+        Args:
+            x, y: the upper left corner.
+            side: inches.
+            image: its middle square is shown.
+            color, line, style: of the frame, as matplotlib names them; `line` in points.
+        """
         box = (x / self.width, 1 - (y + side) / self.height, side / self.width, side / self.height)
         axes = self.figure.add_axes(box, xticks=[], yticks=[])
         square = ImageOps.fit(to_rgb(image), (256, 256), Image.Resampling.BICUBIC)  # the middle, as models see it

@@ -56,7 +56,14 @@ class EmbeddingCache:
             return None
 
     def save(self, content: str, embeds: Tensor, seconds: float) -> None:
-        """Writes one file in one step; where the disk does not take it, a warning says so and the run goes on."""
+        """
+        Writes one file in one step; where the disk does not take it, a warning says so and the run goes on.
+
+        Args:
+            content: hash of the items.
+            embeds: (B, D) their embeddings.
+            seconds: that computing them took.
+        """
         path = self._path(content)
         known = {"seconds": repr(seconds), "sha256": _sha256(embeds)}
         try:

@@ -161,7 +161,7 @@ def survey(images: Iterable[Image.Image]) -> dict[str, Any]:
 
 def survey_lines(surveyed: dict[str, Any], where: str) -> list[str]:
     """
-    What of a [`survey`] a user should know before the images are used.
+    Lines on what a user should know of a [`survey`] before the images are used.
 
     Args:
         surveyed: of the images.
@@ -302,6 +302,14 @@ def augment(image: Image.Image, kind: Augmentation, rng: random.Random) -> Image
 
     A caption's left, right, north or south no longer holds for a view; for data that names them, leave it at `none`,
     as in the paper's recipe.
+
+    Args:
+        image: of any size and mode.
+        kind: which views there are to choose from.
+        rng: chooses.
+
+    Returns:
+        The view: the image itself, or a new one.
     """
     view = rng.choice(VIEWS[kind])
     return image if view is None else image.transpose(view)

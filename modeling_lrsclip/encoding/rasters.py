@@ -95,7 +95,7 @@ class Rendering:
     nodata: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
+        """Return plain values for JSON."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
@@ -239,7 +239,7 @@ class Raster:
 
     @cached_property
     def _tables(self) -> list[np.ndarray]:
-        """Of each band, the level of every value that it can have, by the value's bits read as an unsigned number."""
+        """Levels of every value that each band can have, by the value's bits read as an unsigned number."""
         dtype = np.dtype(self.dataset.dtypes[self.bands[0] - 1])
         values = np.arange(2 ** (8 * dtype.itemsize), dtype=f"uint{dtype.itemsize * 8}").view(dtype)
         return [_to_levels(values, low, high) for low, high in zip(self.rendering.low, self.rendering.high)]

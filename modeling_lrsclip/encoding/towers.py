@@ -208,6 +208,9 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item], device
         function: is called in other threads, where `torch.inference_mode` and autocast must be entered anew.
         items: taken one by one, few ahead of what is done.
         device: on another than the CPU everything happens in this thread.
+
+    Returns:
+        An iterator of the results.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:

@@ -104,6 +104,11 @@ def set_field(values: dict[str, Any], name: str, value: Any) -> None:
     """
     Sets a field of nested dictionaries and lists by its dotted name; sections that are not there are made.
 
+    Args:
+        values: nested dictionaries and lists; changed.
+        name: such as `data.train` or `sources.0.path`.
+        value: any plain value.
+
     Raises:
         `ValueError`: for a name that leads through a single value, or to a place that a list does not have.
     """
@@ -134,6 +139,9 @@ def validate(kind: type[Config], values: Mapping[str, Any], hints: Mapping[str, 
         values: nested dictionaries and lists, as [`read_yaml`] returns them.
         hints: by the last part of a field's name, what else to say where that field is not set.
 
+    Returns:
+        The configuration, checked.
+
     Raises:
         [`ConfigurationError`]: with every mistake: unknown fields with the nearest valid name, missing ones, values of a
             wrong type or out of range.
@@ -156,6 +164,10 @@ def field_types(kind: Any, values: Any = None, prefix: str = "") -> dict[str, st
     Args:
         kind: a pydantic dataclass.
         values: plain values, whose lists and dictionaries of sections are followed too.
+        prefix: goes before every name.
+
+    Returns:
+        Text by name, in the order of the fields.
     """
     listed: dict[str, str] = {}
     for name, info in kind.__pydantic_fields__.items():

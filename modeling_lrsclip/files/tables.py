@@ -46,6 +46,9 @@ def iter_rows(path: Path, encoding: str | None = None, columns: Sequence[str] | 
             that the whole file is in.
         columns: of a parquet file, those that are wanted; None: all.
 
+    Returns:
+        [`TableRow`]s, with what is wrong with those that cannot be read.
+
     Raises:
         `ValueError`: one sentence naming the file, for a format, an encoding or a damage that leaves no rows to read.
     """
@@ -66,7 +69,15 @@ def iter_rows(path: Path, encoding: str | None = None, columns: Sequence[str] | 
 def read_rows(
     path: Path, encoding: str | None = None, columns: Sequence[str] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Values of the rows of [`iter_rows`], the first of which that has a fault is a `ValueError` naming file and line."""
+    """
+    Values of the rows of [`iter_rows`], the first of which that has a fault is a `ValueError` naming file and line.
+
+    Args:
+        path, encoding, columns: as for [`iter_rows`].
+
+    Returns:
+        Values by column, a row each.
+    """
     for row in iter_rows(path, encoding, columns):
         if row.fault:
             raise ValueError(f"{path}, {row.where} {row.fault}.")
@@ -188,7 +199,7 @@ def _json_entries(path: Path, stream: TextIO) -> Iterator[TableRow]:
 
 
 def csv_dialect(header: str) -> dict[str, str]:
-    """What separates the columns of a CSV or TSV file, by its first line: tabs, commas, or else semicolons."""
+    """Return what separates the columns of a CSV or TSV file, by its first line: tabs, commas, or else semicolons."""
     return {"delimiter": next((mark for mark in "\t,;" if mark in header), ",")}
 
 

@@ -29,7 +29,7 @@ _AGAIN = "download it again"
 
 @dataclass
 class PublishedFile:
-    """What a checkpoint file holds, as it is stored."""
+    """Content of a checkpoint file, as it is stored."""
 
     path: Path
     form: str  # one of the constants above

@@ -89,6 +89,9 @@ def read_published_checkpoint(
         activation (`str`, *optional*): `quick_gelu` or `gelu`; goes before the preset's.
         heads (`tuple[int, int]`, *optional*): attention heads of the vision and of the text tower.
 
+    Returns:
+        Configuration and weights under the names of `LRSCLIPModel`, and how they were stored.
+
     Raises:
         `ValueError`: as [`read_published_file`] and [`rename_published`]; for tensors of a wrong shape or type, and
             for an activation or head count that nothing decides or that contradicts the file.

@@ -22,7 +22,15 @@ _PROBE = "It\u2019s 2 white tanks &amp; a road."
 def write_lrsclip(
     skeleton: LRSCLIPModel, tensors: dict[str, torch.Tensor], processor: LRSCLIPProcessor, folder: Path
 ) -> None:
-    """Writes weights, processor, tokenizer, and the code for `trust_remote_code=True`; arguments as the others'."""
+    """
+    Writes weights, processor, tokenizer, and the code for `trust_remote_code=True`; arguments as the others'.
+
+    Args:
+        skeleton: the model, for its configuration.
+        tensors: weights by name.
+        processor: image processor and tokenizer.
+        folder: is there and empty.
+    """
     skeleton.save_pretrained(folder, state_dict=dict(tensors))
     processor.save_pretrained(folder)
     # vocab.json and merges.txt, for readers that do not know tokenizer.json.

@@ -71,7 +71,7 @@ _CLASSES = {  # regular expression -> replacement
 
 
 def _cleaning() -> Iterator[normalizers.Normalizer]:
-    """What `clean_text` does before collapsing white space and lower-casing, as far as replacements reach."""
+    """Yield the replacements of `clean_text` before collapsing white space and lower-casing, as far as replacements reach."""
     for pairs in (_ENTITIES, _GARBLED, _LIGATURES, _FULL_WIDTH):
         yield from (normalizers.Replace(old, new) for old, new in pairs.items())
     yield from (normalizers.Replace(Regex(old), new) for old, new in _CLASSES.items())

@@ -172,7 +172,7 @@ class ModelSource:
 
 def resolve(given: str) -> ModelSource:
     """
-    What `--model` was given -> a folder, Hub id or file that can be loaded.
+    Find the folder, Hub id or file that can be loaded for a value of `--model`.
 
     Args:
         given: a name of `MODELS`, a checkpoint file, `NAME=FILE` or `NAME=FOLDER`, a folder in HuggingFace format, or

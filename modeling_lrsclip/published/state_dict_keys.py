@@ -56,7 +56,7 @@ _LETTERS = {384: "S", 512: "M", 768: "B", 1024: "L", 1280: "H", 1408: "g", 1664:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the tensors tell; the head counts and the activation are not in them."""
+    """Sizes that the tensors tell; the head counts and the activation are not in them."""
 
     vision_width: int
     vision_layers: int

@@ -93,7 +93,17 @@ class SmallModels:
         return Ladders(batch_sizes(self.values), long_weights=tuple(weights), pcm_rank=self.pcm_rank)
 
     def run(self, arm: Arm, study: str, seed: int) -> Run:
-        """Make the run of an arm, see [`OwnModels.run`]."""
+        """
+        Make the run of an arm, see [`OwnModels.run`].
+
+        Args:
+            arm: what is changed.
+            study: its name.
+            seed: of the training.
+
+        Returns:
+            The run, not yet started.
+        """
         fields = arm_fields(arm, self.values) | {"seed": seed}
         start = self._long_clip(seed) if arm.start == LONG_CLIP else self._clip(arm.size or MIDDLE, seed)
         return named(Run("", with_fields(self.values, fields), self.scenes, start), self._plain(seed), study, arm)

@@ -122,7 +122,17 @@ def with_fields(values: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any
 
 
 def field_of(values: dict[str, Any], name: str, default: Any = None) -> Any:
-    """Return the field of a recipe that has a dotted name, or `default` where it is not set."""
+    """
+    Return the field of a recipe that has a dotted name, or `default` where it is not set.
+
+    Args:
+        values: nested dictionaries.
+        name: with dots, such as `loss.long_weight`.
+        default: in place of what is not set.
+
+    Returns:
+        The value.
+    """
     for part in name.split("."):
         values = values.get(part) if isinstance(values, dict) else None
     return default if values is None else values

@@ -21,6 +21,14 @@ def kept_index(path: Path, kind: str, build: Callable[[Path], np.ndarray]) -> np
     """
     `build(path)`, kept in `$LRSCLIP_CACHE/indices` (else `~/.cache/lrsclip/indices`) under the file's path, size and
     time of change, and memory-mapped; where nothing can be written, it is held in memory.
+
+    Args:
+        path: of the file.
+        kind: of index, part of its name.
+        build: makes the index.
+
+    Returns:
+        What `build` made, read only.
     """
     state = path.stat()
     identity = f"{VERSION}\0{kind}\0{path.resolve()}\0{state.st_size}\0{state.st_mtime_ns}"

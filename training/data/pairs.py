@@ -130,7 +130,7 @@ class Pairs:
         return measured
 
     def imagery(self) -> dict[str, Any]:
-        """What the images are made of: a [`survey`] of some of each source, of its first ones where it is streamed."""
+        """Return a [`survey`] of some of each source, of its first ones where it is streamed."""
         each, first, numbers = max(1, SURVEYED // len(self.sources)), 0, []
         for end in self.source_ends.tolist():
             rows = end - first

@@ -41,7 +41,7 @@ def filled(stored: Any) -> bool:
 
 @dataclass
 class Row:
-    """What a source has stored of one pair; nothing in it is checked yet."""
+    """Content of one pair as its source stores it; nothing in it is checked yet."""
 
     id: str  # file and row, for example "train-00003.parquet:17" or "tiles-000.tar:0017"
     image: str | bytes | dict | None = None  # path, the bytes of a file, or {"bytes", "path"}

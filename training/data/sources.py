@@ -118,6 +118,11 @@ def open_source(
         split: where the source does not name its own.
         columns: by kind, as `data.image_column`, `data.long_column`, `data.short_column` name them.
         streaming: read no more than what says how many rows there are, and look at the first row only.
+        source: file, folder or Hub id.
+        config: limits on what may be missing.
+
+    Returns:
+        [`Rows`], one or several.
 
     Raises:
         `ValueError`: for a source that is neither file, folder nor Hub id, a missing column; in memory also for an empty
@@ -315,7 +320,14 @@ def _checked(source: str, parts: list[Rows], names_of) -> list[Rows]:
 
 
 def check_columns(source: str, columns: Mapping[str, str], names: Iterable[str]) -> None:
-    """Raises `ValueError` for columns that are not among `names`, with the most similar ones."""
+    """
+    Raises `ValueError` for columns that are not among `names`, with the most similar ones.
+
+    Args:
+        source: for the error.
+        columns: by kind, the names that are wanted.
+        names: those that there are.
+    """
     names = list(dict.fromkeys(names))
     missing = list(dict.fromkeys(name for name in columns.values() if name not in names))
     if not missing:
@@ -330,7 +342,14 @@ def check_columns(source: str, columns: Mapping[str, str], names: Iterable[str])
 
 
 def refuse(source: str, what: str, offenders: list) -> None:
-    """Raises `ValueError` if there are offenders, with their number and the first few."""
+    """
+    Raises `ValueError` if there are offenders, with their number and the first few.
+
+    Args:
+        source: for the error.
+        what: is wrong with them, such as `empty captions`.
+        offenders: rows or files.
+    """
     if offenders:
         first = ", ".join(map(str, itertools.islice(offenders, _LISTED)))
         raise ValueError(f"{source} has {len(offenders)} {what}, the first: {first}; mend or remove them.")

@@ -83,7 +83,7 @@ class TarRows:
 
     def fields(self, number: int) -> dict[str, Any]:
         """
-        What the sample's `json` member holds; empty without one.
+        Content of the sample's `json` member; empty without one.
 
         Raises:
             `ValueError`: when it is not a JSON object in UTF-8.

@@ -41,6 +41,9 @@ def build_card(statistics: dict[str, Any], manifest: dict[str, Any], figures: Se
         manifest: of the build.
         figures: names of pictures beside the card.
 
+    Returns:
+        The card's text, its YAML head included.
+
     Raises:
         `ValueError`: for a source whose licence is not known, naming it.
     """

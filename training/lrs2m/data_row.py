@@ -75,7 +75,17 @@ class Record:
 
 
 def split_of(image_sha256: str, seed: int, validation_fraction: float) -> str:
-    """The split of an image: a function of its content and the seed, so that all its rows are in one."""
+    """
+    The split of an image: a function of its content and the seed, so that all its rows are in one.
+
+    Args:
+        image_sha256: hash of the image's bytes.
+        seed: of the recipe.
+        validation_fraction: share of the images, from 0 to 1.
+
+    Returns:
+        `train` or `validation`.
+    """
     digest = hashlib.sha256(f"{seed}/{image_sha256}".encode()).digest()
     share = int.from_bytes(digest[:8], "big") / 2**64
     return SPLITS[1] if share < validation_fraction else SPLITS[0]

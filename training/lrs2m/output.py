@@ -57,6 +57,14 @@ class Output:
         return self.progress.counts
 
     def count(self, source: str, what: str, times: int = 1) -> None:
+        """
+        Count what became of rows of a source.
+
+        Args:
+            source: its name.
+            what: the counter.
+            times: is added.
+        """
         counts = self.progress.counts.setdefault(source, {})
         counts[what] = counts.get(what, 0) + times
 

@@ -90,6 +90,11 @@ def rejoin(folder: Path, images: LocalImages, target: Path) -> dict[str, Any]:
     """
     Writes a data set with images into `target`, which must not exist or be empty, in the format of the one in `folder`.
 
+    Args:
+        folder: data set without images.
+        images: finds an image by its hash.
+        target: folder to write.
+
     Returns:
         The new manifest.
 

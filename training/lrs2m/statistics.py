@@ -1,5 +1,5 @@
 """
-What a built data set holds: Table I of the paper for it, token lengths (Fig. 6), vocabulary, duplicates, a map.
+Statistics of a built data set: Table I of the paper for it, token lengths (Fig. 6), vocabulary, duplicates, a map.
 
     python -m training.lrs2m.statistics DIR
 

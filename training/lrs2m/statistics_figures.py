@@ -27,6 +27,11 @@ def draw_token_lengths(histograms: Mapping[str, Sequence[int]], path: Path, name
 
     Args:
         histograms: for `long` and `short` the number of texts by their number of tokens, from 0 on.
+        path: PNG to write.
+        name: of the data set, for the heading.
+
+    Returns:
+        `path`.
     """
     binned = {}
     for which, counts in histograms.items():
@@ -66,6 +71,11 @@ def draw_map(places: np.ndarray, path: Path, name: str = "") -> Path:
 
     Args:
         places (180, 360): rows by degree of latitude, from the south, and of longitude, from the west.
+        path: PNG to write.
+        name: of the data set, for the heading.
+
+    Returns:
+        `path`.
     """
     figure = _figure(9.4, 5.3)
     axes = figure.add_axes((0.065, 0.09, 0.82, 0.72))

@@ -159,7 +159,18 @@ def sentence(text: str) -> str:
 
 
 def noun_phrase(rng: random.Random, kind: str, colour: str, count: int = 1) -> str:
-    """`a red house`, `two clumps of blue trees`, or without a colour `a house`."""
+    """
+    `a red house`, `two clumps of blue trees`, or without a colour `a house`.
+
+    Args:
+        rng: chooses among the words for the kind.
+        kind: of object.
+        colour: empty for none.
+        count: of objects.
+
+    Returns:
+        The phrase with its article or number.
+    """
     singular, plural = pick(rng, NOUNS[kind])
     phrase = (singular if count == 1 else plural).format(colour).replace("  ", " ").strip()
     return with_article(phrase) if count == 1 else f"{NUMBERS[count]} {phrase}"
@@ -300,10 +311,19 @@ def true_facts(scene: Scene) -> set[tuple[str, str]]:
 def short_text_ceiling(
     scenes: Sequence[Scene], texts: Sequence[ShortText], ks: Iterable[int] = (1, 5, 10)
 ) -> dict[str, float]:
-    """Best expected text-to-image recall (percent) of the short texts among these scenes.
+    """
+    Best expected text-to-image recall (percent) of the short texts among these scenes.
 
     Nothing tells apart the scenes for which a short text is true, so with n of them the right one is among the first
     k with probability min(1, k / n).
+
+    Args:
+        scenes: M plans.
+        texts: their M short texts.
+        ks: places that count as a hit.
+
+    Returns:
+        `text_to_image_R@k` for every k.
     """
     holders: dict[tuple[str, str], set[int]] = {}
     for index, scene in enumerate(scenes):

@@ -58,14 +58,35 @@ Row = dict[str, Any]
 
 
 def plan_and_texts(seed: int, split: str, index: int) -> tuple[Scene, ShortText, str]:
-    """The plan of a scene, its short and its long caption."""
+    """
+    The plan of a scene, its short and its long caption.
+
+    Args:
+        seed: of the data set.
+        split: `train` or `test`.
+        index: number of the scene in its split.
+
+    Returns:
+        Plan, short caption, long caption.
+    """
     scene = plan_scene(scene_random(seed, split, index, "plan"))
     words = scene_random(seed, split, index, "words")
     return scene, write_short_text(words, scene), write_long_text(words, scene)
 
 
 def scene_row(seed: int, split: str, index: int, image_size: int) -> Row:
-    """One row of train.parquet or test.parquet; the same arguments always give the same bytes."""
+    """
+    One row of train.parquet or test.parquet; the same arguments always give the same bytes.
+
+    Args:
+        seed: of the data set.
+        split: `train` or `test`.
+        index: number of the scene in its split.
+        image_size: pixels of a side.
+
+    Returns:
+        Values by column.
+    """
     scene, short, long_text = plan_and_texts(seed, split, index)
     image, boxes = draw_scene(scene_random(seed, split, index, "pixels"), scene, image_size)
     return {
@@ -81,7 +102,18 @@ def scene_row(seed: int, split: str, index: int, image_size: int) -> Row:
 
 
 def canvas_row(seed: int, split: str, index: int, image_size: int) -> Row:
-    """One row of localization.parquet."""
+    """
+    One row of localization.parquet.
+
+    Args:
+        seed: of the data set.
+        split: `train` or `test`.
+        index: number of the scene in its split.
+        image_size: pixels of a side.
+
+    Returns:
+        Values by column.
+    """
     image, scenes, queries = draw_canvas(scene_random(seed, split, index, "canvas"), image_size)
     return {
         "image": {"bytes": encode_png(image), "path": None},
@@ -102,7 +134,17 @@ def _table(task: tuple[int, str, int, int, int, pyarrow.Schema]) -> pyarrow.Tabl
 def describe_texts(
     tokenizer: PreTrainedTokenizerBase, seed: int, split: str, count: int
 ) -> dict[str, dict[str, float]]:
-    """Mean tokens of the captions of a split (start and end included), and how well its short texts can be found."""
+    """
+    Mean tokens of the captions of a split (start and end included), and how well its short texts can be found.
+
+    Args:
+        tokenizer: counts.
+        seed, split: of the data set.
+        count: of scenes.
+
+    Returns:
+        Figures by name for the long and the short captions.
+    """
     plans = [plan_and_texts(seed, split, index) for index in range(count)]
     lengths = {
         "long_text": [len(ids) for ids in tokenizer([long_text for *_, long_text in plans])["input_ids"]],

@@ -28,7 +28,18 @@ TEXTURE_SIDES = 2  # a ground texture is this many scenes wide
 
 
 def draw_ground(rng: random.Random, ground: str, side: int, scale: float) -> np.ndarray:
-    """A random, randomly turned and slightly tinted piece of a ground, (side, side, 3) uint8."""
+    """
+    A random, randomly turned and slightly tinted piece of a ground, (side, side, 3) uint8.
+
+    Args:
+        rng: chooses the piece.
+        ground: its kind.
+        side: pixels.
+        scale: pixels of the picture for one of the plan.
+
+    Returns:
+        (side, side, 3) uint8.
+    """
     texture = ground_texture(ground, pick_number(rng, 4), max(round(TEXTURE_SIDES * 64 * scale), side), scale)
     span = texture.shape[0] - side + 1
     x, y = pick_number(rng, span), pick_number(rng, span)
@@ -40,7 +51,18 @@ def draw_ground(rng: random.Random, ground: str, side: int, scale: float) -> np.
 
 
 def draw_objects(image: Image.Image, scene: Scene, side: int, origin: tuple[int, int]) -> list[Box]:
-    """Paste the objects of a scene of `side` pixels at `origin` of an image; returns their boxes in that image."""
+    """
+    Paste the objects of a scene of `side` pixels at `origin` of an image; returns their boxes in that image.
+
+    Args:
+        image: is painted on.
+        scene: the plan.
+        side: pixels of the scene.
+        origin: its upper left corner in the image, (x, y).
+
+    Returns:
+        A box for each object, in pixels of the image.
+    """
     scale = side / 64
     half = round(SPRITE_UNITS * scale) / 2
     boxes: dict[int, Box] = {}
@@ -60,7 +82,17 @@ def draw_objects(image: Image.Image, scene: Scene, side: int, origin: tuple[int,
 
 
 def draw_scene(rng: random.Random, scene: Scene, side: int) -> tuple[Image.Image, list[Box]]:
-    """Draw a scene: an RGB image of `side` x `side` pixels and the box of each of its objects."""
+    """
+    Draw a scene: an RGB image of `side` x `side` pixels and the box of each of its objects.
+
+    Args:
+        rng: chooses all that the plan leaves open.
+        scene: the plan.
+        side: pixels.
+
+    Returns:
+        The picture, and a box for each object in pixels.
+    """
     image = Image.fromarray(draw_ground(rng, scene.ground, side, side / 64))
     if scene.line is not None:
         line = scene.line

@@ -1,4 +1,4 @@
-"""What stands where in a drawn aerial scene: the vocabulary of the embedded data set and the random plan of a scene.
+"""Plans of drawn aerial scenes, what stands where: the vocabulary of the embedded data set and the random plan of a scene.
 
 A scene is a 3 x 3 grid of cells, numbered 0..8 row by row. Six to eight cells hold an object. The main kind of the
 scene's class fills two or three of them in one colour and never appears otherwise; every other kind appears once, or
@@ -130,7 +130,18 @@ class Scene:
 
 
 def scene_random(seed: int, split: str, index: int, purpose: str) -> random.Random:
-    """The random stream of one purpose ("plan", "pixels" or "words") of one scene: independent of all others."""
+    """
+    The random stream of one purpose ("plan", "pixels" or "words") of one scene: independent of all others.
+
+    Args:
+        seed: of the data set.
+        split: `train` or `test`.
+        index: number of the scene in its split.
+        purpose: what the numbers are for.
+
+    Returns:
+        A generator in its first state.
+    """
     return random.Random(f"aerial scenes {GENERATOR_VERSION}/{seed}/{split}/{index}/{purpose}")
 
 
@@ -165,7 +176,17 @@ def _shift(rng: random.Random, cell: int, line: SceneLine | None) -> tuple[float
 
 
 def plan_scene(rng: random.Random, class_name: str | None = None, with_line: bool = True) -> Scene:
-    """The random plan of a scene, of a random class unless one is named; `with_line=False`: without road or river."""
+    """
+    The random plan of a scene, of a random class unless one is named; `with_line=False`: without road or river.
+
+    Args:
+        rng: chooses.
+        class_name: of the scene; None: any.
+        with_line: whether there may be a road or a river.
+
+    Returns:
+        The plan.
+    """
     scene_class = CLASS_OF[class_name] if class_name else pick(rng, CLASSES)
     ground = pick(rng, scene_class.grounds)
     line = _line(rng, ground) if with_line else None

@@ -79,22 +79,48 @@ class Pen:
         self.canvas = ImageDraw.Draw(self.image)
 
     def shape(self, points: Sequence[Point], shade: float = PLAIN, contrast: float = 0) -> None:
-        """Fill a polygon."""
+        """
+        Fill a polygon.
+
+        Args:
+            points: corners (x, y) in the object's frame, each from -1 to 1.
+            shade: from 0, black; PLAIN leaves the colour as it is.
+            contrast: of the contrasting colour, 0 to 255.
+        """
         cos, sin = math.cos(self.angle) * self.radius, math.sin(self.angle) * self.radius
         placed = [(self.centre + x * cos - y * sin, self.centre + x * sin + y * cos) for x, y in points]
         self.canvas.polygon(placed, fill=(255, int(shade), int(contrast)))
 
     def box(self, x0: float, y0: float, x1: float, y1: float, shade: float = PLAIN, contrast: float = 0) -> None:
-        """Fill a rectangle."""
+        """
+        Fill a rectangle.
+
+        Args:
+            x0, y0, x1, y1: two corners in the object's frame.
+            shade, contrast: as for [`Pen.shape`].
+        """
         self.shape([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], shade, contrast)
 
     def disc(self, x: float, y: float, rx: float, ry: float, shade: float = PLAIN, contrast: float = 0) -> None:
-        """Fill an ellipse."""
+        """
+        Fill an ellipse.
+
+        Args:
+            x, y: the middle in the object's frame.
+            rx, ry: the radii.
+            shade, contrast: as for [`Pen.shape`].
+        """
         steps = [math.tau * step / 24 for step in range(24)]
         self.shape([(x + rx * math.cos(step), y + ry * math.sin(step)) for step in steps], shade, contrast)
 
     def hole(self, x: float, y: float, rx: float, ry: float) -> None:
-        """Cut an ellipse out."""
+        """
+        Cut an ellipse out.
+
+        Args:
+            x, y: the middle in the object's frame.
+            rx, ry: the radii.
+        """
         cos, sin = math.cos(self.angle) * self.radius, math.sin(self.angle) * self.radius
         steps = [math.tau * step / 24 for step in range(24)]
         ring = [(x + rx * math.cos(step), y + ry * math.sin(step)) for step in steps]
@@ -273,7 +299,14 @@ def _surroundings(kind: str, size: int, turn: int, quarter: int, scale: float) -
 def object_stamp(
     kind: str, colour: str, size: int, turn: int, quarter: int, scale: float
 ) -> tuple[Image.Image, Image.Image, tuple[int, int, int, int]]:
-    """An object on its plot, with its shadow.
+    """
+    An object on its plot, with its shadow.
+
+    Args:
+        kind, colour: of the object.
+        size, turn: numbers of its variants.
+        quarter: quarters that it is turned by.
+        scale: pixels of the picture for one of the plan.
 
     Returns:
         RGB (S, S), opacity (S, S), and the box of the object alone (x0, y0, x1, y1).
@@ -291,7 +324,17 @@ def object_stamp(
 
 
 def smooth_noise(rng: np.random.Generator, side: int, grain: float) -> np.ndarray:
-    """Smooth noise of about unit deviation, (side, side) float32; `grain` is the size of its blotches in pixels."""
+    """
+    Smooth noise of about unit deviation, (side, side) float32; `grain` is the size of its blotches in pixels.
+
+    Args:
+        rng: its source.
+        side: pixels.
+        grain: pixels of a blotch.
+
+    Returns:
+        (side, side) float32.
+    """
     cells = max(2, round(side / grain))
     image = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
     return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
@@ -299,7 +342,18 @@ def smooth_noise(rng: np.random.Generator, side: int, grain: float) -> np.ndarra
 
 @functools.cache
 def ground_texture(ground: str, quarters: int, side: int, scale: float) -> np.ndarray:
-    """A large piece of ground to cut scenes from, turned by some quarters: (side, side, 3) uint8."""
+    """
+    A large piece of ground to cut scenes from, turned by some quarters: (side, side, 3) uint8.
+
+    Args:
+        ground: its kind.
+        quarters: quarters that it is turned by.
+        side: pixels.
+        scale: pixels of the picture for one of the plan.
+
+    Returns:
+        (side, side, 3) uint8.
+    """
     if quarters:
         return np.ascontiguousarray(np.rot90(ground_texture(ground, 0, side, scale), quarters))
     base, coarse, fine, (period, furrows) = GROUNDS[ground]
@@ -341,7 +395,20 @@ def _line_profile(kind: str, distance: np.ndarray, along: np.ndarray, scale: flo
 def draw_line(
     kind: str, orientation: str, middle: float, size: tuple[int, int], scale: float, rng: np.random.Generator
 ) -> tuple[Image.Image, Image.Image]:
-    """A line across an image of `size` (width, height), swaying about `middle` pixels: RGB and opacity (H, W)."""
+    """
+    A line across an image of `size` (width, height), swaying about `middle` pixels: RGB and opacity (H, W).
+
+    Args:
+        kind: one of `LINE_WIDTHS`.
+        orientation: `horizontal` or `vertical`.
+        middle: pixels from the edge.
+        size: width and height in pixels.
+        scale: pixels of the picture for one of the plan.
+        rng: sways it.
+
+    Returns:
+        RGB (H, W) and opacity (H, W).
+    """
     assert orientation in ORIENTATIONS
     width, height = size if orientation == "vertical" else size[::-1]
     along = np.arange(height, dtype=np.float32)[:, None] + 0.5
@@ -360,6 +427,17 @@ def draw_line(
 
 @functools.cache
 def line_stamp(kind: str, orientation: str, gap: int, variant: int, side: int) -> tuple[Image.Image, Image.Image]:
-    """A line over a whole scene: RGB (side, side) and opacity (side, side)."""
+    """
+    A line over a whole scene: RGB (side, side) and opacity (side, side).
+
+    Args:
+        kind, orientation: as for [`draw_line`].
+        gap: number of the place where the line runs.
+        variant: number of the form.
+        side: pixels of the scene.
+
+    Returns:
+        RGB (side, side) and opacity (side, side).
+    """
     rng = np.random.default_rng((zlib.crc32(kind.encode()), gap, variant))
     return draw_line(kind, orientation, (gap + 1) * side / 3, (side, side), side / 64, rng)

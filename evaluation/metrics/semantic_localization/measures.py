@@ -73,6 +73,13 @@ def check_regions(regions: Polygons, height: int, width: int) -> list[np.ndarray
     """
     Polygons as float64 arrays (corners, 2), if they can be measured on a scene of this size.
 
+    Args:
+        regions: polygons of corners (x, y) in pixels.
+        height, width: of the scene in pixels.
+
+    Returns:
+        An array for each region.
+
     Raises:
         `ValueError`: as [`localization_metrics`].
     """
@@ -104,6 +111,13 @@ def region_mask(polygons: Sequence[np.ndarray], height: int, width: int) -> np.n
     """
     (H, W) bool, True inside the regions, their outlines included. OpenCV 4.5, which the published code asks for, draws
     the regions of AIR-SLT pixel for pixel as 4.11 to 5.0 do; 4.10 differs along slanted edges, by 1e-5 of Rsu.
+
+    Args:
+        polygons: corners (x, y) in pixels.
+        height, width: of the scene in pixels.
+
+    Returns:
+        (H, W) bool.
     """
     mask = np.zeros((height, width), np.uint8)
     cv2.fillPoly(mask, [polygon.astype(np.int32) for polygon in polygons], 1)

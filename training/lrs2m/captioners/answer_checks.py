@@ -76,6 +76,10 @@ def find_fault(text: str, checks: Checks, count_tokens: Callable[[str], int], fi
         text: cleaned.
         count_tokens: CLIP's tokens of a text.
         finished: whether the captioner ended the text itself.
+        checks: limits that an answer must keep.
+
+    Returns:
+        The reason; None for a good answer.
     """
     if not text:
         return "empty"

@@ -69,7 +69,17 @@ def _prompts_of(source: SourceConfig, root: Path) -> dict[str, Prompt]:
 
 
 def missing_places(source: SourceConfig, which: str, prompt: Prompt) -> set[str]:
-    """Places of a prompt that this source cannot fill on its route, for the check before anything is asked."""
+    """
+    Places of a prompt that this source cannot fill on its route, for the check before anything is asked.
+
+    Args:
+        source: of the recipe.
+        which: `long` or `short`.
+        prompt: with its places.
+
+    Returns:
+        Names of the places.
+    """
     able = {"class_name", *source.fields, *source.read.columns}
     if source.labels:
         able.add("anchors")

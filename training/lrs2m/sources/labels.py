@@ -156,6 +156,9 @@ def mask_labels(mask: np.ndarray, names: dict[str, str], min_share: float) -> li
         mask: (H, W) class numbers or (H, W, 3) colours.
         names: number or `#rrggbb` -> name; what is not among them is background.
         min_share: of the image's area, at least.
+
+    Returns:
+        Labels with boxes (left, top, right, bottom) as shares of the image's sides, class by class.
     """
     import cv2
 

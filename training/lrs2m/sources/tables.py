@@ -42,6 +42,9 @@ def table_rows(pattern: Path, split: str, encoding: str) -> Iterator[TableRow]:
         split: of Karpathy's JSON, whose images are taken; "all": of every split.
         encoding: of text files; what is not of it becomes U+FFFD, so that its row is skipped and listed, not the file.
 
+    Returns:
+        Rows with the file and line that each stands in.
+
     Raises:
         `ValueError`: naming file and line, for a row that cannot be read.
     """
