@@ -19,7 +19,14 @@ setup(
         "modeling_lrsclip.published",
         "geosearch",
     ],
-    entry_points={"console_scripts": ["geosearch = geosearch.__main__:main"]},
+    entry_points={
+        "console_scripts": [
+            "geosearch = geosearch.__main__:main",
+            "lrsclip-convert = modeling_lrsclip.convert:main",
+            "lrsclip-evaluate = modeling_lrsclip.commands:evaluate",
+            "lrsclip-train = modeling_lrsclip.commands:train",
+        ]
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",

@@ -1,0 +1,42 @@
+"""The console commands find the clone from any folder, and say what is missing where there is none."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from modeling_lrsclip import commands
+
+
+SETUP = Path(__file__).parents[2] / "setup.py"
+
+
+def console_scripts() -> list[str]:
+    tree = ast.parse(SETUP.read_text())
+    entry_points = next(node.value for node in ast.walk(tree) if getattr(node, "arg", None) == "entry_points")
+    return ast.literal_eval(entry_points)["console_scripts"]
+
+
+def test_every_command_leads_to_a_function():
+    names = [line.split(" = ")[0] for line in console_scripts()]
+    assert names == ["geosearch", "lrsclip-convert", "lrsclip-evaluate", "lrsclip-train"]
+    for line in console_scripts():
+        module, function = line.split(" = ")[1].split(":")
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+@pytest.mark.parametrize("function, module", [("evaluate", "evaluation.run"), ("train", "training.train")])
+def test_works_from_any_folder(function, module, tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(SETUP.parent)!r}); from modeling_lrsclip.commands import {function}; "
+    code += f"sys.path.pop(0); sys.argv = ['lrsclip', '--help']; {function}()"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0 and module in run.stdout, run.stderr
+
+
+def test_without_a_clone(tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "CLONE", tmp_path)
+    with pytest.raises(SystemExit, match="lrsclip-train is run from a clone; install it there with pip install -e"):
+        commands.train()
