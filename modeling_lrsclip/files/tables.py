@@ -21,6 +21,7 @@ ENCODINGS = ("utf-8-sig", "gb18030")  # tried in this order; RS5M's rsicd_test.c
 JSON_LISTS = ("images", "data", "annotations")  # under which an object may hold the rows, as Karpathy's files do
 REPLACED = "\ufffd"  # stands where bytes were not of the encoding that was asked for
 BOM = codecs.BOM_UTF8
+DEEPEST = 32  # lists and objects within each other, in a row's JSON; Arrow ends the process far beyond
 LONGEST_FIELD = 1 << 24  # characters of a CSV field; more is a quote that was never closed
 _BLOCK = 1 << 20
 
@@ -119,12 +120,26 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     """
     try:
         values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(f"is not valid JSON: {reason}") from None
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    except ValueError as error:
+        raise ValueError(f"is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"is not an object; it is {type(values).__name__}")
+    if _too_deep(values):
+        raise ValueError(_TOO_DEEP)
     return values
+
+
+_TOO_DEEP = f"is nested more than {DEEPEST} levels deep"
+
+
+def _too_deep(value: Any, levels: int = DEEPEST) -> bool:
+    """Whether a JSON value has more levels than these."""
+    if not isinstance(value, dict | list):
+        return False
+    children = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_too_deep(child, levels - 1) for child in children)
 
 
 def json_list_name(path: Path, encoding: str | None = None) -> str | None:
@@ -141,7 +156,7 @@ def json_list_name(path: Path, encoding: str | None = None) -> str | None:
         try:
             for name in JSON_LISTS if start == "{" else ():
                 stream.seek(0)
-                if next(ijson.items(_Utf8(stream), f"{name}.item"), None) is not None:
+                if next(_json_items(stream, f"{name}.item"), None) is not None:
                     return name
         except ijson.JSONError as error:
             raise ValueError(f"{path} is not valid JSON: {' '.join(str(error).split())}") from error
@@ -179,16 +194,30 @@ class _Utf8:
         return self.stream.read(size).encode("utf-8", "replace")
 
 
-def _json_entries(path: Path, stream: TextIO) -> Iterator[TableRow]:
+def _json_items(stream: TextIO, prefix: str) -> Iterator[Any]:
+    """The values at a prefix of `ijson`, which takes a time that grows with the square of how deeply they are nested."""
     import ijson  # the file may be larger than memory
+
+    def bounded() -> Iterator[tuple[str, Any]]:
+        depth = 0
+        for event, value in ijson.basic_parse(_Utf8(stream), use_float=True):
+            depth += event.startswith("start_") - event.startswith("end_")
+            if depth > DEEPEST + 2:  # the list of the rows, and an object around it
+                raise ijson.JSONError(_TOO_DEEP.removeprefix("is ") + ", which this reader refuses")
+            yield event, value
+
+    yield from ijson.items(ijson.parse(bounded()), prefix)
+
+
+def _json_entries(path: Path, stream: TextIO) -> Iterator[TableRow]:
+    import ijson
 
     name, number = json_list_name(path, stream.encoding), 0
     if name is None:
         lists = ", ".join(JSON_LISTS)
         raise ValueError(f"{path} must hold a list of objects, or an object with such a list under {lists}.")
     try:
-        entries = ijson.items(_Utf8(stream), f"{name}.item".lstrip("."), use_float=True)
-        for number, entry in enumerate(entries, start=1):
+        for number, entry in enumerate(_json_items(stream, f"{name}.item".lstrip(".")), start=1):
             fault = None if isinstance(entry, dict) else f"is not an object; it is {type(entry).__name__}"
             yield TableRow(f"entry {number}", {} if fault else entry, fault)
     except ijson.JSONError as error:
