@@ -22,7 +22,7 @@ from modeling_lrsclip.files.atomic import replace_bytes
 from modeling_lrsclip.files.hashing import bytes_sha256
 
 
-LAYOUT = 1  # of the files; another number leaves the earlier ones unread
+LAYOUT = 2  # of the files; another number leaves the earlier ones unread
 
 
 class EmbeddingCache:
@@ -46,8 +46,8 @@ class EmbeddingCache:
         try:
             with safe_open(path, "pt") as file:
                 embeds, known = file.get_tensor("embeddings"), file.metadata()
-            if _sha256(embeds) != known["sha256"]:
-                raise ValueError("its values do not match their checksum")
+            if self._sha256(path, embeds) != known["sha256"]:
+                raise ValueError("its values, or its name, do not match its checksum")
             return embeds, float(known["seconds"])
         except FileNotFoundError:
             return None
@@ -65,7 +65,7 @@ class EmbeddingCache:
             seconds: that computing them took.
         """
         path = self._path(content)
-        known = {"seconds": repr(seconds), "sha256": _sha256(embeds)}
+        known = {"seconds": repr(seconds), "sha256": self._sha256(path, embeds)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_bytes(path, save({"embeddings": embeds.contiguous()}, metadata=known))
@@ -76,11 +76,12 @@ class EmbeddingCache:
         name = bytes_sha256(f"{LAYOUT} {self.origin} {content}")
         return self.folder / name[:2] / f"{name}.safetensors"
 
-
-def _sha256(embeds: Tensor) -> str:
-    digest = hashlib.sha256(str(tuple(embeds.shape)).encode())
-    digest.update(embeds.contiguous().numpy())
-    return digest.hexdigest()
+    @staticmethod
+    def _sha256(path: Path, embeds: Tensor) -> str:
+        """Hash of a file's name, which says what was embedded, and of the values."""
+        digest = hashlib.sha256(f"{path.name} {tuple(embeds.shape)}".encode())
+        digest.update(embeds.contiguous().numpy())
+        return digest.hexdigest()
 
 
 class SharedWork:

@@ -128,6 +128,11 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
         raise ValueError(f"is not an object; it is {type(values).__name__}")
     if _too_deep(values):
         raise ValueError(_TOO_DEEP)
+    if (b"\\u" if isinstance(text, bytes) else "\\u") in text:
+        try:
+            json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"holds half a character, {error.object[error.start]!r}") from None
     return values
 
 

@@ -71,8 +71,9 @@ def locate_image(value: Any, folder: Path | None) -> Any:
     """A stored image as [`Row`] has it; a path counts from `folder`."""
     if isinstance(value, str) and folder is not None:
         return str(folder / value)
-    if isinstance(value, dict) and value.get("bytes") is None and value.get("path") and folder is not None:
-        return str(folder / value["path"])
+    if isinstance(value, dict) and value.get("bytes") is None and folder is not None:
+        path = value.get("path")
+        return str(folder / path) if path and isinstance(path, str) else value
     return value
 
 
@@ -180,10 +181,10 @@ class ParquetRows:
         for number, group in zip(numbers, groups.tolist()):
             try:
                 table, place = self._group(group), number - int(self.starts[group])
-            except (OSError, pa.ArrowException) as error:
+                values = {kind: table.column(name)[place].as_py() for kind, name in self.columns.items()}
+            except (OSError, ValueError, pa.ArrowException) as error:
                 rows.append(Row(f"{self.name}:{number}", fault=f"row group {group} cannot be read ({error})"))
                 continue
-            values = {kind: table.column(name)[place].as_py() for kind, name in self.columns.items()}
             values["image"] = locate_image(values["image"], self.folder)
             rows.append(Row(f"{self.name}:{number}", **values))
         return rows
@@ -248,7 +249,7 @@ class LineRows:
             identifier = f"{self.name}:{number}"
             try:
                 values = self.values(number)
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, csv.Error) as error:
                 rows.append(Row(identifier, fault=f"the line cannot be read ({error})"))
                 continue
             found = {kind: values.get(name) for kind, name in self.columns.items()}

@@ -28,7 +28,7 @@ class SkippedFile:
     def add(self, rows: list[dict[str, str]]) -> None:
         """Write down those rows that are not named yet."""
         self._read()
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             for row in rows:
                 if row["id"] not in self._named:
                     self._named.add(row["id"])
@@ -39,10 +39,9 @@ class SkippedFile:
         """Look again if another has written since; a line that a kill fell into is taken out."""
         if not self.path.exists() or self.path.stat().st_size == self._size:
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        if whole != lines:
-            self.path.write_text("".join(whole), encoding="utf-8")
+        *whole, cut = self.path.read_text(encoding="utf-8").split("\n")  # a reason may hold U+2028
+        if cut:
+            self.path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
         self._named = {json.loads(line)["id"] for line in whole}
 
 

@@ -5,6 +5,7 @@ A sample is what stands together under one name up to the first dot; what follow
 (`0017.jpg`, `0017.txt`, `0017.json`; in RS5M `0017.img_content`, `0017.img_name`, `0017.caption`).
 """
 
+import io
 import os
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from .rows import Row, Stored, even_chunks
 # rating_app/rating_sys_webdataset/prepare_data.py.
 TAR_IMAGES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "jp2", "img_content", "input.image")
 JSON_SUFFIX = "json"
+LARGEST_MEMBER = 1 << 30  # bytes of a member that is read; more is no picture
 _BLOCK = 512  # bytes of a tar header, and what data are filled up to
 _SPAN = np.dtype([("offset", "<u8"), ("size", "<u8")])  # of a member's data; size 0: the sample has none
 
@@ -72,14 +74,21 @@ class TarRows:
     def __getstate__(self):
         return self.__dict__ | {"_file": None, "_owner": None}
 
-    def _member(self, number: int, suffix: str) -> bytes | None:
+    @property
+    def file(self) -> io.RawIOBase:
+        """Opened anew in each process, since handles do not survive a fork."""
         if self._owner != os.getpid():
             self._file, self._owner = open(self.path, "rb", buffering=0), os.getpid()  # noqa: SIM115
+        return self._file
+
+    def _member(self, number: int, suffix: str) -> bytes | None:
         offset, size = self.index[number][suffix].item()
         if size == 0:
             return None
-        self._file.seek(offset)
-        return self._file.read(size)
+        if size > LARGEST_MEMBER:
+            raise ValueError(f"{suffix} has {size} bytes, and {LARGEST_MEMBER} bytes are allowed")
+        self.file.seek(offset)
+        return self.file.read(size)
 
     def fields(self, number: int) -> dict[str, Any]:
         """
@@ -121,10 +130,9 @@ class TarRows:
 
     def _key(self, number: int) -> str:
         """The sample's name as its first member's header has it (its first 100 bytes)."""
-        first = min(offset for offset, size in self.index[number].item() if size)
-        self._member(number, self.suffixes[0])  # opens the file
-        self._file.seek(first - _BLOCK)
-        name = tarfile.nts(self._file.read(100), "utf-8", "replace")
+        first = min(offset for offset, _ in self.index[number].item() if offset)
+        self.file.seek(first - _BLOCK)
+        name = tarfile.nts(self.file.read(100), "utf-8", "replace")
         return name.rpartition("/")[2].partition(".")[0]
 
     def texts(self, kind: str) -> Iterator[Stored]:

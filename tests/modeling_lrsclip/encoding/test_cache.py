@@ -131,6 +131,15 @@ def test_a_damaged_file_is_computed_again_with_a_warning(encoder, computed, file
     assert path.read_bytes()[-30:] == content[-30:]  # mended
 
 
+def test_files_that_changed_places_are_computed_again(encoder, files, tmp_path):
+    whole = encoder().images(files).embeds
+    one, other = sorted((tmp_path / "kept").rglob("*.safetensors"))
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second), other.write_bytes(first)
+    with pytest.warns(UserWarning, match="its values, or its name, do not match its checksum"):
+        assert torch.equal(encoder().images(again(files)).embeds, whole)
+
+
 def test_a_folder_that_cannot_be_written_is_no_end(encoder, files, tmp_path):
     (tmp_path / "kept").write_text("a file in the way")
     with pytest.warns(UserWarning, match="embeddings are not kept in"):

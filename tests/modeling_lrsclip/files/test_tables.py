@@ -70,6 +70,28 @@ def test_any_file_has_the_rows_that_csv_has(tmp_path_factory, body, mark):
             assert lines.values(number) == row.values
 
 
+HALF, DEEP = '{"text": "a \\ud800 b"}', '{"text": ' + "[" * 300 + "]" * 300 + "}"
+
+
+@pytest.mark.parametrize(
+    "row, reason", [(HALF, r"holds half a character, '\\ud800'"), (DEEP, "is nested more than 32 levels deep")]
+)
+def test_lines_that_would_end_a_reader_are_named(tmp_path, row, reason):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n' + row + '\n{"text": "\\ud83d\\ude00"}\n')
+    assert [row.values.get("text") for row in iter_rows(path)] == ["a", None, "\U0001f600"]
+    with pytest.raises(ValueError, match=f"a.jsonl, line 2 {reason}"):
+        list(read_rows(path))
+
+
+def test_deep_lists_take_no_time(tmp_path):
+    """`ijson` takes the square of the depth, hours for this file."""
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"}, {"text": ' + "[" * 200_000 + "]" * 200_000 + "}]")
+    with pytest.raises(ValueError, match="a.json, entry 2 is not valid JSON: nested more than 32 levels deep"):
+        list(iter_rows(path))
+
+
 def test_an_inch_mark_swallows_no_rows(tmp_path):
     """Of 1,000 unquoted rows, one caption has an odd number of quotes."""
     captions = [f"Tile {number}." for number in range(1000)]
@@ -88,7 +110,7 @@ def test_an_inch_mark_swallows_no_rows(tmp_path):
             r"a\.csv, row 1 \(line 2\) has 3 fields, and the header 2; put",
         ),
         ("a.jsonl", '{"a": 1}\n\n{"a": ', r"a\.jsonl, line 3 is not valid JSON"),
-        ("a.jsonl", "[" * 100_000 + "]" * 100_000, "line 1 is not valid JSON: it is nested too deeply"),
+        ("a.jsonl", "[" * 100_000 + "]" * 100_000, "line 1 is nested more than 32 levels deep"),
         ("a.jsonl", "3\n", "line 1 is not an object; it is int"),
         ("a.json", '[{"a": 1}, 5]', "entry 2 is not an object; it is int"),
         ("a.json", '[{"a": 1}, {"a": }]', "entry 2 is not valid JSON"),

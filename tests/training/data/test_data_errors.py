@@ -242,6 +242,52 @@ class TestSkipped:
             ):
                 check_share(skipped, visited, allowed, last)
 
+    @pytest.mark.parametrize(
+        "spoilt, reason",
+        [
+            ('{"image": "\\ud800.png", "long_text": "a", "short_text": "b"}', "half a character"),
+            ('{"image": "0.png", "long_text": "\\ud800", "short_text": "b"}', "half a character"),
+            ('{"image": {"path": 5}, "long_text": "a", "short_text": "b"}', "cannot be read as an image"),
+            ('{"image": 5, "long_text": "a", "short_text": "b"}', "cannot be read as an image"),
+            ('{"image": ' + "[" * 300 + "]" * 300 + ', "long_text": "a", "short_text": "b"}', "levels deep"),
+        ],
+    )
+    def test_a_strange_row_is_one_row(self, captioned_folder, tmp_path, spoilt, reason):
+        """It used to end the run, streamed or, by a segmentation fault in Arrow, in memory."""
+        lines = list(map(json.dumps, rows_of(captioned_folder)))
+        lines[3] = spoilt
+        path = tmp_path / "strange.jsonl"
+        path.write_text("\n".join(lines))
+        data = CaptionedImages(load(path, streaming=True), DataConfig(train="x"), 0)
+        (item,) = data.__getitems__([(0, 3)])
+        assert item["id"] == "strange.jsonl:4"
+        SkippedFile(tmp_path).add(item["skipped"])
+        (named,) = map(json.loads, (tmp_path / "skipped.jsonl").read_text().splitlines())
+        assert named["id"] == "strange.jsonl:3" and reason in named["reason"]
+        with pytest.raises(ValueError, match=r"strange.jsonl(, line 4|.* in row 3)"):
+            load(path)
+
+    def test_samples_of_a_tar(self, captioned_folder, tmp_path, monkeypatch):
+        """Of empty members, and of one that no memory holds."""
+        text = json.dumps({"long_text": "a", "short_text": "b"}).encode()
+        image = (captioned_folder / "0.png").read_bytes()
+        members = {"0.png": image, "0.json": text, "1.png": b"", "1.json": b""}
+        members |= {"2.png": image * 2, "2.json": text, "3.png": image, "3.json": text}
+        write_tar(tmp_path / "a.tar", members)
+        monkeypatch.setattr("training.data.tars.LARGEST_MEMBER", len(image) + 1)
+        data = CaptionedImages(load(tmp_path / "a.tar"), DataConfig(train="x"), 0)
+        (item,) = data.__getitems__([(0, 1)])
+        assert item["id"] == "a.tar:3"
+        assert [row["id"] for row in item["skipped"]] == ["a.tar:1", "a.tar:2"]
+        assert "bytes are allowed" in item["skipped"][1]["reason"]
+
+    def test_any_reason_can_be_written_and_read(self, tmp_path):
+        rows = [{"id": f"a:{number}", "file": "\ud800", "reason": "x\u2028y"} for number in range(2)]
+        SkippedFile(tmp_path).add(rows[:1])
+        SkippedFile(tmp_path).add(rows)
+        written = SkippedFile(tmp_path).path.read_text().removesuffix("\n").split("\n")
+        assert list(map(json.loads, written)) == rows
+
     def test_a_line_cut_by_a_kill(self, tmp_path):
         file = SkippedFile(tmp_path)
         file.add([{"id": "a:1", "file": "a", "reason": "x"}])
