@@ -16,7 +16,8 @@ from typing import Any
 
 from modeling_lrsclip.files.atomic import replace_text
 
-from .index import BLOCKS, SHARDS, IndexJob, check_skipped, encode_blocks, finish_index, locked, tell_plan
+from .block_encoder import check_skipped, encode_blocks
+from .index import BLOCKS, SHARDS, IndexJob, finish_index, locked, tell_plan
 from .index_store import IndexProblem, finish_publishing
 from .plan import Plan
 
@@ -69,7 +70,9 @@ def run_shard(job: IndexJob, shard: int, shards: int) -> dict[str, Any]:
         if shard == 1:
             tell_plan(plan)
         check_skipped(plan.skipped, job.max_skipped, folder)
-        encoded = encode_blocks(plan, plan.blocks(shard, shards), job, encoder, folder / BLOCKS)
+        encoded = encode_blocks(
+            plan, plan.blocks(shard, shards), encoder, folder / BLOCKS, job.readers, job.max_skipped
+        )
         marker = {"shard": shard, "shards": shards, "fingerprint": plan.fingerprint, "plan": plan.to_dict()}
         replace_text(folder / DONE, json.dumps(marker))
         return {**encoded, "fingerprint": plan.fingerprint}

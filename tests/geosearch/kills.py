@@ -21,13 +21,13 @@ SCALES = ("64", "96")
 
 def child(scenes: Path, output: Path, model: str, log: Path, fatal_step: int | None, shard: str | None = None) -> None:
     """Indexes, notes every batch that is encoded, and dies by SIGKILL at the given step of writing."""
-    from geosearch import index, windows
+    from geosearch import block_encoder, index, windows
     from geosearch.shards import parse_shard, run_shard
     from geosearch.windows import WindowSize
     from modeling_lrsclip.files import atomic
 
     windows.BLOCK_WINDOWS = BLOCK_WINDOWS
-    embed, steps = index.embed_batches, []
+    embed, steps = block_encoder.embed_batches, []
 
     def noted(*arguments: Any):
         for embeddings in embed(*arguments):
@@ -44,7 +44,7 @@ def child(scenes: Path, output: Path, model: str, log: Path, fatal_step: int | N
 
         return call
 
-    index.embed_batches = noted
+    block_encoder.embed_batches = noted
     os.replace, atomic.sync = counted(os.replace), counted(atomic.sync)
     job = index.IndexJob([str(scenes)], output, model, {"sizes": tuple(map(WindowSize.parse, SCALES))}, device="cpu")
     if shard:
