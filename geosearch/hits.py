@@ -15,7 +15,7 @@ from rich.table import Table
 
 from modeling_lrsclip.files.atomic import replacing
 
-from .index_store import geo_metadata
+from .index_writer import geo_metadata
 from .search import Hits, SearchProblem
 
 

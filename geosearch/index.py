@@ -24,15 +24,8 @@ from modeling_lrsclip.files.atomic import PARTIAL
 from modeling_lrsclip.published.registry import resolve
 
 from .block_encoder import SKIPPED, check_skipped, encode_blocks, tell, write_skipped
-from .index_store import (
-    METADATA,
-    PARTS,
-    IndexProblem,
-    finish_publishing,
-    now,
-    open_index,
-    publish,
-)
+from .index_store import METADATA, PARTS, IndexProblem, open_index
+from .index_writer import finish_publishing, now, publish
 from .plan import Plan, WindowOptions, make_plan
 from .scenes import find_scenes
 from .windows import WindowSize

@@ -18,7 +18,8 @@ from modeling_lrsclip.files.atomic import replace_text
 
 from .block_encoder import check_skipped, encode_blocks
 from .index import BLOCKS, SHARDS, IndexJob, finish_index, locked, tell_plan
-from .index_store import IndexProblem, finish_publishing
+from .index_store import IndexProblem
+from .index_writer import finish_publishing
 from .plan import Plan
 
 

@@ -15,9 +15,10 @@ import pytest
 import shapely
 from affine import Affine
 
-from geosearch import index_store
+from geosearch import index_writer
 from geosearch.footprints import footprints, hilbert_order
-from geosearch.index_store import IndexProblem, open_index, publish, row_table, write_index
+from geosearch.index_store import IndexProblem, open_index, row_table
+from geosearch.index_writer import publish, write_index
 
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +81,7 @@ def test_metadata_of_geoparquet_and_of_the_embeddings_extension(index):
 
 
 def test_rows_and_vectors_go_together_in_hilbert_order_over_all_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_store, "ROWS_PER_PART", 60)
+    monkeypatch.setattr(index_writer, "ROWS_PER_PART", 60)
     tables = [rows_of("b.tif", 70, 1, easting=420_000), rows_of("a.tif", 130)]
     index = write_index(tmp_path / "index", tables, METADATA)
     assert [part["rows"] for part in index.metadata["parts"]] == [60, 60, 60, 20]
@@ -94,7 +95,7 @@ def test_rows_and_vectors_go_together_in_hilbert_order_over_all_parts(tmp_path, 
     for name, vector in zip(rows["unique_id"].to_pylist(), index.vectors()):
         assert np.array_equal(np.array(wanted[name], dtype=np.float16), vector)
     middles = np.stack([rows["centre_lon"].to_numpy(), rows["centre_lat"].to_numpy()], axis=1).astype(float)
-    keys = hilbert_order(middles, index_store.WGS84_BOUNDS)
+    keys = hilbert_order(middles, index_writer.WGS84_BOUNDS)
     assert (np.diff(keys.astype(object)) >= 0).all()
     # The same rows in other files, in another order, give the same bytes.
     again = write_index(
@@ -192,7 +193,7 @@ def test_a_folder_that_is_no_usable_index_is_refused_with_one_sentence(index, ki
 KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
-from geosearch import index_store
+from geosearch import index_store, index_writer
 from tests.geosearch.test_index_store import METADATA, rows_of
 
 def counted(function, step, calls=[]):
@@ -211,10 +212,10 @@ for step in range(1, 60):
             break
         assert os.WTERMSIG(status) == signal.SIGKILL, status
         continue
-    index_store.write_index(folder, [rows_of("a.tif", 20)], METADATA)
-    for module, name in [(index_store.os, "replace"), (shutil, "rmtree"), (index_store, "replace_text"), (index_store, "sync")]:
+    index_writer.write_index(folder, [rows_of("a.tif", 20)], METADATA)
+    for module, name in [(index_writer.os, "replace"), (shutil, "rmtree"), (index_writer, "replace_text"), (index_writer, "sync")]:
         setattr(module, name, counted(getattr(module, name), step))
-    index_store.write_index(folder, [rows_of("a.tif", 30, 5)], METADATA)
+    index_writer.write_index(folder, [rows_of("a.tif", 30, 5)], METADATA)
     os._exit(0)
 """
 
@@ -226,7 +227,7 @@ def test_a_kill_at_every_step_leaves_the_index_before_or_the_one_after(tmp_path)
     subprocess.run([sys.executable, "-c", KILLED, tmp_path / "killed"], check=True, cwd=ROOT)
     sizes = []
     for folder in sorted((tmp_path / "killed").iterdir()):
-        index_store.finish_publishing(folder)
+        index_writer.finish_publishing(folder)
         index = open_index(folder)
         assert index.metadata["parts"] in (before, after)
         assert len(index.vectors()) == len(index)
@@ -256,7 +257,7 @@ def test_windows_that_cross_the_180th_meridian_or_hold_a_pole(tmp_path):
 
 
 def test_rows_by_number_and_their_kept_copy(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_store, "ROWS_PER_PART", 60)
+    monkeypatch.setattr(index_writer, "ROWS_PER_PART", 60)
     index = write_index(tmp_path / "index", [rows_of("a.tif", 130), rows_of("b.tif", 70, 1)], METADATA)
     whole = pa.concat_tables([pq.read_table(part) for part in index.part_files]).drop_columns("embedding")
     assert index.rows().replace_schema_metadata(None) == whole.replace_schema_metadata(None)

@@ -20,7 +20,8 @@ from rich.console import Console
 from geosearch import search as search_module
 from geosearch.footprints import footprints
 from geosearch.hits import feature_table, print_hits, write_features
-from geosearch.index_store import IndexProblem, row_table, write_index
+from geosearch.index_store import IndexProblem, row_table
+from geosearch.index_writer import write_index
 from geosearch.search import (
     Area,
     SearchProblem,
