@@ -12,6 +12,7 @@ from transformers import AutoModel
 from modeling_lrsclip.files.hashing import weights_sha256
 from training import train
 from training.run_folder import git_state, versions
+from training.run_log import draw_curves
 
 
 def test_a_run_leaves_its_record(run_arguments, captioned_folder, tmp_path):
@@ -92,3 +93,17 @@ def test_git_state(tmp_path):
     assert len(state["commit"]) == 40 and state["modified"] is False
     (tmp_path / "file").write_text("2")
     assert git_state(tmp_path) == state | {"modified": True}
+
+
+def test_one_validation_is_drawn_as_bars_and_several_as_curves(tmp_path):
+    records = [{"kind": "train", "step": step, "loss": 2 - step / 10} for step in range(3)]
+    validation = {"kind": "validation", "step": 3, "mR": 80.0}
+    dark = []
+    for count in (1, 2):
+        path = draw_curves(
+            records + [validation | {"step": 3 + number} for number in range(count)], tmp_path / "c.png"
+        )
+        with Image.open(path) as picture:
+            right = picture.convert("L").crop((picture.width // 2, 0, picture.width, picture.height))
+        dark.append(sum(right.histogram()[:80]))
+    assert dark[0] > 5 * dark[1]  # a bar covers more than a line with two dots

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from evaluation.figures.retrieval import draw_recall_vs_tokens, draw_retrieval_gallery, draw_token_lengths
+from evaluation.tasks import _best
 
 
 def curve(**points):
@@ -48,3 +49,9 @@ def test_only_lines_that_are_drawn_are_announced(bins, announced, tmp_path, monk
     draw_token_lengths([1] * bins, tmp_path / "lengths.png", "scenes")
     assert any("what CLIP reads (77)" in line for line in written)
     assert any("and LRSCLIP (248)" in line for line in written) == announced
+
+
+def test_the_picture_of_one_of_several_models_says_which():
+    results = [{"model": name, "metrics": {"mR": recall}} for name, recall in (("a", 1.0), ("b", 3.0), ("c", 2.0))]
+    assert _best(results, "mR") == (results[1], "b (best mR of 3 models)")
+    assert _best(results[:1], "mR") == (results[0], "a")
