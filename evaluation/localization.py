@@ -197,7 +197,8 @@ def localization_table(title: str, results: Sequence[dict[str, Any]]) -> Table:
     counts = f"{first['images']:,} scenes, {first['texts']:,} queries"
     table = Table(f"{title} · {first['dataset']}: {counts}", columns)
     for result in results:
-        table.rows.append([result["model"], *(result["metrics"][name] for name in MEASURES)])
+        mark = " †" if "seen" in result else ""
+        table.rows.append([result["model"] + mark, *(result["metrics"][name] for name in MEASURES)])
         for name, kind in (("paper", Aside), ("gap", Gap)):
             if name in result:
                 table.rows.append([f"  {name}", *(kind(result[name][measure]) for measure in MEASURES)])
@@ -210,7 +211,8 @@ def localization_table(title: str, results: Sequence[dict[str, Any]]) -> Table:
             name = f"{paper_tables()['names'][model]} (paper)"
             table.rows.append([name, *(Aside(figures[measure]) for measure in MEASURES)])
     remarks = dict.fromkeys(text for result in results for text in result.get("remarks", []))
-    table.note = "\n".join([*_notes(first, any("paper" in result for result in results)), *remarks])
+    seen = dict.fromkeys(f"† seen, not zero-shot: {result['seen']}." for result in results if "seen" in result)
+    table.note = "\n".join([*_notes(first, any("paper" in result for result in results)), *remarks, *seen])
     return table
 
 

@@ -154,7 +154,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             seconds, task = time.perf_counter() - started, benchmark.task
             document["results"].append(result)
             headline = f"{task.headline} {result['metrics'][task.headline]:.{task.digits}f}"
-            line = f"{label}: {task.name} on {benchmark.data.name} done in {seconds:.1f} s, {headline}"
+            seen = ", seen in training" if "seen" in result else ""
+            line = f"{label}: {task.name} on {benchmark.data.name} done in {seconds:.1f} s, {headline}{seen}"
             console.print(line, markup=False)
             if main_process:
                 replace_json(output / "results.json", document, allow_nan=False)  # after each: what is done stays done

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from .retrieval import RetrievalTask
 
 
 Results = Sequence[dict[str, Any]]
+HASH_DIGITS = 16  # hexadecimal, of an image's SHA-256 in run.json
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,26 @@ class Benchmark:
         named = {"model": encoder.label, "task": self.task.name, "dataset": self.data.name, "source": self.source}
         result = named | result | {"imagery": self.data.images.imagery}
         result["intervals"] = intervals(result)
-        return result | beside_paper(result)
+        result |= beside_paper(result)
+        known = trained_images(encoder)
+        common = sum(digest[:HASH_DIGITS] in known for digest in self.data.images.digests)
+        if common:
+            count = f"at least {common:,} of its {len(self.data.images):,} images"
+            result["seen"] = f"{self.data.name}: the model was trained on {count} (its run.json), so this is no test"
+        return result
+
+
+def trained_images(encoder: Encoder) -> set[str]:
+    """First `HASH_DIGITS` digits of the SHA-256 of images that a model was trained on, as `run.json` beside it knows them."""
+    path = Path(encoder.path) / "run.json"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not isinstance(record, dict) or record.get("weights", {}).get("sha256") != encoder.weights_sha256:
+        return set()
+    images: set[str] = set()
+    while record:  # and what it started from
+        images.update(record.get("data", {}).get("images_sha256", ()))
+        record = record.get("init_run")
+    return images
 
 
 def load_benchmarks(tasks: Sequence[Task], options: argparse.Namespace, say: Callable[[str], None]) -> list[Benchmark]:

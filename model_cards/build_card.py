@@ -158,6 +158,7 @@ def card_data(
     metrics = dict.fromkeys(
         "recall" if "R@" in name or name == "mR" else name for result in results for name in result["metrics"]
     )
+    index = eval_results(results)
     return ModelCardData(
         language="en",
         license=license_id,
@@ -168,8 +169,8 @@ def card_data(
         base_model_relation="finetune" if base else None,
         datasets=datasets,
         metrics=list(metrics) or None,
-        model_name=name if results else None,  # of the model-index
-        eval_results=eval_results(results) or None,
+        model_name=name if index else None,  # of the model-index
+        eval_results=index or None,
     )
 
 

@@ -226,13 +226,15 @@ def _named(result: dict[str, Any]) -> str:
 
 def eval_results(results: Sequence[dict[str, Any]]) -> list[EvalResult]:
     """
-    The measured metrics for the card's `model-index`; never a figure of the paper.
+    The measured metrics for the card's `model-index`; never a figure of the paper, nor one on data seen in training.
 
     The task's short name is the configuration and the protocol, if any, goes with it: without that, the Hub would
     merge long and short retrieval on the same images.
     """
     entries = []
     for result in results:
+        if "seen" in result:
+            continue
         task = result["task"]
         hashes = {name: result[name] for name in ("images_sha256", "texts_sha256", "labels_sha256") if name in result}
         for metric, value in result["metrics"].items():

@@ -180,10 +180,8 @@ class RunRecord:
         config: the run's configuration as nested dictionaries.
         accelerator: what it computes on.
         steps: of the whole run.
-        pairs: rows that it is trained on.
-        lengths: token lengths of their texts by column, see `Pairs.token_lengths`.
+        data: what the training data are, see `data.inspection.inspect_pairs`.
         validation_pairs: rows that are validated on, None for none.
-        imagery: what the training images are made of, see `Pairs.imagery`.
     """
 
     def __init__(
@@ -192,14 +190,11 @@ class RunRecord:
         config: dict[str, Any],
         accelerator: Accelerator,
         steps: int,
-        pairs: int,
-        lengths: dict[str, dict[str, float]],
+        data: dict[str, Any],
         validation_pairs: int | None,
-        imagery: dict[str, Any],
     ):
         self.folder, self.config, self.accelerator = folder, config, accelerator
-        self.steps, self.pairs, self.lengths, self.validation_pairs = steps, pairs, lengths, validation_pairs
-        self.imagery = imagery
+        self.steps, self.data, self.validation_pairs = steps, data, validation_pairs
 
     def introduce(self, model: LRSCLIPModel, seen: set[str]) -> None:
         """
@@ -212,18 +207,21 @@ class RunRecord:
         positions = model.config.text_config.max_position_embeddings
         parameters, machine = sum(parameter.numel() for parameter in model.parameters()) / 1e6, self.accelerator
         print(
-            f"{parameters:.1f} M parameters, {positions} text positions; {self.pairs} pairs, {self.steps} steps of "
+            f"{parameters:.1f} M parameters, {positions} text positions; {self.data['pairs']} pairs, {self.steps} steps of "
             f"{self.config['loop']['batch_size']} on {machine.num_processes} x {machine.device.type}, "
             f"{machine.mixed_precision.replace('no', 'fp32')}"
         )
         for location in sorted(seen):
             print(f"note: validation is on the training pairs themselves ({location}), so its recall is not held out")
-        for column, lengths in self.lengths.items():
+        for column, lengths in self.data["captions"].items():
             print(
                 f"{column}: {lengths['mean_tokens']:.0f} tokens on average, {lengths['share_truncated']:.0%} longer than "
                 f"{positions} and cut"
             )
-        for line in survey_lines(self.imagery, "data.train"):
+        for line in [
+            *(f"warning: {text}" for text in self.data["warnings"]),
+            *survey_lines(self.data["imagery"], "data.train"),
+        ]:
             print(line)
 
     def start(self, step: int) -> None:
@@ -276,8 +274,7 @@ class RunRecord:
             "starts": (read_record(self.folder) or {}).get("starts", []),
             "init": describe_init(init) if init != SCRATCH else None,
             "init_run": read_record(init),
-            "data": describe_data(data["train"])
-            | {"pairs": self.pairs, "captions": self.lengths, "imagery": self.imagery},
+            "data": describe_data(data["train"]) | self.data,
             "validation": measured and describe_data(data["validation"]) | {"pairs": measured},
             "best": measured and {"step": state.best_step, "mR": state.best_recall},
             "steps": self.steps,

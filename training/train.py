@@ -21,6 +21,7 @@ from modeling_lrsclip.files.configuration import plain_values
 
 from .checkpoint import NotFiniteError, NotSavedError, TrainState
 from .config import parse_config
+from .data.inspection import inspect_pairs
 from .data.pairs import CaptionedImages, Pairs, count_workers, open_data, resized_side
 from .distributed import USER_ERRORS, MistakeError, first_process_first, start_processes
 from .loop import TrainConfig, Trainer
@@ -85,11 +86,9 @@ def train(config: TrainConfig, folder: Path) -> Path:
     if held_out is not None:
         validation = Validation(config.data, folder, processor, held_out, accelerator.mixed_precision)
     if accelerator.is_main_process:
-        steps, lengths = config.loop.count_steps(len(pairs)), pairs.token_lengths(processor, config.data)
+        steps, data = config.loop.count_steps(len(pairs)), inspect_pairs(pairs, processor, config.data)
         measured = validation and validation.rows
-        record = RunRecord(
-            folder, plain_values(config), accelerator, steps, len(pairs), lengths, measured, pairs.imagery()
-        )
+        record = RunRecord(folder, plain_values(config), accelerator, steps, data, measured)
         record.introduce(model, pairs.locations & (held_out.locations if held_out else set()))
         if config.push_to_hub:
             look_for_a_token(print)

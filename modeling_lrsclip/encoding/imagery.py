@@ -370,13 +370,18 @@ class ImageFiles(Sequence[Image.Image]):
         except ImageError as error:
             raise ImageError(f"image {self.names[index]}", error.reason) from error
 
-    @cached_property
+    @property
     def content_hash(self) -> str:
         """SHA-256 over the content of all files, in order; file names do not enter."""
+        return bytes_sha256(bytes.fromhex("".join(self.digests)))
+
+    @cached_property
+    def digests(self) -> list[str]:
+        """SHA-256 of each file's content, in order."""
         digests = []
         for name, source in zip(self.names, self.sources, strict=True):
             try:
                 digests.append(bytes_sha256(source) if isinstance(source, bytes) else file_sha256(source))
             except OSError as error:
                 raise ValueError(f"image {name} cannot be read: {error}") from error
-        return bytes_sha256(bytes.fromhex("".join(digests)))
+        return digests

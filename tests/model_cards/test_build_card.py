@@ -151,7 +151,15 @@ def test_the_card_of_a_trained_and_measured_model(trained, results):
     assert "LRS2M" not in section(card, "Limits") and "cwz14" not in str(card)
 
 
+def test_figures_on_what_was_trained_on_are_not_in_the_index(trained, results):
+    assert {"seen"} <= results["results"][0].keys() and "model-index" not in build_card(
+        trained, results
+    ).data.to_dict()
+
+
 def test_written_and_loaded_the_card_is_equal(trained, results, tmp_path):
+    unseen = [{k: v for k, v in result.items() if k != "seen"} | {"source": "new"} for result in results["results"]]
+    results = results | {"results": unseen}
     card = build_card(trained, results, repo_id="you/tiny")
     card.save(tmp_path / "README.md")
     loaded = ModelCard.load(tmp_path / "README.md")

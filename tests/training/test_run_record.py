@@ -9,6 +9,10 @@ import rasterio
 from PIL import Image
 from transformers import AutoModel
 
+import evaluation.run
+from evaluation.tasks import trained_images
+from model_cards.result_tables import eval_results
+from modeling_lrsclip.encoding import load_encoder
 from modeling_lrsclip.files.hashing import weights_sha256
 from training import train
 from training.run_folder import git_state, versions
@@ -53,6 +57,42 @@ def test_a_run_that_starts_from_another_carries_its_record(run_arguments, tmp_pa
     assert second["init"] == {"name": str(tmp_path / "run" / "final"), "kind": "local"}
     assert second["init_run"] == first
     assert second["weights"]["sha256"] != first["weights"]["sha256"]
+
+
+def test_what_was_trained_on_is_no_test(run_arguments, captioned_folder, tmp_path, capsys):
+    """Marked by its images, wherever the file with them lies and whatever it is called; other images are not."""
+    train.main([*run_arguments, "--loop.steps", "1"])
+    model = tmp_path / "run" / "final"
+    more = [*run_arguments, "--loop.steps", "1", "--data.train", str(tmp_path / "new"), "--model.init", str(model)]
+    rows = [json.loads(line) for line in (captioned_folder / "captions.jsonl").read_text().splitlines()]
+    for name, count in (("copied", 5), ("new", 0)):  # images of the training data beside new ones
+        folder = tmp_path / name
+        folder.mkdir()
+        for index, row in enumerate(rows):
+            picture = captioned_folder / row["image"]
+            content = picture.read_bytes()
+            (folder / f"other-{index}.png").write_bytes(content)
+            if index >= count:
+                Image.open(picture).rotate(90).save(folder / f"other-{index}.png")
+        other = [row | {"image": f"other-{index}.png"} for index, row in enumerate(rows)]
+        (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, other)))
+    capsys.readouterr()
+    data = [str(tmp_path / "copied"), str(tmp_path / "new")]
+    command = ["--model", str(model), "--tasks", "zcrs", "--data", *data, "--output", str(tmp_path / "results")]
+    assert evaluation.run.main([*command, "--cache", "none", "--device", "cpu"]) == 0
+    copied, new = json.loads((tmp_path / "results" / "results.json").read_text())["results"]
+    sentence = "copied: the model was trained on at least 5 of its 12 images (its run.json), so this is no test"
+    assert copied["seen"] == sentence and "seen" not in new
+    printed, table = capsys.readouterr().out, (tmp_path / "results" / "results.md").read_text()
+    assert printed.count("seen in training") == 1 and f"† seen, not zero-shot: {sentence}." in table
+    assert " ".join(printed.split()).count(sentence) == 1
+    assert [entry.metric_value for entry in eval_results([copied])] == [] and eval_results([new])
+
+    unset = {"--model.tokenizer", "--model.text", "--model.vision", "--model.vocab_size", "--model.projection_dim"}
+    again = [word for pair in zip(more[::2], more[1::2]) if pair[0] not in unset for word in pair]
+    train.main([*again, "--output_dir", str(tmp_path / "second")])
+    second = load_encoder(str(tmp_path / "second" / "final"))
+    assert len(trained_images(second)) == 24, "those of the run that it started from too"
 
 
 @pytest.mark.parametrize("dark", [False, True])

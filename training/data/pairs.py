@@ -1,22 +1,19 @@
 """Images with a long and a short caption: from their sources to batches that every run can repeat."""
 
-import contextlib
 import os
 import random
 import re
-import statistics
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from modeling_lrsclip import LRSCLIPProcessor
-from modeling_lrsclip.encoding.imagery import SURVEYED, ImageError, augment, read_image, spread, survey
+from modeling_lrsclip.encoding.imagery import augment, read_image
 from modeling_lrsclip.encoding.model_inputs import PixelBatcher
 
 from ..distributed import USER_ERRORS
@@ -29,7 +26,6 @@ from .visiting_order import EpochOrder, Mixture, VisitSampler
 
 # A batch's token ids by the kind of text, in the order in which a step reads them.
 INPUT_IDS = {"long": "input_ids", "short": "short_input_ids"}
-MEASURED_TEXTS = 1000  # whose token lengths are measured at the start of a run
 MOST_WORKERS = 8  # processes that read images, unless data.workers says more
 _CHUNKS_A_WINDOW = 10  # at least, where a source's chunks may be of any size
 _ATTEMPTS = 100  # rows one after another that are tried in an unusable one's place
@@ -97,51 +93,6 @@ class Pairs:
     def all_texts(self) -> Iterator[str]:
         """All usable texts, long and short, without the images."""
         return (text for kind in self.kinds for stored in self.texts(kind) for text in text_list(stored))
-
-    def token_lengths(self, processor: LRSCLIPProcessor, config: DataConfig) -> dict[str, dict[str, float]]:
-        """
-        Measure the first texts of each source.
-
-        Args:
-            processor: counts their tokens.
-            config: names their columns.
-
-        Returns:
-            by column: `measured` texts, their `mean_tokens`, and `share_truncated`, from 0 to 1, which the model's
-            table cuts.
-
-        Raises:
-            `ValueError`: where these rows have no such text.
-        """
-        positions, measured = processor.tokenizer.model_max_length, {}
-        each = max(1, MEASURED_TEXTS // len(self.sources))
-        for kind in self.kinds:
-            texts = [text_list(stored)[0] for stored in self.texts(kind, each)]
-            if not texts:
-                raise ValueError(f"The first {each} rows have no {kind} caption at all; look at the data.")
-            lengths = processor.count_tokens(texts)
-            cut = sum(length > positions for length in lengths) / len(lengths)
-            name = config.columns([kind])[kind]
-            measured[name] = {
-                "measured": len(lengths),
-                "mean_tokens": statistics.fmean(lengths),
-                "share_truncated": cut,
-            }
-        return measured
-
-    def imagery(self) -> dict[str, Any]:
-        """Return a [`survey`] of some of each source, of its first ones where it is streamed."""
-        each, first, numbers = max(1, SURVEYED // len(self.sources)), 0, []
-        for end in self.source_ends.tolist():
-            rows = end - first
-            numbers += [first + number for number in (range(min(each, rows)) if self.buffer else spread(rows, each))]
-            first = end
-        return survey(self._readable_images(numbers))
-
-    def _readable_images(self, numbers: list[int]) -> Iterator[Image]:
-        for number in numbers:
-            with contextlib.suppress(ImageError):  # training names it when its turn comes
-                yield read_image(self.read([number])[0].image)
 
     def texts(self, kind: str, first: int | None = None) -> Iterator[Stored]:
         """The usable texts of a kind, "long" or "short", as stored, without the images; of each source's `first` rows."""

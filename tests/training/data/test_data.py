@@ -11,6 +11,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from modeling_lrsclip.encoding.imagery import read_image
+from training.data.inspection import inspect_pairs
 from training.data.pairs import CaptionedImages, Collator, DataConfig, load_pairs, shuffle_sentences, split_sentences
 from training.data.visiting_order import EpochOrder, Mixture, VisitSampler
 
@@ -197,3 +198,37 @@ def test_collator(tiny_processor, captioned_folder):
     assert set(batch) == {"pixel_values", "input_ids", "short_input_ids", "ids", "skipped"}
     assert all((batch[name] == expected[name]).all() for name in ("pixel_values", "input_ids", "short_input_ids"))
     assert batch["ids"] == [f"captions.jsonl:{index}" for index in range(4)] and batch["skipped"] == []
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "mistake, sentence",
+    [
+        ("none", None),
+        ("swapped", "long_text is shorter than short_text on average: the two columns seem to be swapped"),
+        ("html", "3 of 12 texts of long_text looked at hold HTML tags, such as <br/>"),
+        ("equal", "all 12 texts of short_text looked at are equal: 'A roof.'"),
+        ("one image", "7 of 12 rows looked at hold the same image"),
+        ("half", None),
+        ("less than", None),
+    ],
+)
+def test_silent_mistakes_are_said(captioned_folder, tiny_processor, tmp_path, mistake, sentence, streaming):
+    rows = [json.loads(line) for line in (captioned_folder / "captions.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["image"] = str(captioned_folder / row["image"])
+        if mistake == "swapped":
+            row["long_text"], row["short_text"] = row["short_text"], row["long_text"]
+        elif mistake == "html" and number < 3:
+            row["long_text"] = f"Fields.<br/>{row['long_text']}"
+        elif mistake == "equal":
+            row["short_text"] = "A roof."
+        elif mistake in ("one image", "half") and number < (7 if mistake == "one image" else 6):
+            (tmp_path / f"{number}.png").write_bytes((captioned_folder / "0.png").read_bytes())
+            row["image"] = str(tmp_path / f"{number}.png")
+        elif mistake == "less than":
+            row["long_text"] += " Fewer than 3 < 4 cars, more > 2."
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = DataConfig(train=str(tmp_path / "captions.jsonl"), streaming=streaming)
+    warnings = inspect_pairs(load_pairs(config, KINDS), tiny_processor, config)["warnings"]
+    assert len(warnings) == (sentence is not None) and all(text.startswith(sentence) for text in warnings)
