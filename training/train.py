@@ -23,6 +23,7 @@ from .checkpoint import NotFiniteError, NotSavedError, TrainState
 from .config import parse_config
 from .data.inspection import inspect_pairs
 from .data.pairs import CaptionedImages, Pairs, count_workers, open_data, resized_side
+from .data.skipped import SKIPPED
 from .distributed import USER_ERRORS, MistakeError, first_process_first, start_processes
 from .loop import TrainConfig, Trainer
 from .model import build_model, build_processor, open_start
@@ -114,6 +115,10 @@ def train(config: TrainConfig, folder: Path) -> Path:
         if config.push_to_hub:
             measured_on = config.data.validation if config.push.measure else None
             push(config.push, folder / "final", state.step, print, measured_on)
+        if state.skipped:
+            print(
+                f"{state.skipped} visits of rows that could not be used went to the row after; see {folder / SKIPPED}"
+            )
         if validation is not None:
             print(f"best validation mR {state.best_recall:.1f} at step {state.best_step}: {folder / 'best'}")
         print(folder / "final")

@@ -1,4 +1,4 @@
-"""What a run's data are: token lengths, how images are read, hashes of them, and what is probably a mistake in them."""
+"""Inspection of a run's data: token lengths, how images are read, hashes of them, and what is probably a mistake in them."""
 
 import contextlib
 import re
@@ -109,7 +109,7 @@ def data_warnings(
     rows: list[Row], image_hashes: list[str], lengths: dict[str, dict[str, float]], columns: dict[str, str]
 ) -> list[str]:
     """
-    What in data that can be trained on is probably a mistake.
+    Find what is probably a mistake in data that can be trained on.
 
     Args:
         rows: some of the data.
