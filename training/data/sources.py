@@ -125,8 +125,8 @@ def open_source(
         [`Rows`], one or several.
 
     Raises:
-        `ValueError`: for a source that is neither file, folder nor Hub id, a missing column; in memory also for an empty
-            caption, or for more missing image files than `data.max_skipped_fraction` (counted, the first few named).
+        `ValueError`: for a source that is neither file, folder nor Hub id, a missing column; in memory also for more
+            empty captions or missing image files than `data.max_skipped_fraction` (counted, the first few named).
     """
     split, columns = source.split or split, dict(columns) | {k: c for k, c in source.columns.items() if k in columns}
     files = find_files(source.path, split)
@@ -269,7 +269,9 @@ def _open_table(
     check_columns(source, columns, table.column_names)
     for kind, name in columns.items():
         if kind != "image":
-            refuse(source, f"rows with an empty {name}", _empty_rows(table, name))
+            empty = _empty_rows(table, name)
+            if len(empty) > config.max_skipped_fraction * len(table):  # fewer are left out when their turn comes
+                refuse(source, f"rows with an empty {name}", empty)
     image = columns["image"]
     if isinstance(table.features[image], ImageFeature):
         table = table.cast_column(image, ImageFeature(decode=False))

@@ -201,6 +201,19 @@ def test_collator(tiny_processor, captioned_folder):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_one_empty_caption_of_many_is_left_out_and_named(captioned_folder, tmp_path, streaming):
+    rows = [json.loads(line) for line in (captioned_folder / "captions.jsonl").read_text().splitlines()] * 10
+    rows = [row | {"image": str(captioned_folder / row["image"])} for row in rows]
+    rows[4]["short_text"] = " "
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = data_of(tmp_path / "captions.jsonl", streaming=streaming)
+    (item,) = data.__getitems__([(0, 4)])
+    assert item["id"] == "captions.jsonl:5"
+    (skipped,) = item["skipped"]
+    assert skipped["id"] == "captions.jsonl:4" and "short caption is missing or empty" in skipped["reason"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     "mistake, sentence",
     [
