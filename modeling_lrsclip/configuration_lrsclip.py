@@ -5,6 +5,26 @@ from huggingface_hub.dataclasses import strict
 from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
 
 
+MOST_LAYERS = 1000  # of a tower; the largest CLIPs have fewer than 100
+
+
+def check_layers(*numbers) -> None:
+    """
+    Check that towers can be built.
+
+    Args:
+        numbers (`int`): layers of each tower.
+
+    Raises:
+        `ValueError`: for more than `MOST_LAYERS`, which would fill the memory before the weights are looked at.
+    """
+    for number in numbers:
+        if isinstance(number, int) and number > MOST_LAYERS:
+            raise ValueError(
+                f"num_hidden_layers={number} is no CLIP's; a tower may have {MOST_LAYERS}. Mend the model's config.json."
+            )
+
+
 @strict
 class LRSCLIPTextConfig(CLIPTextConfig):
     r"""
@@ -25,6 +45,10 @@ class LRSCLIPTextConfig(CLIPTextConfig):
     max_position_embeddings: int = 248
     kept_positions: int = 20
     stretch_ratio: int = 4
+
+    def validate_layer_count(self):
+        """Part of `@strict`-powered validation, before memory is taken for the layers."""
+        check_layers(self.num_hidden_layers)
 
     def validate_position_table(self):
         """Part of `@strict`-powered validation: the table could have come out of this stretch.
@@ -57,6 +81,10 @@ class LRSCLIPVisionConfig(CLIPVisionConfig):
     _auto_class = "AutoConfig"
 
     patch_size: int | list[int] | tuple[int, int] | None = 16
+
+    def validate_layer_count(self):
+        """Part of `@strict`-powered validation, before memory is taken for the layers."""
+        check_layers(self.num_hidden_layers)
 
 
 @strict

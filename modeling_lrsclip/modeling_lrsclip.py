@@ -20,7 +20,7 @@ from transformers.models.clip.modeling_clip import CLIPTextModelOutput, image_te
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
-from .configuration_lrsclip import LRSCLIPConfig, LRSCLIPTextConfig, LRSCLIPVisionConfig
+from .configuration_lrsclip import LRSCLIPConfig, LRSCLIPTextConfig, LRSCLIPVisionConfig, check_layers
 from .position_stretching import stretch_position_embedding
 
 
@@ -146,8 +146,13 @@ class LRSCLIPModel(_CLIPInitialization, CLIPModel):
         """
         clip = name_or_path_or_model
         if not isinstance(clip, CLIPModel):
-            known = PreTrainedConfig.get_config_dict(clip, **kwargs)[0].get("model_type")
-            clip = (cls if known == LRSCLIPConfig.model_type else CLIPModel).from_pretrained(clip, **kwargs)
+            fields = PreTrainedConfig.get_config_dict(clip, **kwargs)[0]
+            check_layers(
+                *((fields.get(tower) or {}).get("num_hidden_layers") for tower in ("text_config", "vision_config"))
+            )
+            clip = (cls if fields.get("model_type") == LRSCLIPConfig.model_type else CLIPModel).from_pretrained(
+                clip, **kwargs
+            )
         already = getattr(clip.config.text_config, "stretch_ratio", 1)
         if already != 1 and stretch_ratio != 1:
             raise ValueError(

@@ -413,12 +413,14 @@ def load_encoder(
 
 def _load_pretrained(source: ModelSource) -> tuple[Any, Any]:
     from safetensors import SafetensorError
-    from transformers import AutoModel, AutoProcessor
+    from transformers import AutoModel, AutoProcessor, PreTrainedConfig
 
-    import modeling_lrsclip  # noqa: F401  registers the Auto classes
+    from modeling_lrsclip.configuration_lrsclip import check_layers  # its package registers the Auto classes
 
     path, hub = source.path, {"revision": source.revision} if source.revision else {}
     try:
+        fields = PreTrainedConfig.get_config_dict(path, **hub)[0]
+        check_layers(*((fields.get(f"{tower}_config") or {}).get("num_hidden_layers") for tower in ("text", "vision")))
         model, report = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **hub)
         processor = AutoProcessor.from_pretrained(path, **hub)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPModel, PreTrainedConfig
 
-from ..configuration_lrsclip import LRSCLIPConfig
+from ..configuration_lrsclip import LRSCLIPConfig, check_layers
 from ..modeling_lrsclip import LRSCLIPModel
 from .checkpoint_files import list_some, read_published_file
 from .state_dict_keys import KEPT_BY_MASK, RATIO_OF_TWO_TABLES, Architecture, rename_published
@@ -129,15 +129,16 @@ def read_pretrained(source: str) -> PublishedCheckpoint:
         `OSError`: for a source that is neither a model folder nor a Hub id within reach.
     """
     try:
-        model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+        fields = PreTrainedConfig.get_config_dict(source)[0]
     except OSError as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise OSError(f"There is no model {source} here, and the Hub gives none ({reason}).") from None
-    classes = {"clip": CLIPModel, "lrsclip": LRSCLIPModel}
+    model_type, classes = fields.get("model_type"), {"clip": CLIPModel, "lrsclip": LRSCLIPModel}
     if model_type not in classes:
         raise ValueError(
             f"{source} holds a model of type {model_type}; convert takes clip and lrsclip, and checkpoint files."
         )
+    check_layers(*((fields.get(tower) or {}).get("num_hidden_layers") for tower in ("text_config", "vision_config")))
     model, loaded = classes[model_type].from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True)
     unknown = loaded["unexpected_keys"]
     missing = [*loaded["missing_keys"], *(entry[0] for entry in loaded["mismatched_keys"])]

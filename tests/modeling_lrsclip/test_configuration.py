@@ -1,9 +1,13 @@
 """The configuration checks itself, survives a round trip and is what `AutoConfig` and `CLIPConfig` read."""
 
+import json
+
 import pytest
 from transformers import AutoConfig, CLIPConfig
 
-from modeling_lrsclip import LRSCLIPConfig, LRSCLIPTextConfig, LRSCLIPVisionConfig
+from modeling_lrsclip import LRSCLIPConfig, LRSCLIPModel, LRSCLIPTextConfig, LRSCLIPVisionConfig
+from modeling_lrsclip.encoding.encoder import load_encoder
+from modeling_lrsclip.published.checkpoints import read_pretrained
 
 
 def test_defaults_are_lrsclip_vit_b_16():
@@ -29,6 +33,8 @@ def test_round_trip(tmp_path):
     ("config_class", "fields", "message"),
     [
         (LRSCLIPConfig, {"long_weight": 1.2}, "\\[0, 1\\]"),
+        (LRSCLIPConfig, {"vision_config": {"num_hidden_layers": 2_000_000}}, "a tower may have 1000"),
+        (LRSCLIPConfig, {"text_config": {"num_hidden_layers": 2_000_000}}, "a tower may have 1000"),
         (LRSCLIPTextConfig, {"max_position_embeddings": 250}, "20 \\+ n \\* 4"),
         (LRSCLIPTextConfig, {"stretch_ratio": 0}, "stretch_ratio >= 1"),
         (LRSCLIPTextConfig, {"kept_positions": -1}, "kept_positions >= 0"),
@@ -42,3 +48,13 @@ def test_impossible_values(config_class, fields, message):
 
 def test_any_length_without_stretch():
     assert LRSCLIPTextConfig(max_position_embeddings=77, stretch_ratio=1).max_position_embeddings == 77
+
+
+@pytest.mark.parametrize("config_class", [CLIPConfig, LRSCLIPConfig])
+@pytest.mark.parametrize("read", [read_pretrained, LRSCLIPModel.from_clip, load_encoder])
+def test_a_folder_of_two_million_layers_is_refused_before_it_is_built(tmp_path, config_class, read):
+    config = config_class().to_dict()
+    config["vision_config"]["num_hidden_layers"] = 2_000_000
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="num_hidden_layers=2000000 is no CLIP's; a tower may have 1000"):
+        read(str(tmp_path))
