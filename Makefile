@@ -12,12 +12,13 @@ WHOLE := 700
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo test lint bench hf-suite soak
+.PHONY: help demo search-demo test lint bench hf-suite soak
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      stretch a small CLIP, fine-tune it on long and short captions, evaluate and reload it"
+	@echo "make search-demo  index drawn GeoTIFFs with the demo's model and find places by describing them"
 	@echo "make test      the test suite"
 	@echo "make lint      ruff"
 	@echo "make soak      kill training and indexing 20 times each, resume them, and compare to the bit with runs left alone"
@@ -94,3 +95,20 @@ $(DEMO)/lrsclip/final/config.json: $(DEMO)/scenes/scenes.json
 	@echo "== 5/7 (c) LRSCLIP: a CLIP of 77 positions trained for half the steps, stretched to 248, fine-tuned for the other half"
 	$(TRAIN) --output_dir $(DEMO)/clip77 --loop.steps $(HALF) --optim.schedule constant
 	$(TRAIN) --output_dir $(DEMO)/lrsclip --loop.steps $(HALF) --model.init $(DEMO)/clip77/final --seed 1
+
+# --------------------------------------------------------------------------------------------------------- search demo
+# Places found by describing them, in GeoTIFFs drawn for it, with the model of the demo (which is made first).
+
+search-demo: $(DEMO)/search/places.jsonl $(DEMO)/lrsclip/final/config.json
+	@echo
+	@echo "== 2/3 Encoding the GeoTIFFs, window by window"
+	$(BIN)/geosearch index $(DEMO)/search/scenes --model $(DEMO)/lrsclip/final --window 256 --output $(DEMO)/search/index
+	@echo
+	@echo "== 3/3 Ten descriptions whose places are known"
+	$(BIN)/python -m geosearch.demo $(DEMO)/search/index $(DEMO)/search/places.jsonl $(DEMO)/search
+	@echo "On a map:     $(BIN)/geosearch serve $(DEMO)/search/index"
+
+$(DEMO)/search/places.jsonl: | $(READY)
+	@echo
+	@echo "== 1/3 Drawing GeoTIFFs: 16 bit, four bands, three UTM zones, one of them rotated"
+	$(BIN)/python -m evaluation.benchmarks.scene_archive $(DEMO)/search

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .commands import add_locate, add_search
+from .commands import add_locate, add_search, add_serve
 
 
 # Nothing heavy is imported before a command runs: the help is there at once.
@@ -71,7 +71,7 @@ def add_merge(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run_merge)
 
 
-COMMANDS = [add_index, add_merge, add_search, add_locate]
+COMMANDS = [add_index, add_merge, add_search, add_locate, add_serve]
 
 
 def run_index(options: argparse.Namespace) -> None:

@@ -90,11 +90,11 @@ def load_index_encoder(index: "Index", model: str | None = None, device: str = "
 
 def run_search(options: argparse.Namespace) -> None:
     """Finds, prints and writes; what can be wrong with the arguments is said before the model is loaded."""
+    from .exact_search import Area, search
     from .hits import feature_table, output_driver, print_hits, write_features
     from .index_store import open_index
     from .page import write_page
     from .pictures import ScenePictures
-    from .search import Area, search
 
     area = Area(options.bbox, options.near, options.after, options.before)
     if options.output:
@@ -139,8 +139,8 @@ def add_locate(commands: argparse._SubParsersAction) -> None:
 
 def run_locate(options: argparse.Namespace) -> None:
     """Maps, prints and writes."""
+    from .exact_search import SearchProblem
     from .hits import output_driver
-    from .search import SearchProblem
 
     if options.places:
         output_driver(options.places)
@@ -165,10 +165,10 @@ def _locate(options: argparse.Namespace, folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from .exact_search import question_vector, read_text
     from .hits import place_name, write_features
     from .index_store import open_index
     from .locate import PLACE_LEVEL, place_middles, places_of, scene_windows, similarity_map, write_map
-    from .search import question_vector, read_text
 
     index = open_index(folder)
     scene_windows(index, options.scene)  # says which scenes there are, before the model is loaded
@@ -192,3 +192,29 @@ def _locate(options: argparse.Namespace, folder: Path) -> None:
         print(f"-> {write_map(heat, options.output)}")
     if options.places:
         print(f"-> {write_features(places, options.places, heat.coordinates)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- serve
+
+
+def add_serve(commands: argparse._SubParsersAction) -> None:
+    """`geosearch serve`."""
+    parser = commands.add_parser("serve", help="search an index in the browser, on a map")
+    parser.add_argument("index", metavar="INDEX", help="folder that geosearch index made")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine only)")
+    parser.add_argument("--port", type=int, help="port to listen at (the first free one from 7860 on)")
+    parser.add_argument("--no-browser", action="store_true", help="print the address only")
+    _add_model(parser)
+    parser.set_defaults(run=run_serve)
+
+
+def run_serve(options: argparse.Namespace) -> None:
+    """Runs until it is interrupted."""
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise ValueError("the page needs gradio: pip install 'lrsclip[geosearch,map]'.") from error
+    from .app import serve
+
+    browser = not options.no_browser
+    serve(options.index, options.model, options.device, options.host, options.port, inbrowser=browser)

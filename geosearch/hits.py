@@ -15,8 +15,8 @@ from rich.table import Table
 
 from modeling_lrsclip.files.atomic import replacing
 
+from .exact_search import Hits, SearchProblem
 from .index_writer import geo_metadata
-from .search import Hits, SearchProblem
 
 
 DRIVERS = {".geojson": "GeoJSON", ".json": "GeoJSON", ".gpkg": "GPKG", ".parquet": "GeoParquet"}
@@ -32,7 +32,7 @@ def feature_table(hits: Hits) -> pa.Table:
 
     Returns:
         Table of H rows, best first: `rank` from 1, `similarity` (cosine), `z_score` (standard deviations above the mean of
-        the index), the columns of `search.HIT_COLUMNS`, `geometry` (WKB of the window's four corners) last.
+        the index), the columns of `exact_search.HIT_COLUMNS`, `geometry` (WKB of the window's four corners) last.
     """
     rows = hits.rows
     columns = {
@@ -50,7 +50,7 @@ def output_driver(path: str | Path) -> str:
     Format of a file by its suffix.
 
     Raises:
-        [`~geosearch.search.SearchProblem`]: for another than .geojson, .json, .gpkg or .parquet.
+        [`~geosearch.exact_search.SearchProblem`]: for another than .geojson, .json, .gpkg or .parquet.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in DRIVERS:
@@ -71,7 +71,7 @@ def write_features(table: pa.Table, path: str | Path, coordinates: str = "wgs84"
         `path`.
 
     Raises:
-        [`~geosearch.search.SearchProblem`]: for another suffix, or a place that takes no file.
+        [`~geosearch.exact_search.SearchProblem`]: for another suffix, or a place that takes no file.
     """
     path, driver = Path(path), output_driver(path)
     options: dict[str, Any] = {"COORDINATE_PRECISION": "9"} if driver == "GeoJSON" else {}

@@ -19,9 +19,9 @@ from rasterio.shutil import copy as copy_raster
 
 from modeling_lrsclip.files.atomic import replacing
 
+from .exact_search import SearchProblem
 from .footprints import cut_at_180, to_lon_lat
 from .index_store import Index, vectors_of
-from .search import SearchProblem
 
 
 CELLS = 8  # of the map along the smallest window
@@ -74,7 +74,7 @@ def scene_windows(index: Index, scene: str | None = None) -> tuple[str, pa.Table
         The scene's path, its rows (`pixel_box`, `scale`), and their vectors, `(N, D)` float16.
 
     Raises:
-        [`~geosearch.search.SearchProblem`]: for none or several such scenes.
+        [`~geosearch.exact_search.SearchProblem`]: for none or several such scenes.
     """
     known = sorted(index.metadata["sources"])
     fitting = [path for path in known if scene is None or path == scene] or [
@@ -100,14 +100,14 @@ def similarity_map(index: Index, query: np.ndarray, scene: str | None = None) ->
 
     Args:
         index: that has the scene.
-        query (`(D,)`): unit vector of [`~geosearch.search.question_vector`].
+        query (`(D,)`): unit vector of [`~geosearch.exact_search.question_vector`].
         scene: path, or the end of one; None: the only scene.
 
     Returns:
         The map, with where it lies.
 
     Raises:
-        [`~geosearch.search.SearchProblem`]: for none or several such scenes.
+        [`~geosearch.exact_search.SearchProblem`]: for none or several such scenes.
     """
     path, rows, vectors = scene_windows(index, scene)
     facts = index.metadata["sources"][path]
@@ -163,7 +163,7 @@ def write_map(heat: SimilarityMap, path: str | Path) -> Path:
     Writes a map as a Cloud Optimized GeoTIFF in the scene's coordinate reference system and extent.
 
     Raises:
-        [`~geosearch.search.SearchProblem`]: for a name that does not end in .tif, or a place that takes no file.
+        [`~geosearch.exact_search.SearchProblem`]: for a name that does not end in .tif, or a place that takes no file.
     """
     path = Path(path)
     if path.suffix.lower() not in (".tif", ".tiff"):

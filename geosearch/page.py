@@ -11,9 +11,9 @@ from PIL import Image
 
 from modeling_lrsclip.files.atomic import replace_text
 
+from .exact_search import Hits, SearchProblem
 from .hits import place_name, summary
 from .pictures import ScenePictures, data_uri
-from .search import Hits, SearchProblem
 
 
 UNITS = 1e5  # of the drawing in a degree: browsers draw with 24 bits
@@ -377,7 +377,7 @@ def write_page(pictures: ScenePictures, hits: Hits, path: str | Path, title: str
         `path`.
 
     Raises:
-        [`~geosearch.search.SearchProblem`]: for a place that takes no file.
+        [`~geosearch.exact_search.SearchProblem`]: for a place that takes no file.
     """
     path = Path(path)
     try:

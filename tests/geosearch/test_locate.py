@@ -10,9 +10,9 @@ from rasterio.warp import transform as warp
 
 from geosearch.__main__ import main
 from geosearch.commands import load_index_encoder
+from geosearch.exact_search import SearchProblem, question_vector
 from geosearch.hits import write_features
 from geosearch.locate import SimilarityMap, mean_over_windows, places_of, scene_windows, similarity_map, write_map
-from geosearch.search import SearchProblem, question_vector
 
 
 def slow_map(width: int, height: int, boxes, scores, scales, shape) -> np.ndarray:
@@ -133,7 +133,7 @@ def test_locate_encodes_no_image_of_an_indexed_scene(archive_index, tmp_path, mo
         raise AssertionError("an image was encoded")
 
     monkeypatch.setattr("modeling_lrsclip.LRSCLIPModel.get_image_features", refuse)
-    monkeypatch.setattr("geosearch.search.embed_images", refuse)
+    monkeypatch.setattr("geosearch.exact_search.embed_images", refuse)
     heat, places = tmp_path / "heat.tif", tmp_path / "places.gpkg"
     command = ["locate", str(archive_index.folder), "a grey road", "--scene", "turned-2.tif"]
     assert main([*command, "--output", str(heat), "--places", str(places)]) == 0

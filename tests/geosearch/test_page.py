@@ -13,9 +13,9 @@ from rasterio.windows import transform as window_transform
 
 from geosearch.__main__ import main
 from geosearch.commands import load_index_encoder
+from geosearch.exact_search import nearest_places, search
 from geosearch.page import MapFrame, hits_page, map_svg
 from geosearch.pictures import ScenePictures
-from geosearch.search import nearest_places, search
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,8 @@ from rasterio.transform import xy
 from rasterio.warp import transform as warp
 from rich.console import Console
 
-from geosearch import search as search_module
-from geosearch.footprints import footprints
-from geosearch.hits import feature_table, print_hits, write_features
-from geosearch.index_store import IndexProblem, row_table
-from geosearch.index_writer import write_index
-from geosearch.search import (
+from geosearch import exact_search as search_module
+from geosearch.exact_search import (
     Area,
     SearchProblem,
     distinct_places,
@@ -33,6 +29,10 @@ from geosearch.search import (
     search,
     similarities,
 )
+from geosearch.footprints import footprints
+from geosearch.hits import feature_table, print_hits, write_features
+from geosearch.index_store import IndexProblem, row_table
+from geosearch.index_writer import write_index
 from modeling_lrsclip.encoding.encoder import Encoder, embed_images, embed_texts
 
 
