@@ -6,11 +6,12 @@ Paired bootstrap over images or queries, on data that must be the same ([`~evalu
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from modeling_lrsclip.files.documents import read_json, refuse_malformed
 
 from .bootstrap import LEVEL, RESAMPLES, differences
 from .results import Column, Table, make_console, print_table
@@ -42,13 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.resamples < 100:
             raise ValueError(f"--resamples {options.resamples} must be at least 100 for a 95 % interval.")
-        first = read_results(options.first)
-        second = read_results(options.second) if options.second else first
-        tables = [
-            comparison_table(*pair, options.resamples)
-            for labels in pair_labels(first, second, options.a, options.b)
-            for pair in pair_results(first, second, *labels)
-        ]
+        tables = compare(options.first, options.second, options.a, options.b, options.resamples)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -63,15 +58,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def compare(
+    first: str,
+    second: str | None = None,
+    label_a: str | None = None,
+    label_b: str | None = None,
+    resamples: int = RESAMPLES,
+) -> list[Table]:
+    """
+    Tables of the differences between models, one for each task and data set that both were measured on.
+
+    Args:
+        first, second: a `results.json` or its folder; None: two models of the first.
+        label_a, label_b: models, see [`pair_labels`].
+        resamples: of the bootstrap.
+
+    Raises:
+        `ValueError`: for files that are no results, and models that cannot be compared.
+    """
+    documents = [read_results(first)]
+    documents.append(read_results(second) if second else documents[0])
+    named = " or ".join(dict.fromkeys(document["read_from"] for document in documents))
+    advice = "name a results.json as evaluation.run wrote it"
+    with refuse_malformed(named, advice):
+        labels = pair_labels(*documents, label_a, label_b)
+        pairs = [pair for two in labels for pair in pair_results(*documents, *two)]
+    with refuse_malformed(named, advice, ValueError):
+        return [comparison_table(*pair, resamples) for pair in pairs]
+
+
 def read_results(path: str) -> dict[str, Any]:
     """A `results.json`, or the folder that holds it; its `results` are checked to be there."""
     file = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # JSON and UTF-8 errors are ValueErrors
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{file} cannot be read ({reason}); name a results.json of evaluation.run.") from error
-    if not isinstance(document, dict) or not document.get("results"):
+    document = read_json(file, "name a results.json of evaluation.run")
+    if not document.get("results"):
         raise ValueError(f"{file} holds no results; name a results.json of evaluation.run.")
     return document | {"read_from": str(file)}
 

@@ -10,6 +10,7 @@ The index on disk: a folder of GeoParquet parts, `index.json` that says what the
 Shapes: N windows, D width of the shared space.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -180,8 +181,20 @@ class Index:
             Table of K rows in the order asked for, or of all as in [`Index.vectors`].
         """
         names = row_names() if columns is None else list(columns)
+        try:
+            return self._rows(names, numbers)
+        except pa.ArrowInvalid:  # rows.arrow is damaged: what the parts hold counts
+            self._row_batches = list(self._parts_without_vectors())
+            with contextlib.suppress(OSError):
+                (self.folder / ROWS).unlink()
+            return self._rows(names, numbers)
+
+    def _rows(self, names: list[str], numbers: np.ndarray | None) -> pa.Table:
+        """Rows whose bytes are looked at before they are used: Arrow follows the offsets in a file wherever they lead."""
         if numbers is None:
-            return pa.Table.from_batches(self._row_batches).select(names)
+            table = pa.Table.from_batches(self._row_batches).select(names)
+            table.validate(full=True)
+            return table
         ends = np.cumsum([len(batch) for batch in self._row_batches])
         order = np.argsort(numbers, kind="stable")
         owners = np.searchsorted(ends, numbers[order], side="right")
@@ -189,7 +202,10 @@ class Index:
         for owner in np.unique(owners):
             batch = self._row_batches[owner]
             inside = numbers[order[owners == owner]] - (ends[owner] - len(batch))
-            tables.append(pa.Table.from_batches([batch.select(names).take(pa.array(inside))]))
+            batch = batch.select(names)
+            for row in inside.tolist():
+                batch.slice(row, 1).validate(full=True)
+            tables.append(pa.Table.from_batches([batch.take(pa.array(inside))]))
         return pa.concat_tables(tables).combine_chunks().take(pa.array(np.argsort(order)))
 
     @cached_property

@@ -1,6 +1,5 @@
 """Checkpoints that appear whole or not at all: written beside their place, then renamed; each file's hash is kept."""
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from modeling_lrsclip import LRSCLIPModel, LRSCLIPProcessor
 from modeling_lrsclip.files.atomic import OLD, PARTIAL, growing_folder, publish_folder, replace_json, restore_folder
+from modeling_lrsclip.files.documents import read_json
 from modeling_lrsclip.files.hashing import file_sha256
 
 from .distributed import check_checkpoint, is_sharded
@@ -135,7 +135,9 @@ def write_manifest(folder: Path) -> None:
 def find_damage(folder: Path) -> str | None:
     """Find what in a checkpoint is not as it was written; None when it is whole. Reads all of it, some 1.3 GB a second."""
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = read_json(folder / MANIFEST, "the checkpoint is not whole")["files"]
+        if not files:
+            return f"{MANIFEST} lists no file"
         for name, written in files.items():
             size = (folder / name).stat().st_size
             if size != written["bytes"]:

@@ -5,7 +5,6 @@ trained on and how, beside its weights, for its card and for whoever repeats the
 
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -24,6 +23,7 @@ from modeling_lrsclip import LRSCLIPModel
 from modeling_lrsclip.encoding.imagery import survey_lines
 from modeling_lrsclip.files.atomic import replace_json, replace_text
 from modeling_lrsclip.files.configuration import read_yaml
+from modeling_lrsclip.files.documents import read_json
 from modeling_lrsclip.files.hashing import weights_sha256
 from modeling_lrsclip.published.registry import MODELS
 
@@ -163,7 +163,7 @@ def describe_data(sources: str | list[dict[str, Any]]) -> dict[str, Any]:
 def read_record(folder: str | Path) -> dict[str, Any] | None:
     """Read the record in a model folder, if it has one."""
     path = Path(folder) / RECORD
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path, "remove it, or put back what the run wrote") if path.is_file() else None
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

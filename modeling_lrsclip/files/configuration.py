@@ -17,13 +17,17 @@ from pydantic.fields import FieldInfo
 
 
 Config = TypeVar("Config")
+_LONGEST = 600  # characters of a mistake, which may quote a value of any length
 
 
 class ConfigurationError(ValueError):
     """A configuration with mistakes, each of them a sentence."""
 
     def __init__(self, mistakes: Sequence[str]):
-        self.mistakes = list(dict.fromkeys(mistakes))
+        short = (
+            one if len(one) <= _LONGEST else f"{one[: _LONGEST // 2]} … {one[-_LONGEST // 2 :]}" for one in mistakes
+        )
+        self.mistakes = list(dict.fromkeys(short))
         super().__init__("The configuration has mistakes:\n" + "\n".join(f"  {mistake}" for mistake in self.mistakes))
 
 

@@ -140,6 +140,20 @@ def test_kept_positions_stay_frozen(run_arguments, tiny_clip, tiny_processor, tm
     assert not torch.equal(after[20:60:4], before[20:30])
 
 
+@pytest.mark.parametrize(("scale", "held"), [(4.8, True), (4.6, False)])  # log 100 is 4.605
+def test_the_logit_scale_is_held_to_100_and_free_below(
+    run_arguments, tiny_clip, tiny_processor, tmp_path, scale, held
+):
+    tiny_clip.logit_scale.data.fill_(scale)
+    tiny_clip.save_pretrained(tmp_path / "clip")
+    tiny_processor.save_pretrained(tmp_path / "clip")
+    arguments = ["--model.init", str(tmp_path / "clip"), "--model.tokenizer", "null", "--loop.steps", "1"]
+    train.main([*run_arguments, *arguments, "--optim.learning_rate", "1e-6"])
+    after = weights_of(tmp_path / "run/final")["logit_scale"]
+    expected = torch.tensor(math.log(100) if held else scale)
+    assert torch.equal(after, expected) if held else 0 < (after - expected).abs() < 1e-4
+
+
 @pytest.mark.parametrize(("weight", "absent"), [(0.0, "long_loss"), (1.0, "short_loss")])
 def test_one_kind_of_text_alone(run_arguments, tmp_path, weight, absent):
     train.main([*run_arguments, "--loss.long_weight", str(weight)])

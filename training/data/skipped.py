@@ -39,10 +39,18 @@ class SkippedFile:
         """Look again if another has written since; a line that a kill fell into is taken out."""
         if not self.path.exists() or self.path.stat().st_size == self._size:
             return
-        *whole, cut = self.path.read_text(encoding="utf-8").split("\n")  # a reason may hold U+2028
+        *whole, cut = self.path.read_bytes().split(b"\n")  # a reason may hold U+2028
         if cut:
-            self.path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
-        self._named = {json.loads(line)["id"] for line in whole}
+            self.path.write_bytes(b"".join(line + b"\n" for line in whole))
+        self._named = {identifier for line in whole if (identifier := _id_in(line)) is not None}
+
+
+def _id_in(line: bytes) -> str | None:
+    """The row that a line names; None where it is damaged, and the row is named anew."""
+    try:
+        return str(json.loads(line)["id"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 def skipped_row(row: Row, location: str, reason: Exception) -> dict[str, str]:

@@ -270,6 +270,11 @@ def resolve(path: str, root: Path) -> Path:
 
 
 def _add(values: dict[str, Any], one: dict[str, Any], path: Path) -> None:
+    for name, kind in (("captioners", dict), ("sources", list)):
+        if not isinstance(one.get(name) or kind(), kind):
+            raise ValueError(
+                f"{path}: {name} holds a {type(one[name]).__name__}; write a {kind.__name__}, as in the ready recipes."
+            )
     for name, captioner in (one.get("captioners") or {}).items():
         known = values.setdefault("captioners", {})
         if known.setdefault(name, captioner) != captioner:

@@ -1,11 +1,13 @@
 """Requests to a captioner, their answers, and the file that keeps each answer, whichever engine is behind it."""
 
+import contextlib
 import json
 import sqlite3
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from modeling_lrsclip.files.hashing import json_sha256
 
@@ -91,38 +93,61 @@ class AnswerStore:
     def __init__(self, file: Path):
         self.file = file
         self.database = sqlite3.connect(file, isolation_level=None)
-        self.database.executescript(
-            "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA wal_autocheckpoint = 0;"
-            "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT, finished INTEGER) WITHOUT ROWID;"
-        )
+        with self._readable():
+            self.database.executescript(
+                "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA wal_autocheckpoint = 0;"
+                "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT, finished INTEGER) WITHOUT ROWID;"
+            )
         self._synced = time.monotonic()
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Turn what SQLite says of a damaged file, or of another program's, into a `ValueError` that names it."""
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            if "full" in str(error) or "I/O" in str(error):  # of the disk
+                raise
+            raise ValueError(
+                f"{self.file} cannot be read as the answers of a build ({error}); put back a copy of it, or remove it "
+                "and its answers are asked for again."
+            ) from error
+
+    def _rows(self, query: str, *values: Any) -> list[tuple]:
+        return self.database.execute(query, values).fetchall()
 
     def find(self, key: str) -> Answer | None:
         """The answer kept under a request's key."""
-        row = self.database.execute("SELECT text, finished FROM answers WHERE key = ?", (key,)).fetchone()
-        return Answer(row[0], bool(row[1])) if row else None
+        with self._readable():
+            rows = self._rows("SELECT text, finished FROM answers WHERE key = ?", key)
+        return Answer(str(rows[0][0]), bool(rows[0][1])) if rows else None
 
     def store(self, key: str, answer: Answer) -> Answer:
         """Keep an answer and return the one that is kept: the first, where equal requests were under way together."""
         # Surrogates, which JSON allows in an answer, are not text that can be stored.
         text = answer.text.encode("utf-8", "replace").decode()
         insert = "INSERT OR IGNORE INTO answers VALUES (?, ?, ?)"
-        new = self.database.execute(insert, (key, text, answer.finished)).rowcount
+        with self._readable():
+            new = self.database.execute(insert, (key, text, answer.finished)).rowcount
         if time.monotonic() - self._synced > SYNC_EVERY:
             self.sync()
         return Answer(text, answer.finished) if new else self.find(key)
 
     def sync(self) -> None:
         """Force what was stored to disk."""
-        self.database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        with self._readable():
+            self._rows("PRAGMA wal_checkpoint(TRUNCATE)")
         self._synced = time.monotonic()
 
     def __len__(self) -> int:
-        return self.database.execute("SELECT count(*) FROM answers").fetchone()[0]
+        with self._readable():
+            return self._rows("SELECT count(*) FROM answers")[0][0]
 
     def close(self) -> None:
-        self.sync()
-        self.database.close()
+        try:
+            self.sync()
+        finally:
+            self.database.close()
 
 
 class Gate:
