@@ -9,10 +9,12 @@ DEMO ?= runs/demo
 TRAIN = $(LAUNCH) --data.train $(DEMO)/scenes --data.validation $(DEMO)/scenes --model.tokenizer $(DEMO)/scenes/tokenizer --resume
 HALF := 350
 WHOLE := 700
+EXAMPLES ?= 400
+SEED ?= 0
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo search-demo test lint bench hf-suite soak
+.PHONY: help demo search-demo test lint bench hf-suite soak fuzz mutants
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -22,6 +24,8 @@ help:
 	@echo "make test      the test suite"
 	@echo "make lint      ruff"
 	@echo "make soak      kill training and indexing 20 times each, resume them, and compare to the bit with runs left alone"
+	@echo "make fuzz      damaged files of every kind, some minutes; EXAMPLES of each kind, from SEED"
+	@echo "make mutants   small mistakes put into modules, which their tests must notice"
 	@echo "make bench     speed against other implementations"
 	@echo "make hf-suite  transformers' own model tests on ours, beside stock CLIP"
 
@@ -45,6 +49,12 @@ hf-suite: $(READY)
 soak: $(READY)
 	$(BIN)/python -m tests.soak --kills 20
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.geosearch.kills --kills 20
+
+fuzz: $(READY)
+	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -n $(CORES) tests/fuzz --hypothesis-seed=$(SEED)
+
+mutants: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants --seed $(SEED)
 
 bench: $(READY)
 	$(BIN)/python -m tests.speed.encoding

@@ -25,7 +25,7 @@ from modeling_lrsclip.encoding.encoder import Encoder, embed_images, embed_texts
 from modeling_lrsclip.encoding.ties import SCORE_TIE, best_first
 from modeling_lrsclip.processing_lrsclip import clean_text
 
-from .index_store import Index
+from .index_store import Index, IndexProblem
 
 
 BLOCK = 1024  # windows that are widened to float32 at once: 2 MB of 512 values, which a core's cache holds
@@ -456,7 +456,12 @@ def nearest_places(
             rows = table if rows is None else pa.concat_tables([rows, table])
             numbers = np.concatenate([numbers, more_numbers[part]])
             values = np.concatenate([values, more_values[part]])
-            outlines = shapely.from_wkb(rows["geometry"].to_pylist())
+            try:
+                outlines = shapely.from_wkb(rows["geometry"].to_pylist())
+            except shapely.GEOSException as error:
+                raise IndexProblem(
+                    f"{index.folder} holds a damaged outline ({error}): index the scenes again."
+                ) from error
             kept = distinct_places(outlines, _groups(index, rows), range(found))[:top]
             rows, numbers, values = rows.take(kept), numbers[kept], values[kept]
             if len(kept) == top:

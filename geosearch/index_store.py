@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 import shapely
 
 from modeling_lrsclip.files.atomic import replace_text, replacing
+from modeling_lrsclip.files.documents import read_json, refuse_malformed
 
 
 VERSION = 1  # of the layout; an index of another is refused
@@ -240,8 +241,13 @@ class Index:
                 writer.write_batch(batch.replace_schema_metadata(schema.metadata))
 
     def _parts_without_vectors(self) -> Iterator[pa.RecordBatch]:
-        for path in self.part_files:
-            table = pq.read_table(path, columns=row_names(), partitioning=None).combine_chunks()
+        for path, part in zip(self.part_files, self.metadata["parts"]):
+            with _readable(path):
+                table = pq.read_table(path, columns=row_names(), partitioning=None).combine_chunks()
+                if len(table) != part["rows"]:
+                    raise ValueError(f"{len(table)} rows where {METADATA} says {part['rows']}")
+                table = table.cast(pa.schema([field for field in row_schema(1) if field.name != "embedding"]))
+                table.validate(full=True)
             yield from table.to_batches()
 
     def vectors(self) -> np.ndarray:
@@ -279,9 +285,29 @@ class Index:
         replace_text(self.folder / VECTORS_STAMP, json.dumps(self._vectors_stamp))
 
     def _vector_blocks(self) -> Iterator[np.ndarray]:
-        for path in self.part_files:
-            for batch in pq.ParquetFile(path).iter_batches(16_384, columns=["embedding"]):
-                yield vectors_of(batch.column("embedding"))
+        for path, part in zip(self.part_files, self.metadata["parts"]):
+            rows = 0
+            with _readable(path):
+                for batch in pq.ParquetFile(path).iter_batches(16_384, columns=["embedding"]):
+                    vectors = vectors_of(batch.column("embedding"))
+                    rows += len(vectors)
+                    if vectors.shape[1:] != (self.dimensions,) or vectors.dtype != np.float16:
+                        raise ValueError(
+                            f"vectors of {vectors.shape[1:]} {vectors.dtype}, not of {self.dimensions} float16"
+                        )
+                    yield vectors
+                if rows != part["rows"]:
+                    raise ValueError(f"{rows} rows where {METADATA} says {part['rows']}")
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what pyarrow says of a damaged part into one sentence that names it."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise IndexProblem(f"{path} is damaged ({reason:.300}): index the scenes again into a new folder.") from error
 
 
 def vectors_of(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
@@ -305,11 +331,14 @@ def open_index(folder: str | Path) -> Index:
         raise IndexProblem(
             f"{folder} is no index (no {METADATA} in it); make one with geosearch index SCENES --output {folder}."
         )
+    again = "index the scenes again into a new folder"
     try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
-        version = metadata["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IndexProblem(f"{path} cannot be read ({error!r}): index the scenes again into a new folder.") from error
+        metadata = read_json(path, again)
+        if (version := metadata.get("version")) == VERSION:
+            with refuse_malformed(path, again):
+                _check_metadata(metadata)
+    except ValueError as error:
+        raise IndexProblem(str(error)) from error
     if version != VERSION:
         raise IndexProblem(
             f"{folder} is an index of version {version}, and this program reads version {VERSION}: "
@@ -329,3 +358,18 @@ def open_index(folder: str | Path) -> Index:
             f"{folder} is an index without windows: add scenes with geosearch index SCENES --output {folder}."
         )
     return index
+
+
+def _check_metadata(metadata: dict[str, Any]) -> None:
+    """Raise `LookupError` or `TypeError` where `index.json` lacks what an index is opened by, or has it otherwise."""
+    model, parts = metadata["model"], metadata["parts"]
+    kinds = [(model["id"], str), (model["weights_sha256"], str), (model["dimensions"], int), (metadata["rows"], int)]
+    kinds += [(metadata["coordinates"], str), (metadata.get("sources", {}), dict), (parts, list)]
+    kinds += [(part[name], kind) for part in parts for name, kind in (("name", str), ("rows", int), ("bytes", int))]
+    for value, kind in kinds:
+        if not isinstance(value, kind) or kind is int and value < 0:
+            raise TypeError(f"{value!r:.80} stands where a {kind.__name__} is needed")
+    if sum(part["rows"] for part in parts) != metadata["rows"] or model["dimensions"] < 1:
+        raise LookupError("the rows of its parts do not add up to all rows")
+    if any("/" in part["name"] or "\\" in part["name"] or "\0" in part["name"] for part in parts):
+        raise LookupError("a part is named by a path")

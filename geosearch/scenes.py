@@ -136,22 +136,22 @@ def _add_stac(path: Path, found: SceneList, asset: str | None, seen: set[str]) -
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         kind = document.get("type")
-    except (OSError, ValueError, AttributeError) as error:
+        items, links = (list(document.get(name) or []) for name in ("features", "links"))
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         found.skip(path, f"{path} is no STAC document ({error}).")
         return
     if kind == "Feature":
         _add_item(document, path, found, asset)
     elif kind == "FeatureCollection":
-        for item in document.get("features") or []:
+        for item in items:
             _add_item(item, path, found, asset)
     elif kind in ("Collection", "Catalog"):
-        for link in document.get("links") or []:
-            if link.get("rel") in ("item", "items", "child"):
-                target = _local(link.get("href", ""), path.parent)
+        for link in links:
+            if isinstance(link, dict) and link.get("rel") in ("item", "items", "child"):
+                address = str(link.get("href", ""))
+                target = _local(address, path.parent)
                 if target is None:
-                    found.skip(
-                        link.get("href", ""), f"{path} links to {link.get('href')}, which is not on this machine."
-                    )
+                    found.skip(address, f"{path} links to {address}, which is not on this machine.")
                 else:
                     _add_stac(target, found, asset, seen)
     else:
@@ -159,6 +159,14 @@ def _add_stac(path: Path, found: SceneList, asset: str | None, seen: set[str]) -
 
 
 def _add_item(item: dict[str, Any], source: Path, found: SceneList, asset: str | None) -> None:
+    """The scene of a STAC item; what is no item is skipped by the name of the file that it stands in."""
+    try:
+        _add_asset(item, source, found, asset)
+    except (AttributeError, TypeError, LookupError, ValueError) as error:
+        found.skip(source, f"{source} holds an item that is none of STAC ({type(error).__name__}: {error}).")
+
+
+def _add_asset(item: dict[str, Any], source: Path, found: SceneList, asset: str | None) -> None:
     name = f"{source}: item {item.get('id')}"
     assets = {key: value for key, value in (item.get("assets") or {}).items() if value and value.get("href")}
     if asset is not None:

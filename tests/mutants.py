@@ -10,6 +10,7 @@ each module the share that died; exit code 1 where that is below 95 %.
 
 import argparse
 import ast
+import importlib
 import os
 import random
 import shutil
@@ -47,6 +48,13 @@ TURNED = {
     },
     **{ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd},
 }
+HEAVY = ["accelerate", "datasets", "evaluate", "peft", "pytest", "scipy.stats", "torch.distributed.fsdp"]
+HEAVY += ["torch._dynamo", "transformers.models.auto.modeling_auto", "transformers.models.clip.modeling_clip"]
+HEAVY += [
+    "transformers.models.clip.tokenization_clip",
+    "transformers.processing_utils",
+    "transformers.image_processing_utils",
+]
 LONGEST = 300  # seconds; a mutant whose tests hang is noticed too
 Mutant = tuple[ast.AST, str]  # what is replaced, by what text
 
@@ -130,8 +138,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     sys.dont_write_bytecode = True  # a mutant of the same size and second would be taken for the file before
-    for heavy in ("accelerate", "datasets", "evaluate", "torch", "transformers", "pytest", "scipy.stats"):
-        __import__(heavy)
+    for heavy in HEAVY:
+        importlib.import_module(heavy)
     clone, poor = Path(tempfile.mkdtemp(prefix="mutants-")), False
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     for name in filter(lambda name: (ROOT / name).is_file(), listed.stdout.splitlines()):

@@ -24,7 +24,7 @@ def read_json(path: str | Path, advice: str) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path} cannot be read as JSON ({reason}); {advice}.") from error
     if not isinstance(document, dict):
-        raise ValueError(f"{path} holds a {type(document).__name__} and no object; {advice}.")
+        raise ValueError(f"{path} cannot be read as a JSON object (it holds a {type(document).__name__}); {advice}.")
     return document
 
 

@@ -40,7 +40,10 @@ def tokenizer_from_bpe(path: str | Path, model_max_length: int) -> CLIPTokenizer
         raise ValueError(
             f"{path} repeats {len(entries) - len(vocab)} of its merges; it is not the published BPE file."
         )
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=model_max_length)
+    try:
+        return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=model_max_length)
+    except Exception as error:  # tokenizers raises nothing more special
+        raise ValueError(f"{path} is not the published BPE file ({error}).") from None
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:

@@ -2,8 +2,10 @@
 
 import io
 import json
+import re
 import sqlite3
 import tarfile
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -204,10 +206,9 @@ def _read_answers(path: Path) -> None:
 def _embeddings() -> Wholes:
     from modeling_lrsclip.encoding.cache import EmbeddingCache
 
-    whole_folder = Path(__import__("tempfile").mkdtemp())
-    cache_of_one = EmbeddingCache(whole_folder, "model")
-    cache_of_one.save("content", torch.eye(3), 1.0)
-    whole = next(whole_folder.rglob("*.safetensors")).read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        EmbeddingCache(Path(folder), "model").save("content", torch.eye(3), 1.0)
+        whole = next(Path(folder).rglob("*.safetensors")).read_bytes()
     return [(whole, damaged_safetensors(Whole(whole)))]
 
 
@@ -285,7 +286,11 @@ def _results() -> Wholes:
 def _read_results(path: Path) -> None:
     from evaluation.compare import compare
 
-    compare(str(path), label_a="a", label_b="b", resamples=100)
+    try:
+        compare(str(path), label_a="a", label_b="b", resamples=100)
+    except ValueError as error:  # about the models asked for, whichever file
+        if not re.search("were not measured on the same|in common", str(error)):
+            raise
 
 
 # ---------------------------------------------------------------------------------------------------------- geosearch
@@ -293,8 +298,6 @@ def _read_results(path: Path) -> None:
 
 @cache
 def _index() -> dict[str, bytes]:
-    import tempfile
-
     from geosearch.index_store import write_index
     from tests.geosearch.test_index_store import METADATA, rows_of
 
@@ -466,9 +469,11 @@ def _read_built(path: Path) -> None:
 
 
 def _vocabulary() -> Wholes:
-    import gzip
+    from tests.modeling_lrsclip.source_files import write_bpe_file
 
-    whole = gzip.compress(b"#version\n" + b"".join(b"a%d b%d\n" % (n, n) for n in range(48_894)))
+    with tempfile.TemporaryDirectory() as folder:
+        write_bpe_file(Path(folder) / "bpe.gz")
+        whole = (Path(folder) / "bpe.gz").read_bytes()
     return [(whole, damaged(Whole(whole)))]
 
 

@@ -7,6 +7,7 @@ each kind; `make fuzz` thousands (FUZZ_EXAMPLES of each kind, from a seed).
 
 import itertools
 import os
+import re
 import shutil
 import tempfile
 import traceback
@@ -97,3 +98,16 @@ def _where(error: BaseException) -> str:
 def _mistakes(error: BaseException) -> bool:
     """Whether fields of a configuration are named, which may come from several files and the command line."""
     return isinstance(error, ConfigurationError) or "The configuration has mistakes" in str(error)
+
+
+def test_every_line_of_security_md_names_a_test():
+    lines = re.findall(r"^\d+\. .*", (ROOT / "SECURITY.md").read_text(), re.M)
+    defined = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    assert len(lines) == 10
+    for line in lines:
+        named = re.findall(r"`(test_\w+)`", line)
+        assert named and set(named) <= defined, line

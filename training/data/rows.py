@@ -169,7 +169,10 @@ class ParquetRows:
         """Opened anew in each process, since handles do not survive a fork."""
         if self._owner != os.getpid():
             source = self.path if self.filesystem is None else self.filesystem.open(self.path, "rb")
-            self._file, self._owner = pq.ParquetFile(source, memory_map=self.filesystem is None), os.getpid()
+            try:
+                self._file, self._owner = pq.ParquetFile(source, memory_map=self.filesystem is None), os.getpid()
+            except (OSError, ValueError, pa.ArrowException) as error:
+                raise ValueError(f"{self.path} is not a readable parquet file: {error}") from error
         return self._file
 
     def _close(self) -> None:
@@ -182,7 +185,7 @@ class ParquetRows:
             try:
                 table, place = self._group(group), number - int(self.starts[group])
                 values = {kind: table.column(name)[place].as_py() for kind, name in self.columns.items()}
-            except (OSError, ValueError, pa.ArrowException) as error:
+            except (OSError, ValueError, pa.ArrowException) as error:  # a text that is no UTF-8 is a ValueError
                 rows.append(Row(f"{self.name}:{number}", fault=f"row group {group} cannot be read ({error})"))
                 continue
             values["image"] = locate_image(values["image"], self.folder)
@@ -196,9 +199,13 @@ class ParquetRows:
         )
 
     def texts(self, kind: str) -> Iterator[Stored]:
-        for group in range(len(self.chunks)):
+        for group, count in enumerate(self.chunks.tolist()):
             name = self.columns[kind]
-            yield from self.file.read_row_group(group, columns=[name]).column(name).to_pylist()
+            try:
+                texts = self.file.read_row_group(group, columns=[name]).column(name).to_pylist()
+            except (OSError, ValueError, pa.ArrowException):  # `read` says of each row why
+                texts = [None] * count
+            yield from texts
         self._close()
 
 
@@ -213,7 +220,10 @@ class LineRows:
         self.spans, self.header, self.dialect = line_index(path, quoted=is_csv), [], {}  # (rows, 2) first byte, end
         self._file, self._owner = None, None
         if is_csv and len(self.spans):
-            header = self._line(0).decode("utf-8")
+            try:
+                header = self._line(0).decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}: its first line, the columns' names, is not UTF-8 ({error}).") from error
             self.dialect = csv_dialect(header.splitlines()[0])
             self.header, self.spans = self._fields(header), self.spans[1:]
         self.chunks = even_chunks(len(self.spans))
