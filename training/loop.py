@@ -8,7 +8,7 @@ together), L tokens, P projection width.
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
-from torch.utils.data import DataLoader
 
 from modeling_lrsclip import LRSCLIPModel, LRSCLIPProcessor
 
@@ -30,7 +29,8 @@ from .checkpoint import (
     save_state,
     whole_model,
 )
-from .data.pairs import INPUT_IDS, CaptionedImages, load_batches
+from .data.batches import load_batches
+from .data.pairs import INPUT_IDS, CaptionedImages
 from .data.skipped import SkippedRows
 from .data.sources import DataConfig
 from .data.visiting_order import VisitSampler
@@ -259,7 +259,7 @@ class Trainer:
             signal_number,
         )
 
-    def batches(self) -> DataLoader:
+    def batches(self) -> Iterator[dict[str, Any]]:
         """The batches still to come, this process' share of each."""
         visits = VisitSampler(
             self.images.pairs.order(self.config.seed),

@@ -21,8 +21,9 @@ from modeling_lrsclip.files.configuration import plain_values
 
 from .checkpoint import NotFiniteError, NotSavedError, TrainState
 from .config import parse_config
+from .data.batches import count_workers, explain_lost_workers
 from .data.inspection import inspect_pairs
-from .data.pairs import CaptionedImages, Pairs, count_workers, open_data, resized_side
+from .data.pairs import CaptionedImages, Pairs, open_data, resized_side
 from .data.skipped import SKIPPED
 from .distributed import USER_ERRORS, MistakeError, first_process_first, start_processes
 from .loop import TrainConfig, Trainer
@@ -109,6 +110,11 @@ def train(config: TrainConfig, folder: Path) -> Path:
     except (Interrupted, NotFiniteError, NotSavedError):  # of all processes together: none waits for another
         accelerator.end_training()
         raise
+    except RuntimeError as error:
+        lost = explain_lost_workers(error, images, trainer.state.step + 1)
+        if lost is None:
+            raise
+        raise lost from error
     accelerator.end_training()
     if record is not None:
         record.finish(state)

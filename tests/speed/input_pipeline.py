@@ -41,7 +41,8 @@ from torch.utils.data import DataLoader
 
 from modeling_lrsclip import LRSCLIPImageProcessor, LRSCLIPProcessor
 from modeling_lrsclip.train_tokenizer import train_tokenizer
-from training.data.pairs import CaptionedImages, Collator, DataConfig, load_pairs
+from training.data.batches import Collator
+from training.data.pairs import CaptionedImages, DataConfig, load_pairs
 from training.data.visiting_order import VisitSampler
 
 

@@ -1,6 +1,7 @@
 """Runs that are killed, ended by a signal, short of disk, or in trouble: what is left, and what goes on from it."""
 
 import contextlib
+import ctypes
 import json
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ from tests.soak import ROOT, Attempt, Kill, has_reached, leave_alone, make_data,
 from tests.training.test_processes import SHARDED, meet
 from training import signals as interruption
 from training import train
+from training.data import batches
 from training.signals import FAILED, NOT_FINITE, NOT_SAVED, Interruption, end_with_the_launcher
 
 
@@ -140,6 +142,57 @@ def test_a_signal_to_the_whole_group_reaches_the_end_of_the_step(captions, tmp_p
     assert "SIGTERM ended the run after step" in (tmp_path / "output").read_text()
     _, alive = psutil.wait_procs(workers, timeout=PATIENCE)
     assert not alive
+
+
+def take_shared_memory() -> None:
+    """Give this process a /dev/shm that holds no batch (98 kB), whatever the others see."""
+    if ctypes.CDLL(None).unshare(0x00020000):  # CLONE_NEWNS of sched.h
+        os._exit(77)
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "/dev/shm"], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small /dev/shm takes a privileged user")
+def test_batches_come_without_shared_memory(captions, tmp_path):
+    for name, before in (("whole", None), ("small", take_shared_memory)):
+        arguments = [*run_arguments(captions, tmp_path / name, steps=3), "--data.workers", "2"]
+        assert Forked(arguments, 1, tmp_path / f"{name}.txt", before).wait() == 0
+    assert "no shared memory left for batches" in (tmp_path / "small.txt").read_text()
+    assert "no shared memory" not in (tmp_path / "whole.txt").read_text()
+    whole, small = (log_of(tmp_path / name, "train") for name in ("whole", "small"))
+    assert [line["loss"] for line in whole] == [line["loss"] for line in small]
+
+
+def be_impatient() -> None:
+    batches.LONGEST_READ = 5
+
+
+@pytest.mark.parametrize(("number", "reason"), [(signal.SIGKILL, "killed by signal"), (signal.SIGSTOP, "timed out")])
+def test_lost_workers_end_the_run(captions, tmp_path, number, reason):
+    arguments = [*run_arguments(captions, tmp_path / "run", steps=5000), "--data.workers", "1"]
+    attempt = Forked(arguments, 1, tmp_path / "output", be_impatient)
+    wait_for_step(attempt, tmp_path / "run", 1)
+    (trainer,) = attempt.everybody()
+    for worker in trainer.children():
+        worker.send_signal(number)
+    assert attempt.wait() == FAILED
+    output = (tmp_path / "output").read_text()
+    assert f"error: The processes that read {captions}" in output and "Traceback" not in output
+    assert reason in output and "set data.workers lower or to 0, and go on with --resume" in output
+
+
+def test_a_batch_that_cannot_be_sent_ends_the_worker():
+    """By default it would be dropped, and waited for."""
+    process = multiprocessing.get_context("fork").Process(target=send_what_cannot_be_sent)
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == 1
+
+
+def send_what_cannot_be_sent() -> None:
+    batches._start_worker(0)
+    multiprocessing.get_context("fork").Queue().put(lambda: None)
+    time.sleep(PATIENCE)
 
 
 def test_torchrun_hands_a_signal_on(captions, tmp_path):

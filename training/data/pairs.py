@@ -1,23 +1,17 @@
-"""Images with a long and a short caption: from their sources to batches that every run can repeat."""
+"""Images with a long and a short caption: from their sources to visits that every run can repeat."""
 
-import os
 import random
 import re
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
-from typing import Any
 
 import numpy as np
-import torch
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from modeling_lrsclip import LRSCLIPProcessor
 from modeling_lrsclip.encoding.imagery import augment, read_image
-from modeling_lrsclip.encoding.model_inputs import PixelBatcher
 
 from ..distributed import USER_ERRORS
-from ..signals import leave_signals_to_the_parent
 from .rows import CHUNK_ROWS, Row, Rows, Stored, even_chunks, filled, text_list
 from .skipped import skipped_row
 from .sources import DataConfig, SourceConfig, find_files, open_source
@@ -26,22 +20,8 @@ from .visiting_order import EpochOrder, Mixture, VisitSampler
 
 # A batch's token ids by the kind of text, in the order in which a step reads them.
 INPUT_IDS = {"long": "input_ids", "short": "short_input_ids"}
-MOST_WORKERS = 8  # processes that read images, unless data.workers says more
 _CHUNKS_A_WINDOW = 10  # at least, where a source's chunks may be of any size
 _ATTEMPTS = 100  # rows one after another that are tried in an unusable one's place
-
-
-def count_workers(config: DataConfig, device: str) -> int:
-    """
-    Number of processes that read images for one training process: `data.workers`, else on a GPU the machine's cores shared among
-    its training processes, one left for each, at most `MOST_WORKERS`; on a CPU none, since training needs the cores.
-    """
-    if config.workers is not None:
-        return config.workers
-    if device == "cpu":
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
 class Pairs:
@@ -287,60 +267,3 @@ def shuffle_sentences(text: str, rng: random.Random) -> str:
     sentences = split_sentences(text)
     rng.shuffle(sentences)
     return " ".join(sentences)
-
-
-class Collator:
-    """
-    Items to model inputs: `pixel_values` (B, 3, H, W), `input_ids` (B, L), `short_input_ids` (B, L_short); beside them
-    `ids`, the rows' names, and `skipped`, the rows left out. Where no usable row was found, only these and `fault`.
-    """
-
-    def __init__(self, processor: LRSCLIPProcessor):
-        self.processor, self.pixels = processor, PixelBatcher(processor.image_processor)
-
-    def __call__(self, items: list[dict]) -> dict[str, Any]:
-        batch = {"ids": [item["id"] for item in items], "skipped": [row for item in items for row in item["skipped"]]}
-        faults = [item["fault"] for item in items if "fault" in item]
-        if faults:
-            return batch | {"fault": faults[0]}
-        batch["pixel_values"] = self.pixels([item["image"] for item in items])
-        for kind, name in INPUT_IDS.items():
-            if f"{kind}_text" in items[0]:
-                # No attention mask: what stands after end-of-text cannot reach it in a causal tower.
-                ids = self.processor.encode_text([item[f"{kind}_text"] for item in items])
-                batch[name] = pad_sequence(
-                    [torch.tensor(row) for row in ids],
-                    batch_first=True,
-                    padding_value=self.processor.tokenizer.pad_token_id,
-                )
-        return batch
-
-
-def load_batches(
-    images: CaptionedImages, processor: LRSCLIPProcessor, visits: VisitSampler, device: torch.device
-) -> DataLoader:
-    """
-    Load the batches of a process, read by processes of their own where `data.workers` says so.
-
-    Args:
-        images: the rows to train on.
-        processor: makes their pixels and token ids.
-        visits: which rows each step takes; it gives each process its share and resumes by itself, so that the result
-            needs no `accelerator.prepare`.
-        device: that the batches are for.
-
-    Returns:
-        an iterable of what [`Collator`] returns, on the CPU.
-    """
-    workers = count_workers(images.config, device.type)
-    return DataLoader(
-        images,
-        batch_sampler=visits,
-        collate_fn=Collator(processor),
-        num_workers=workers,
-        prefetch_factor=images.config.prefetch_factor if workers else None,
-        worker_init_fn=leave_signals_to_the_parent,
-        # Its own: it draws a seed, which the random numbers of a resumed run must not notice.
-        generator=torch.Generator(),
-        pin_memory=device.type == "cuda",
-    )

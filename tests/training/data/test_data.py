@@ -11,8 +11,9 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from modeling_lrsclip.encoding.imagery import read_image
+from training.data.batches import Collator
 from training.data.inspection import inspect_pairs
-from training.data.pairs import CaptionedImages, Collator, DataConfig, load_pairs, shuffle_sentences, split_sentences
+from training.data.pairs import CaptionedImages, DataConfig, load_pairs, shuffle_sentences, split_sentences
 from training.data.visiting_order import EpochOrder, Mixture, VisitSampler
 
 
