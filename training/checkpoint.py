@@ -1,7 +1,11 @@
 """Checkpoints that appear whole or not at all: written beside their place, then renamed; each file's hash is kept."""
 
+import json
+import os
+import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,22 +22,37 @@ from modeling_lrsclip.files.atomic import OLD, PARTIAL, growing_folder, publish_
 from modeling_lrsclip.files.documents import read_json
 from modeling_lrsclip.files.hashing import file_sha256
 
-from .distributed import check_checkpoint, is_sharded
+from .distributed import check_checkpoint, is_sharded, runs_deepspeed
 from .model import has_adapters, merged
 
 
 CHECKPOINTS = "checkpoints"  # below a run folder; each is named step-00000350
 MANIFEST = "manifest.json"  # in a checkpoint: size in bytes and SHA-256 of every other file
+STATES = (
+    "states.json"  # in a checkpoint: what this package keeps beside accelerate's weights, optimizer and random states
+)
 NOT_FINITE_BATCH = "nonfinite.json"  # below a run folder
 DAMAGED = "damaged-"  # before the name of a checkpoint that was set aside
 # Of Python, torch.save, safetensors and FSDP2's checkpoints where a disk is full; the last one is no `Exception`.
 _WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
 _MB = 1e6
+# All that torch's table of contents of an FSDP2 checkpoint, a pickle, is made of, beside types of numbers.
+_CONTENTS_OF = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata"),
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    },
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},  # in Python 3.13
+}
 
 
 @dataclass
 class TrainState:
-    """Progress of a run: all that, beside weights, optimizer, schedule and random states, a resumed run must know."""
+    """Progress of a run: all that, beside weights, optimizer, schedule, random states and data, a resumed run must know."""
 
     step: int = 0  # optimizer steps done
     best_recall: float = -1.0  # mean of long and short mR, percent
@@ -104,6 +123,10 @@ def _together(accelerator: Accelerator, folder: Path, action: Callable[[], None]
         action()
     except _WRITE_ERRORS as error:
         failure = error
+    except Exception as error:
+        if type(error) is not Exception:  # which is all that tokenizers say when a disk is full
+            raise
+        failure = error
     failures = [reason for reason in gather_object([failure and _reason(failure)]) if reason is not None]
     if failures:
         if accelerator.is_main_process:
@@ -149,13 +172,14 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
-def save_state(accelerator: Accelerator, run_folder: Path, step: int, keep: int) -> None:
+def save_state(accelerator: Accelerator, run_folder: Path, states: Mapping[str, Any], step: int, keep: int) -> None:
     """
-    Save everything a resumed run needs: weights, optimizer, schedule, random states, position.
+    Save everything a resumed run needs.
 
     Args:
-        accelerator: knows all of these; every process must call this.
+        accelerator: knows weights, optimizer and random states; every process must call this.
         run_folder: of the run.
+        states: what else there is, as JSON has it.
         step: optimizer steps done.
         keep: checkpoints that stay, the newest ones.
 
@@ -163,8 +187,13 @@ def save_state(accelerator: Accelerator, run_folder: Path, step: int, keep: int)
         [`NotSavedError`]: says which checkpoint is the last one.
     """
     folder = run_folder / CHECKPOINTS / f"step-{step:08d}"
+
+    def seal(growing: Path) -> None:
+        replace_json(growing / STATES, states)
+        write_manifest(growing)
+
     try:
-        replace_folder(accelerator, folder, lambda growing: accelerator.save_state(str(growing)), write_manifest)
+        replace_folder(accelerator, folder, lambda growing: accelerator.save_state(str(growing)), seal)
     except NotSavedError as error:
         last = newest_checkpoint(run_folder)
         whole = f"the last checkpoint, {last}, is whole" if last else "there is no checkpoint yet"
@@ -177,7 +206,9 @@ def save_state(accelerator: Accelerator, run_folder: Path, step: int, keep: int)
             shutil.rmtree(gone, ignore_errors=True)
 
 
-def load_newest_state(accelerator: Accelerator, run_folder: Path, say: Callable[[str], None] = print) -> bool:
+def load_newest_state(
+    accelerator: Accelerator, run_folder: Path, say: Callable[[str], None] = print
+) -> dict[str, Any] | None:
     """
     Restore the newest checkpoint that is whole; damaged ones are set aside as damaged-step-*.
 
@@ -187,10 +218,10 @@ def load_newest_state(accelerator: Accelerator, run_folder: Path, say: Callable[
         say: names damaged checkpoints, on the main process.
 
     Returns:
-        False when there is none at all.
+        the states that [`save_state`] was given; None when there is no checkpoint at all.
 
     Raises:
-        `ValueError`: when there are checkpoints and all are damaged.
+        `ValueError`: when there are checkpoints and all are damaged, and for one whose reading would run code.
     """
     outcome = [None, None]
     if accelerator.is_main_process:
@@ -199,10 +230,68 @@ def load_newest_state(accelerator: Accelerator, run_folder: Path, say: Callable[
     folder, problem = broadcast_object_list(outcome)
     if problem is not None:
         raise ValueError(problem)
-    if folder is not None:
-        check_checkpoint(accelerator, Path(folder))
-        accelerator.load_state(folder)
-    return folder is not None
+    if folder is None:
+        return None
+    check_checkpoint(accelerator, Path(folder))
+    states = read_states(Path(folder))
+    try:
+        with only_numbers_unpickled(unless=runs_deepspeed(accelerator)):
+            accelerator.load_state(folder)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{folder} holds a file of more than tensors and numbers, which is not read: {_reason(error)}"
+        ) from error
+    return states
+
+
+def read_states(folder: Path) -> dict[str, Any]:
+    """
+    Read what this package has written into a checkpoint, and look into what torch would unpickle as it is.
+
+    Raises:
+        `ValueError`: for a checkpoint of an older version, and for a table of contents that names anything but numbers.
+    """
+    if not (folder / STATES).exists() or any(folder.glob("custom_checkpoint_*.pkl")):
+        raise ValueError(
+            f"{folder} is of an older version, whose states are pickles, which may run code and are not read; resume it "
+            "with that version, or start anew from a model that it has saved (model.init)."
+        )
+    for path in sorted(folder.rglob(".metadata")):
+        try:
+            with path.open("rb") as file:
+                _Contents(file).load()
+        except Exception as error:  # whatever a pickle may raise that is none
+            raise ValueError(f"{path} is no table of contents of a checkpoint ({error}) and is not read.") from error
+    return json.loads((folder / STATES).read_text(encoding="utf-8"))
+
+
+class _Contents(pickle.Unpickler):
+    """Unpickles the table of contents of an FSDP2 checkpoint and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_number = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_number and name not in _CONTENTS_OF.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+@contextmanager
+def only_numbers_unpickled(unless: bool = False) -> Iterator[None]:
+    """
+    Have `torch.load` refuse all but tensors and plain values, whoever calls it and with whatever argument.
+
+    DeepSpeed's own files hold objects of its classes: `unless` they are to be read.
+    """
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    if not unless:
+        os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _newest_whole(run_folder: Path, say: Callable[[str], None]) -> tuple[str | None, str | None]:

@@ -51,8 +51,9 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
     try:
         if known.config:
             values = read_yaml(known.config, "the recipes are in training/configs/")
-        for name, value in parse_options(rest, [name for name, text in fields.items() if text.startswith("bool")]):
-            set_field(values, name, value)
+        switches = [name for name, text in fields.items() if text.startswith("bool")]
+        for name, value in parse_options(rest, [*switches, *(name.replace("_", "-") for name in switches)]):
+            set_field(values, name.replace("-", "_") if name.replace("-", "_") in switches else name, value)
         return validate(TrainConfig, values)
     except ConfigurationError as error:
         raise SystemExit(str(ConfigurationError(error.mistakes + data_mistakes(values)))) from None

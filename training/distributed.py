@@ -304,6 +304,11 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
+def runs_deepspeed(accelerator: Accelerator) -> bool:
+    """Whether no process has the whole optimizer."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
 def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:
     """Type for a model to cast to by itself, where accelerate leaves casting to FSDP2 and DeepSpeed; else None."""
     casts_itself = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -333,7 +338,7 @@ def prepare(
         plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = transformer_auto_wrap_policy, SHARDED_LAYERS
         for group in [optimizer.defaults, *optimizer.param_groups]:
             group |= {"fused": False, "foreach": True}  # SGD has no fused form for shards
-    elif accelerator.distributed_type == DistributedType.DEEPSPEED:
+    elif runs_deepspeed(accelerator):
         return _prepare_deepspeed(accelerator, embedder, optimizer, max_grad_norm)
     return accelerator.prepare(embedder, optimizer)
 
@@ -361,7 +366,7 @@ def clamp_logit_scale(accelerator: Accelerator, model: LRSCLIPModel, most: float
         most: the largest `logit_scale`, a logarithm.
     """
     model.logit_scale.clamp_(max=most)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED and model.logit_scale.requires_grad:
+    if runs_deepspeed(accelerator) and model.logit_scale.requires_grad:
         from deepspeed.utils import safe_set_full_fp32_param
 
         safe_set_full_fp32_param(model.logit_scale, model.logit_scale.data)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
@@ -30,6 +31,7 @@ from .checkpoint import (
     whole_model,
 )
 from .data.batches import load_batches
+from .data.fingerprints import changes, fingerprints, refuse_changes
 from .data.pairs import INPUT_IDS, CaptionedImages
 from .data.skipped import SkippedRows
 from .data.sources import DataConfig
@@ -123,6 +125,7 @@ class TrainConfig:
     seed: int = Field(0, ge=0)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the arithmetic; weights and loss stay float32
     resume: bool = False  # go on from the newest checkpoint in output_dir
+    allow_changed_data: bool = False  # when resuming; what changed is in run.json
     push_to_hub: bool = False  # the final model, see `push`
     push: PushConfig = Field(default_factory=PushConfig)
 
@@ -195,7 +198,8 @@ class Trainer:
         self.report = RunLog(accelerator, self.folder, self.steps, config.loop.batch_size, log_ids=config.loop.log_ids)
         self.interruption = Interruption()
         self.skipped = SkippedRows(self.folder, config.data.max_skipped_fraction, accelerator.is_main_process)
-        accelerator.register_for_checkpointing(self.state, self.scheduler)
+        self.data = fingerprints(images.pairs, config.data.paths()) if accelerator.is_main_process else []
+        self.changed_data: list[str] = []  # in words, where a resumed run was allowed to have others than before
 
     def train(self) -> TrainState:
         """
@@ -235,8 +239,19 @@ class Trainer:
         return state
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint that is whole, if there is any."""
-        if load_newest_state(self.accelerator, self.folder, self.report.say):
+        """
+        Go on from the newest checkpoint that is whole, if there is any.
+
+        Raises:
+            `ValueError`: for a checkpoint that cannot be read, or was trained on other data where they may not change.
+        """
+        states = load_newest_state(self.accelerator, self.folder, self.report.say)
+        if states is not None:
+            (self.changed_data,) = broadcast_object_list([self.data and changes(states["data"], self.data)])
+            if not self.config.allow_changed_data:
+                refuse_changes(self.folder, self.changed_data)
+            self.state.load_state_dict(states["progress"])
+            self.scheduler.load_state_dict(states["schedule"])
             self.report.say(f"resumed after step {self.state.step} of {self.steps}")
         else:
             self.report.say(f"starting at step 0: no checkpoint to resume in {self.folder}")
@@ -249,7 +264,9 @@ class Trainer:
             largest = torch.stack([parameter.detach().abs().max() for parameter in parameters]).max()
             numbers = {"step": self.state.step, "largest_weight": largest}
             raise not_finite(self.accelerator, self.folder, "largest_weight", numbers, batch.get("ids", []))
-        save_state(self.accelerator, self.folder, self.state.step, self.config.loop.keep_checkpoints)
+        progress, schedule = self.state.state_dict(), self.scheduler.state_dict()
+        states = {"progress": progress, "schedule": schedule, "data": self.data}
+        save_state(self.accelerator, self.folder, states, self.state.step, self.config.loop.keep_checkpoints)
 
     def _interrupted(self, signal_number: int) -> Interrupted:
         name = signal.Signals(signal_number).name

@@ -42,7 +42,14 @@ SCHEMA_VERSION = 1  # of run.json
 VERSIONS_OF = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "pillow", "numpy")
 # What a resumed run may have otherwise than the run before it: where it is, how often it logs, validates and saves, who
 # reads its data and how much of them may be unusable.
-FREE = {"resume", "output_dir", "data.workers", "data.prefetch_factor", "data.max_skipped_fraction"}
+FREE = {
+    "resume",
+    "allow_changed_data",
+    "output_dir",
+    "data.workers",
+    "data.prefetch_factor",
+    "data.max_skipped_fraction",
+}
 FREE |= {f"loop.{name}" for name in ("log_every", "log_ids", "trackers", "validate_every", "patience")}
 FREE |= {f"loop.{name}" for name in ("save_every", "keep_checkpoints")}
 FREE |= {"push_to_hub", *(f"push.{name}" for name in ("repo", "private", "every", "license", "measure"))}
@@ -224,11 +231,15 @@ class RunRecord:
         ]:
             print(line)
 
-    def start(self, step: int) -> None:
-        """Write `config.yaml`, and add a start of the run, or a resumption after `step`, to `run.json`."""
+    def start(self, step: int, changed_data: list[str]) -> None:
+        """
+        Write `config.yaml`, and add a start of the run, or a resumption after `step`, to `run.json`; with `changed_data`,
+        if they are others than before.
+        """
         replace_text(self.folder / CONFIG, yaml.safe_dump(self.config, sort_keys=False))
         record = read_record(self.folder) or {"schema_version": SCHEMA_VERSION}
         starts = [*record.get("starts", []), {"step": step} | self._machine()]
+        starts[-1] |= {"changed_data": changed_data} if changed_data else {}
         write_record(self.folder, record | {"starts": starts})
 
     def finish(self, state: TrainState) -> None:

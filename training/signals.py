@@ -4,11 +4,13 @@ Runs that are asked to end: a signal is noted and answered after the step that i
 Exit codes of `python -m training.train`; `accelerate launch` and `torchrun` say 1 for any but 0.
 """
 
-import ctypes
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from .distributed import cpu_group, largest
@@ -29,8 +31,8 @@ accelerate launch and torchrun pass on 1 for any of these but 0. With several pr
 """
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ONE_SIGNAL = 2.0  # seconds: a terminal and torchrun may both send the same one, which is not a second one
+LONGEST_MEETING = 900  # seconds from the first process of a run to its last one
 _TROUBLE = 1000  # above the numbers of all signals
-_DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 
 class Interrupted(Exception):  # noqa: N818 (no error: what was asked for)
@@ -84,20 +86,30 @@ class Interruption:
         return agreed == _TROUBLE
 
 
+@contextmanager
+def limited_meeting() -> Iterator[None]:
+    """End this process where the block, in which the processes of a run meet, takes longer than [`LONGEST_MEETING`]."""
+
+    def end() -> None:
+        rank, world, *address = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+        print(
+            f"error: the {world} processes of this run have not met at {':'.join(map(str, address))} for {LONGEST_MEETING} "
+            f"s, which process {rank} waited for; look why the others or their launcher ended, and start the run again.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(FAILED)
+
+    timer = threading.Timer(LONGEST_MEETING, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def leave_signals_to_the_parent(_worker: int = 0) -> None:
     """Ignore signals in a process that reads data: one to the whole group must not take it from under the last step."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def end_with_the_launcher() -> None:
-    """
-    Have the kernel, on Linux, send SIGTERM to this process when its launcher dies: a killed `accelerate launch` or
-    `torchrun` would leave it behind, training on and holding the run folder. Other parents (a shell) do not matter.
-    """
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if launched and sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None, use_errno=True).prctl(_DIES_WITH_PARENT, signal.SIGTERM)
-        if os.getppid() != parent:  # died before the call, which then came too late
-            os.kill(os.getpid(), signal.SIGTERM)

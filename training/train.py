@@ -19,6 +19,7 @@ from transformers.utils import logging
 from modeling_lrsclip import LRSCLIPModel, LRSCLIPProcessor
 from modeling_lrsclip.files.configuration import plain_values
 
+from . import end_with_the_launcher
 from .checkpoint import NotFiniteError, NotSavedError, TrainState
 from .config import parse_config
 from .data.batches import count_workers, explain_lost_workers
@@ -30,17 +31,18 @@ from .loop import TrainConfig, Trainer
 from .model import build_model, build_processor, open_start
 from .push import look_for_a_token, push
 from .run_folder import RunRecord, check_run_folder, lock_run_folder
-from .signals import ENDED_BY_SIGNAL, FAILED, NOT_FINITE, NOT_SAVED, Interrupted, end_with_the_launcher
+from .signals import ENDED_BY_SIGNAL, FAILED, NOT_FINITE, NOT_SAVED, Interrupted, limited_meeting
 from .validation import Validation
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command; a run that ends early says why in a sentence, and ends with one of `signals.EXIT_CODES`."""
     end_with_the_launcher()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `training` leaves it while all is imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     disable_progress_bars()
-    config = parse_config(argv)
     try:
-        run(config)
+        run(parse_config(argv))
     except Interrupted as interrupted:
         leave(str(interrupted), ENDED_BY_SIGNAL + interrupted.signal_number)
     except KeyboardInterrupt:
@@ -77,7 +79,8 @@ def run(config: TrainConfig) -> Path:
 
 def train(config: TrainConfig, folder: Path) -> Path:
     """Build what a run is made of, train, and record it; returns the folder of the final model."""
-    accelerator = start_processes(config.precision, config.seed, folder, config.loop.trackers)
+    with limited_meeting():
+        accelerator = start_processes(config.precision, config.seed, folder, config.loop.trackers)
     if count_workers(config.data, accelerator.device.type):  # whose forks must not wait for the tokenizer's threads
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
     logging.disable_progress_bar()
@@ -104,7 +107,7 @@ def train(config: TrainConfig, folder: Path) -> Path:
     if config.resume:
         trainer.resume()
     if record is not None:
-        record.start(trainer.state.step)
+        record.start(trainer.state.step, trainer.changed_data)
     try:
         state = trainer.train()
     except (Interrupted, NotFiniteError, NotSavedError):  # of all processes together: none waits for another

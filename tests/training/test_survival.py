@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,10 +21,10 @@ from PIL import Image
 
 from tests.soak import ROOT, Attempt, Kill, has_reached, leave_alone, make_data, run_arguments, survive
 from tests.training.test_processes import SHARDED, meet
+from training import end_with_the_launcher, train
 from training import signals as interruption
-from training import train
 from training.data import batches
-from training.signals import FAILED, NOT_FINITE, NOT_SAVED, Interruption, end_with_the_launcher
+from training.signals import FAILED, NOT_FINITE, NOT_SAVED, Interruption
 
 
 PATIENCE = 300  # seconds for what should take a few, on a busy machine
@@ -167,7 +168,7 @@ def be_impatient() -> None:
     batches.LONGEST_READ = 5
 
 
-@pytest.mark.parametrize(("number", "reason"), [(signal.SIGKILL, "killed by signal"), (signal.SIGSTOP, "timed out")])
+@pytest.mark.parametrize(("number", "reason"), [(signal.SIGKILL, "DataLoader worker"), (signal.SIGSTOP, "timed out")])
 def test_lost_workers_end_the_run(captions, tmp_path, number, reason):
     arguments = [*run_arguments(captions, tmp_path / "run", steps=5000), "--data.workers", "1"]
     attempt = Forked(arguments, 1, tmp_path / "output", be_impatient)
@@ -263,6 +264,56 @@ def test_the_death_of_a_launcher_is_not_a_second_signal(monkeypatch):
     while trainer.is_running() and trainer.status() != psutil.STATUS_ZOMBIE:  # nobody may be there to take its code
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+@pytest.fixture
+def importing(tmp_path):
+    """Start `python -m training.train` below a launcher, and give both while the command is still importing."""
+    (tmp_path / "accelerate.py").write_text(
+        f"import os, time\nos.replace({str(tmp_path / 'growing')!r}, {str(tmp_path / 'pid')!r})\ntime.sleep({PATIENCE})"
+    )
+    launching = "import subprocess, sys; subprocess.Popen([sys.executable, '-m', 'training.train']).wait()"
+    (tmp_path / "growing").touch()
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "TORCHELASTIC_RUN_ID": "x"}
+    command, output = [sys.executable, "-c", launching], (tmp_path / "output").open("w")
+    launcher = psutil.Popen(command, cwd=tmp_path, env=environment, stderr=output, start_new_session=True)
+    until = time.monotonic() + PATIENCE
+    while not (tmp_path / "pid").exists():
+        assert time.monotonic() < until and launcher.is_running()
+        time.sleep(0.01)
+    (trainer,) = launcher.children()
+    yield launcher, trainer, tmp_path / "output"
+    for process in (launcher, trainer):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    launcher.wait()
+
+
+def test_a_launcher_killed_during_the_imports_leaves_nobody(importing):
+    launcher, trainer, _ = importing
+    launcher.kill()
+    launcher.wait()
+    psutil.wait_procs([trainer], timeout=20)
+    assert not trainer.is_running() or trainer.status() == psutil.STATUS_ZOMBIE
+
+
+def test_ctrl_c_during_the_imports_ends_without_a_traceback(importing):
+    launcher, trainer, output = importing
+    trainer.send_signal(signal.SIGINT)
+    launcher.wait(PATIENCE)
+    assert output.read_text() == ""
+
+
+def wait_for_nobody() -> None:
+    interruption.LONGEST_MEETING = 2
+    os.environ |= {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}  # where nobody listens
+
+
+def test_processes_that_never_meet_end(captions, tmp_path):
+    attempt = Forked(run_arguments(captions, tmp_path / "run"), 1, tmp_path / "output", wait_for_nobody)
+    assert attempt.wait() == FAILED
+    assert "the 2 processes of this run have not met at 127.0.0.1:9 for 2 s" in (tmp_path / "output").read_text()
 
 
 def test_two_runs_do_not_share_a_folder(captions, tmp_path):

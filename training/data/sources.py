@@ -94,6 +94,10 @@ class DataConfig:
             raise ValueError("either all sources have a weight or none has")
         return sources
 
+    def paths(self) -> list[str]:
+        """Names of the training sources."""
+        return [self.train] if isinstance(self.train, str) else [source.path for source in self.train]
+
     def columns(self, kinds: Sequence[str]) -> dict[str, str]:
         """Column names by kind ("image", "long", "short"), where a source does not name its own."""
         return {kind: getattr(self, f"{kind}_column") for kind in kinds}

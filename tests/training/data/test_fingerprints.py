@@ -1,0 +1,99 @@
+"""A resumed run knows whether its data are those that it began with, in whatever form they are stored."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+
+from tests.soak import make_data, run_arguments
+from tests.training.data.test_data_streaming import picture, write_tar
+from training import train
+from training.data.fingerprints import changes, fingerprints
+from training.data.pairs import load_pairs
+from training.data.sources import DataConfig
+
+
+FORMS = [
+    "rows.jsonl",
+    "rows.parquet",
+    "rows.jsonl, streaming",
+    "rows.csv, streaming",
+    "rows.parquet, streaming",
+    "rows.tar",
+]
+FEATURES = Features({"image": ImageFeature(), "long_text": Value("string"), "short_text": Value("string")})
+CHANGES = {
+    "reversed": lambda rows: rows[::-1],
+    "two exchanged": lambda rows: [rows[1], rows[0], *rows[2:]],
+    "one word": lambda rows: [rows[0] | {"long_text": rows[0]["long_text"].replace("road", "lane")}, *rows[1:]],
+    "shortened": lambda rows: rows[:-1],
+    "lengthened": lambda rows: [*rows, rows[0]],
+}
+
+
+def rows_of_roofs() -> list[dict]:
+    rows = []
+    for number in range(6):
+        texts = {"long_text": f"Roof {number} is red beside the road" + "." * number, "short_text": f"Roof {number}."}
+        rows.append({"image": f"{number}.png"} | texts)
+    return rows
+
+
+def write(form: str, folder: Path, rows: list[dict], group: int = 3) -> str:
+    name = form.partition(",")[0]
+    path = folder / name
+    for number in range(6):
+        (folder / f"{number}.png").write_bytes(picture(number))
+    if name.endswith("jsonl"):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif name.endswith("csv"):
+        lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
+        path.write_text("\n".join(lines) + "\n")
+    elif name.endswith("tar"):
+        write_tar(path, range(len(rows)), lambda number: {"png": b"x", "json": json.dumps(rows[number]).encode()})
+    else:
+        embedded = [row | {"image": {"bytes": picture(0), "path": row["image"]}} for row in rows]
+        table = Dataset.from_list(embedded, features=FEATURES).data.table
+        pq.write_table(table, path, row_group_size=group)
+    return str(path)
+
+
+def state_of(form: str, folder: Path, rows: list[dict], group: int = 3) -> list[dict]:
+    config = DataConfig(train=write(form, folder, rows, group), streaming="streaming" in form)
+    return fingerprints(load_pairs(config, ["long", "short"]), ["rows"])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_changed_rows_are_seen_and_the_same_ones_are_not(form, tmp_path):
+    rows = rows_of_roofs()
+    before = state_of(form, tmp_path, rows)
+    assert before[0]["rows"] == 6 and changes(before, state_of(form, tmp_path, rows, group=2)) == []
+    for name, change in CHANGES.items():
+        after = change(rows)
+        (message,) = changes(before, state_of(form, tmp_path, after)) or [None]
+        if len(after) != 6:
+            assert message == f"rows had 6 rows and has {len(after)}"
+        elif form == "rows.tar" and name == "one word":
+            assert message is None  # as many bytes in the same places: a tar's members are not read
+        else:
+            assert message == "rows has its 6 rows in another order or with other texts", name
+
+
+def test_a_resumed_run_with_changed_data(tmp_path, capsys):
+    captions = make_data(tmp_path / "data", pairs=16)
+    arguments = [*run_arguments(captions, tmp_path / "run", steps=2, save_every=1), "--loop.validate_every", "1000"]
+    train.main(arguments)
+    lines = captions.read_text().splitlines()
+    captions.write_text("\n".join(reversed(lines)))
+    arguments += ["--loop.save_every", "2"]
+    with pytest.raises(
+        SystemExit, match=r"have changed since: .*captions\.jsonl has its 16 rows in another order .*--allow-"
+    ):
+        train.main(arguments)
+    train.main([*arguments, "--allow-changed-data"])
+    first, second = json.loads((tmp_path / "run/run.json").read_text())["starts"]
+    assert "changed_data" not in first
+    assert second["changed_data"] == [f"{captions} has its 16 rows in another order or with other texts"]
