@@ -185,7 +185,10 @@ def _read_record(checkpoint: Path) -> dict[str, Any] | None:
 def _read_conversion(checkpoint: Path) -> dict[str, Any] | None:
     """The record that modeling_lrsclip.convert left beside the weights, if they are from there."""
     path = checkpoint / CONVERSION
-    return _read_json(path) if path.is_file() else None
+    record = _read_json(path) if path.is_file() else {}
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} holds no JSON object; convert the model again, or remove the file.")
+    return record or None
 
 
 def _check_training(training: dict[str, Any], facts: ModelFacts, checkpoint: Path) -> None:

@@ -79,6 +79,18 @@ def check_run_folder(folder: Path, config: dict[str, Any], resume: bool) -> None
         raise ValueError(f"{folder} cannot be resumed with another configuration: {changes}; set another output_dir.")
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    """The configuration that a run was started with."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        values = error
+    if not isinstance(values, dict):
+        fault = "is empty" if values is None else "is no configuration of a run"
+        raise ValueError(f"{path} {fault}; write back what it was, or set another output_dir.")
+    return values
+
+
 def flatten(values: dict, prefix: str = "") -> dict:
     """Name the fields of nested sections with dots between."""
     flat = {}
@@ -168,7 +180,12 @@ def describe_data(sources: str | list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:
-    """Read the record in a model folder, if it has one."""
+    """
+    Read the record in a model folder, if it has one.
+
+    Raises:
+        `ValueError`: for a file that is cut off or holds something else.
+    """
     path = Path(folder) / RECORD
     return read_json(path, "remove it, or put back what the run wrote") if path.is_file() else None
 
@@ -202,6 +219,7 @@ class RunRecord:
     ):
         self.folder, self.config, self.accelerator = folder, config, accelerator
         self.steps, self.data, self.validation_pairs = steps, data, validation_pairs
+        self.init_run = read_record(config["model"]["init"])  # before the run, which must not fail at its end for it
 
     def introduce(self, model: LRSCLIPModel, seen: set[str]) -> None:
         """
@@ -244,8 +262,11 @@ class RunRecord:
 
     def finish(self, state: TrainState) -> None:
         """Write the whole record into the run folder and beside the weights of `final` and `best`."""
-        if self.validation_pairs:
-            self.describe_model(self.folder / "best", state, state.best_step)
+        best = self.folder / "best"
+        if self.validation_pairs and best.exists():
+            self.describe_model(best, state, state.best_step)
+        elif self.validation_pairs:
+            print(f"note: {best} of step {state.best_step} is no longer there, so it has no record")
         write_record(self.folder, self.describe_model(self.folder / "final", state, state.step))
 
     def describe_model(self, folder: Path, state: TrainState, step: int) -> dict[str, Any]:
@@ -284,7 +305,7 @@ class RunRecord:
             "schema_version": SCHEMA_VERSION,
             "starts": (read_record(self.folder) or {}).get("starts", []),
             "init": describe_init(init) if init != SCRATCH else None,
-            "init_run": read_record(init),
+            "init_run": self.init_run,
             "data": describe_data(data["train"]) | self.data,
             "validation": measured and describe_data(data["validation"]) | {"pairs": measured},
             "best": measured and {"step": state.best_step, "mR": state.best_recall},

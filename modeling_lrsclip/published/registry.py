@@ -221,11 +221,22 @@ def _known_by_file_name(path: Path) -> PublishedModel | None:
     name = path.name
     if path.is_dir():
         record = path / "conversion.json"  # of modeling_lrsclip.convert
-        conversion = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        conversion = _read_object(record) if record.is_file() else {}
         stretched = any(line.startswith("stretched") for line in conversion.get("decisions", []))
         name = "" if stretched else conversion.get("source", "")  # stretched, it is no longer what was published
     named = (model for model in MODELS.values() if model.repo and model.file)  # SkyCLIP's epoch_20.pt tells nothing
     return next((model for model in named if Path(model.file).name.lower() == name.lower()), None)
+
+
+def _read_object(path: Path) -> dict:
+    """The JSON object in a file; `ValueError` with the file's name for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); convert the model again, or remove the file.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object; convert the model again, or remove the file.")
+    return value
 
 
 def fetch(model: PublishedModel) -> ModelSource:

@@ -15,7 +15,7 @@ from model_cards.result_tables import eval_results
 from modeling_lrsclip.encoding import load_encoder
 from modeling_lrsclip.files.hashing import weights_sha256
 from training import train
-from training.run_folder import git_state, versions
+from training.run_folder import check_run_folder, git_state, read_record, versions
 from training.run_log import draw_curves
 
 
@@ -147,3 +147,19 @@ def test_one_validation_is_drawn_as_bars_and_several_as_curves(tmp_path):
             right = picture.convert("L").crop((picture.width // 2, 0, picture.width, picture.height))
         dark.append(sum(right.histogram()[:80]))
     assert dark[0] > 5 * dark[1]  # a bar covers more than a line with two dots
+
+
+@pytest.mark.parametrize("content", ["", '{"starts": [', "[]"])
+def test_a_record_that_is_none_is_named(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run\.json cannot be read as .*remove it"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"), [("", "is empty"), ("- 1", "is no configuration"), ("a: [", "is no conf")]
+)
+def test_a_configuration_that_is_none_is_named(tmp_path, content, fault):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ValueError, match=rf"config\.yaml {fault}.*; write back what it was"):
+        check_run_folder(tmp_path, {}, resume=True)

@@ -83,7 +83,7 @@ def _kept_hash(path: Path, kind: str, build) -> str:
 
 
 def _version(info: dict[str, Any]) -> Any:
-    """What a remote file system knows of a file's content; at the least its size."""
+    """Version of a file's content as its remote file system knows it; at the least its size."""
     known = [(info.get("lfs") or {}).get("sha256"), *(info.get(name) for name in ("blob_id", "ETag", "md5"))]
     return next((version for version in known if version), info.get("size"))
 

@@ -111,6 +111,14 @@ def test_a_converted_folder_is_known_by_its_record_unless_stretched(tmp_path, de
     assert resolve(str(tmp_path)).load_options == {}
 
 
+@pytest.mark.parametrize("content", ["", "[]"])
+def test_a_conversion_record_that_is_none_is_named(tmp_path, content):
+    (tmp_path / "config.json").touch()
+    (tmp_path / "conversion.json").write_text(content)
+    with pytest.raises(ValueError, match=r"conversion\.json .*convert the model again"):
+        resolve(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "given, problem",
     [
