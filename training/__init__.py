@@ -33,6 +33,6 @@ def _launches(pid: int) -> bool:
         return False
 
 
-if "training.train" in sys.orig_argv:  # python -m training.train: before seconds of imports
+if any(word.endswith(("training.train", "lrsclip-train")) for word in sys.orig_argv):  # before seconds of imports
     end_with_the_launcher()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a traceback of those imports, until `main` listens
