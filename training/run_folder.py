@@ -72,23 +72,14 @@ def check_run_folder(folder: Path, config: dict[str, Any], resume: bool) -> None
         return
     if not resume:
         raise ValueError(f"{folder} holds a run already; go on with it by --resume, or set another output_dir.")
-    before, now = flatten(read_yaml(folder / CONFIG)), flatten(config)
+    values = read_yaml(folder / CONFIG)
+    if not values:
+        raise ValueError(f"{folder / CONFIG} is empty; write back what it was, or set another output_dir.")
+    before, now = flatten(values), flatten(config)
     changed = [name for name in now | before if name not in FREE and before.get(name) != now.get(name)]
     if changed:
         changes = ", ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)
         raise ValueError(f"{folder} cannot be resumed with another configuration: {changes}; set another output_dir.")
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """The configuration that a run was started with."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        values = error
-    if not isinstance(values, dict):
-        fault = "is empty" if values is None else "is no configuration of a run"
-        raise ValueError(f"{path} {fault}; write back what it was, or set another output_dir.")
-    return values
 
 
 def flatten(values: dict, prefix: str = "") -> dict:
