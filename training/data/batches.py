@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from multiprocessing import active_children
 from multiprocessing.queues import Queue
 from typing import Any
 
@@ -137,7 +138,7 @@ def _end_worker(error: Exception, _batch: Any) -> None:
 
 def explain_lost_workers(error: RuntimeError, images: CaptionedImages, step: int) -> OSError | None:
     """
-    Say in a sentence that the processes that read data have ended or hang.
+    Say in a sentence that the processes that read data have ended or hang, and end those that are left.
 
     Args:
         error: of a training step.
@@ -150,6 +151,8 @@ def explain_lost_workers(error: RuntimeError, images: CaptionedImages, step: int
     message = " ".join(str(error).split())
     if not message.startswith(_LOST_WORKERS):
         return None
+    for process in active_children():
+        process.kill()  # one that hangs would be waited for at the exit: readers ignore SIGTERM
     sources = ", ".join(sorted(images.pairs.locations)[:3])
     return OSError(
         f"The processes that read {sources} have ended, or sent no batch for step {step} in {LONGEST_READ} s ({message}). "
