@@ -1,6 +1,8 @@
 """Batches of a step, read by processes of their own: how many read, how their batches come over, and what ends a wait."""
 
+import contextlib
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -151,6 +153,8 @@ def explain_lost_workers(error: RuntimeError, images: CaptionedImages, step: int
     message = " ".join(str(error).split())
     if not message.startswith(_LOST_WORKERS):
         return None
+    with contextlib.suppress(AttributeError, ValueError):  # on Windows; outside of the main thread
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for those killed now
     for process in active_children():
         process.kill()  # one that hangs would be waited for at the exit: readers ignore SIGTERM
     sources = ", ".join(sorted(images.pairs.locations)[:3])
