@@ -73,6 +73,9 @@ def compare(
         label_a, label_b: models, see [`pair_labels`].
         resamples: of the bootstrap.
 
+    Returns:
+        Tables without their notes, in the order of the first file.
+
     Raises:
         `ValueError`: for files that are no results, and models that cannot be compared.
     """

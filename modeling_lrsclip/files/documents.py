@@ -22,9 +22,9 @@ def read_json(path: str | Path, advice: str) -> dict[str, Any]:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path} cannot be read as JSON ({reason}); {advice}.") from error
+        raise ValueError(f"{path} cannot be read ({reason}); {advice}.") from error
     if not isinstance(document, dict):
-        raise ValueError(f"{path} cannot be read as a JSON object (it holds a {type(document).__name__}); {advice}.")
+        raise ValueError(f"{path} cannot be read (it holds a {type(document).__name__} and no object); {advice}.")
     return document
 
 
@@ -37,6 +37,9 @@ def refuse_malformed(path: str | Path, advice: str, *also: type[Exception]) -> I
         path: the file that the document is from.
         advice: what to do about it.
         also: errors besides those of missing fields and values of another type, such as `ValueError` of a library.
+
+    Returns:
+        A context in which the document is used.
 
     Raises:
         `ValueError`: naming the file.
