@@ -239,10 +239,22 @@ def _origin(description: dict[str, Any] | None, training: dict[str, Any] | None)
             "config_yaml": yaml.safe_dump(without_paths(config), sort_keys=False, width=110).strip(),
             "data_name": without_paths(training["data"]["name"]),
             "init_data_name": training["init_run"] and without_paths(training["init_run"]["data"]["name"]),
-            "short_weight": round(1 - config["loss"]["long_weight"], 6),
+            "weights_of_losses": _weights_of_losses(config["loss"]["long_weight"]),
             "started_from": started_from,
         }
     return variables
+
+
+def _weights_of_losses(long_weight: float | dict[str, float]) -> str:
+    """The weights of the two losses in words; of a curriculum from where to where."""
+    if isinstance(long_weight, dict):
+        start, end = long_weight["start"], long_weight["end"]
+        shares = [f"{100 * long_weight[name]:g} %" for name in ("start_share", "end_share")]
+        return (
+            f"{start:g} for the long text (and the rest for the short one) in the first {shares[0]} of the steps, {end:g} "
+            f"in the last {shares[1]}, half a cosine between"
+        )
+    return f"{long_weight} for the long and {round(1 - long_weight, 6)} for the short text"
 
 
 def _folder_name(checkpoint: Path, address: bool = False) -> str:

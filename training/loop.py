@@ -309,7 +309,10 @@ class Trainer:
         hashes = {kind: gather(text_hashes(ids, end_of_text).to(device)) for kind, ids in input_ids.items()}  # (B,)
         self.report.count("tokens", sum(int(token_lengths(ids, end_of_text).sum()) for ids in input_ids.values()))
         self.report.count("tokens_with_padding", sum(group.numel() for group in texts.groups))
-        loss_of = partial(self._loss, order=texts.order, hashes=hashes)
+        loss_config = self.config.loss.at(
+            self.state.step / self.steps
+        )  # of the step alone: a resumed run has the same
+        loss_of = partial(self._loss, config=loss_config, order=texts.order, hashes=hashes)
         if micro_batch_size is None or micro_batch_size >= len(pixel_values):
             losses = loss_of(*self.embedder(pixel_values, texts.groups))
             accelerator.backward(losses.loss)
@@ -319,6 +322,8 @@ class Trainer:
         if is_sharded(accelerator):  # every process has all of this gradient; the mean keeps copies from drifting
             average_gradient(self.model.logit_scale)
         numbers = {"learning_rate": self.scheduler.get_last_lr()[0]}
+        if loss_config is not self.config.loss:
+            numbers["long_weight"] = loss_config.long_weight
         numbers |= {f"identical_{kind}": share_of_identical(of_kind) for kind, of_kind in hashes.items()}
         numbers["gradient_norm"] = self._clip_gradient()
         self._stop_if_not_finite(losses, numbers, batch)  # before it reaches the weights
@@ -350,6 +355,7 @@ class Trainer:
         self,
         image_embeds: torch.Tensor,
         text_embeds: torch.Tensor,
+        config: LossConfig,
         order: torch.Tensor,
         hashes: dict[str, torch.Tensor],
     ) -> DualTextLoss:
@@ -361,7 +367,7 @@ class Trainer:
             texts.get("long"),
             texts.get("short"),
             self.model.logit_scale.exp(),
-            self.config.loss,
+            config,
             hashes.get("long"),
             hashes.get("short"),
         )

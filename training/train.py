@@ -143,7 +143,7 @@ def load(config: TrainConfig, accelerator: Accelerator) -> tuple[Pairs, Pairs | 
     start = open_start(config.model)
     processor = build_processor(start, pairs.all_texts())
     model = build_model(start, processor)
-    model.config.long_weight = config.loss.long_weight
+    model.config.long_weight = config.loss.at(1.0).long_weight  # of a curriculum, the weight it ends with
     return pairs, held_out, processor, model
 
 

@@ -200,15 +200,26 @@ def _sections(annotation: Any) -> list[Any]:
 
 
 def _describe(info: FieldInfo) -> str:
-    kind = info.annotation.__name__ if isinstance(info.annotation, type) else str(info.annotation)
-    kind = kind.replace("typing.", "")
+    kind = _type_name(info.annotation)
     if info.is_required():
         return f"{kind}, required"
     return f"{kind}, default {info.get_default(call_default_factory=True)!r}"
 
 
+def _type_name(annotation: Any) -> str:
+    """A type as it is written, without what is attached to the alternatives of a union."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        return annotation.__name__
+    alternatives = get_args(annotation)
+    if any(hasattr(alternative, "__metadata__") for alternative in alternatives):
+        plain = (getattr(alternative, "__origin__", alternative) for alternative in alternatives)
+        return " | ".join(map(_type_name, plain))
+    return str(annotation).replace("typing.", "")
+
+
 def _explain(mistake: Mapping[str, Any], kind: Any, values: Any, hints: Mapping[str, str]) -> str:
     parts = [str(part) for part in mistake["loc"]]
+    parts = [part for part in parts if not part.startswith("(")]  # tags of a field that takes several kinds of value
     name, message = ".".join(parts), mistake["msg"]
     if mistake["type"] == "unexpected_keyword_argument":
         fields = [field.split(".") for field in field_types(kind, values)]

@@ -118,6 +118,18 @@ def test_trackers(monkeypatch):
             ],
             "loss.short_text is first_sentence and loss.long_weight is 1, which leaves one of the two texts out",
         ),
+        (
+            ["--output_dir", "x", "--data.train", "y", "--loss.long_weight.start", "2"],
+            "loss.long_weight.start=2: input should be less than or equal to 1",
+        ),
+        (
+            ["--output_dir", "x", "--data.train", "y", "--loss.long_weight.begin", "1"],
+            "loss.long_weight.begin is not a field; did you mean loss.long_weight",
+        ),
+        (
+            ["--output_dir", "x", "--data.train", "y", "--loss.long_weight", "{start_share: 0.7, end_share: 0.7}"],
+            "loss.long_weight.start_share and end_share are 0.7 and 0.7, together more than the whole run",
+        ),
         (["--output_dir", "x", "--data.train", "y", "--loss.chunk_size", "0"], "loss.chunk_size=0: .* greater than"),
         (
             ["--output_dir", "x", "--data.train", "y", "--loop.validate_every", "5", "--loop.patience", "2"],
@@ -137,4 +149,4 @@ def test_help_lists_every_field(capsys):
         parse_config(["--help"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
-    assert "loss.long_weight" in printed and "float, default 0.8" in printed and "data.train" in printed
+    assert "loss.long_weight" in printed and "float | Curriculum, default 0.8" in printed and "data.train" in printed

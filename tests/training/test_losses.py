@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from training.losses import LossConfig, dual_text_loss, info_nce, principal_components
+from training.losses import Curriculum, LossConfig, dual_text_loss, info_nce, principal_components
 
 
 def unit(*shape, seed=0):
@@ -185,6 +185,34 @@ def test_dual_loss_weighs_long_against_short(weight):
     losses = dual_text_loss(images, long, short, scale, LossConfig(long_weight=weight))
     assert losses.long_loss == info_nce(images, long, scale) and losses.short_loss == info_nce(images, short, scale)
     torch.testing.assert_close(losses.loss, weight * losses.long_loss + (1 - weight) * losses.short_loss)
+
+
+def test_a_curriculum_moves_along_half_a_cosine():
+    """At hand-counted points: 0.9 for a fifth of the run, then down to 0.1, where the last two fifths stay."""
+    curriculum = Curriculum(start=0.9, end=0.1, start_share=0.2, end_share=0.4)
+    expected = {0: 0.9, 0.19: 0.9, 0.2: 0.9, 0.3: 0.5 + 0.4 * 0.5**0.5, 0.4: 0.5, 0.6: 0.1, 0.8: 0.1, 1: 0.1}
+    for share, weight in expected.items():
+        assert curriculum.at(share) == pytest.approx(weight), share
+    weights = [Curriculum(start=0.2, end=0.98).at(step / 50) for step in range(51)]
+    assert weights == sorted(weights) and weights[0] == 0.2 and weights[-1] == 0.98
+    jump = Curriculum(start=1, end=0, start_share=0.5, end_share=0.5)
+    assert [jump.at(share) for share in (0, 0.49, 0.5, 1)] == [1, 1, 0, 0]
+    assert Curriculum(start=0.3, end=0.7, start_share=0, end_share=0).at(0) == 0.3
+
+
+def test_the_loss_of_a_moment_has_its_weight():
+    images, long, short, scale = unit(6, 4), unit(6, 4, seed=1), unit(6, 4, seed=2), torch.tensor(9.0)
+    config = LossConfig(long_weight={"start": 0.9, "end": 0.1}, chunk_size=4)
+    assert isinstance(config.long_weight, Curriculum) and config.kinds == ["long", "short"]
+    for share, weight in ((0.0, 0.9), (0.5, 0.5), (1.0, 0.1)):
+        now = config.at(share)
+        assert now.chunk_size == 4 and now.long_weight == pytest.approx(weight)
+        losses = dual_text_loss(images, long, short, scale, now)
+        torch.testing.assert_close(losses.loss, weight * losses.long_loss + (1 - weight) * losses.short_loss)
+    constant = LossConfig(long_weight=0.3)
+    assert constant.at(0.7) is constant
+    assert LossConfig(long_weight={"start": 1, "end": 1}).kinds == ["long"]
+    assert LossConfig(long_weight={"start": 1, "end": 0}).kinds == ["long", "short"]
 
 
 def test_dual_loss_reads_its_options():

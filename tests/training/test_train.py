@@ -65,7 +65,7 @@ def test_what_a_run_leaves_behind(run_arguments, captioned_folder, tmp_path, cap
 def test_resumed_equals_uninterrupted_to_the_bit(run_arguments, tmp_path, monkeypatch):
     arguments = [*run_arguments, "--loop.steps", "7", "--loop.save_every", "2", "--data.shuffle_sentences", "true"]
     text = "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2, attention_dropout: 0.2}"
-    arguments += ["--model.text", text]
+    arguments += ["--model.text", text, "--loss.long_weight", "{start: 0.9, end: 0.1, start_share: 0, end_share: 0.3}"]
     train.main([*arguments, "--output_dir", str(tmp_path / "whole")])
 
     class Killed(Exception):
@@ -94,6 +94,15 @@ def test_resumed_equals_uninterrupted_to_the_bit(run_arguments, tmp_path, monkey
     assert losses == [(record["step"], record["loss"]) for record in log_of(tmp_path / "whole")]
     with pytest.raises(SystemExit, match="parts holds a run already; go on with it by --resume,"):
         train.main([*arguments, "--output_dir", str(tmp_path / "parts")])
+
+    weights = [record["long_weight"] for record in log_of(tmp_path / "parts")]  # the curriculum's, too
+    assert weights[0] == 0.9 and weights[-1] == pytest.approx(0.1) and weights == sorted(weights, reverse=True)
+    for record in log_of(tmp_path / "parts"):
+        parted = record["long_weight"] * record["long_loss"] + (1 - record["long_weight"]) * record["short_loss"]
+        assert record["loss"] == pytest.approx(parted, rel=1e-5)
+    recorded = json.loads((tmp_path / "parts/final/run.json").read_text())["config"]["loss"]["long_weight"]
+    assert recorded == {"start": 0.9, "end": 0.1, "start_share": 0, "end_share": 0.3}
+    assert AutoModel.from_pretrained(tmp_path / "parts/final").config.long_weight == 0.1
 
 
 def launch(arguments: list[str], processes: int) -> str:

@@ -1,4 +1,7 @@
-"""The paper's ablations (V-D, Tables VI to IX, Figs. 7 to 10): what the arms of each differ in, and what the paper finds."""
+"""
+The paper's ablations (V-D, Tables VI to IX, Figs. 7 to 10) and one of the curriculum that its second version names: what
+the arms of each differ in, and what the paper finds.
+"""
 
 import difflib
 from dataclasses import dataclass, field
@@ -129,6 +132,24 @@ def loss_weight(ladders: Ladders) -> Study:
     )
 
 
+def curriculum(ladders: Ladders) -> Study:
+    down, up = "0.98 to 0.2", "0.2 to 0.98"
+    arms = [Arm(f"{weight:g}", {"loss.long_weight": weight}) for weight in (0.5, 0.8)]
+    for name, (start, end) in {down: (0.98, 0.2), up: (0.2, 0.98)}.items():
+        arms.append(Arm(name, {"loss.long_weight": {"start": start, "end": end}}))
+    return Study(
+        "curriculum",
+        "Constant weight of the long texts' loss against one that moves",
+        "weight of long",
+        tuple(arms),
+        (),
+        "A weight that moves stands still for the first and the last fifth of the steps and follows half a cosine between. "
+        "Version 2 of the paper trains with a curriculum whose schedule is not known to this project: a shape, not a "
+        "reproduction, and nothing is assumed of which direction is better.",
+        figure=True,
+    )
+
+
 def batch_size(ladders: Ladders) -> Study:
     names = [str(size) for size in ladders.batch_sizes]
     return Study(
@@ -186,7 +207,7 @@ def init(ladders: Ladders) -> Study:
 
 STUDIES = {
     make.__name__: make
-    for make in (pcm, framework, short_text, loss_weight, batch_size, subset_size, model_size, init)
+    for make in (pcm, framework, short_text, loss_weight, batch_size, subset_size, model_size, init, curriculum)
 }
 
 

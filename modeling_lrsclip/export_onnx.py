@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+A model's two towers as ONNX files, in the folder that transformers.js and onnxruntime users know from other CLIPs.
+
+    python -m modeling_lrsclip.export_onnx lrsclip-b16 lrsclip-b16-onnx
+
+writes `onnx/text_model.onnx` (`input_ids` (N, L) -> `text_embeds` (N, D)) and `onnx/vision_model.onnx` (`pixel_values`
+(B, 3, H, W) -> `image_embeds` (B, D)), both of any batch size, texts of any length up to the position table, embeddings
+not normalized; beside them config, tokenizer and processor of the stock CLIP.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from .convert import load_published
+from .files.atomic import growing_folder, publish_folder
+from .modeling_lrsclip import LRSCLIPModel
+from .processing_lrsclip import LRSCLIPProcessor
+from .published.plain_clip import plain_config, plain_processor
+
+
+FOLDER = "onnx"  # where transformers.js looks
+TEXT, VISION = "text_model", "vision_model"  # huggingface/transformers.js src/models.js, CLIPTextModelWithProjection
+RECORD = "export.json"
+TOLERANCE = 1e-4  # of the cosine distance to torch in fp32
+_PROBES = ["a lake", "A grey runway; four white aeroplanes wait at its end, ready and fuelled. " * 4]
+
+logger = logging.getLogger("modeling_lrsclip.export_onnx")
+
+
+class _TextTower(nn.Module):
+    """`input_ids` alone: the tower is causal and pools at the first end-of-text token, so padding is never seen."""
+
+    def __init__(self, model: LRSCLIPModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model.get_text_features(input_ids=input_ids).pooler_output  # (N, D)
+
+
+class _ImageTower(nn.Module):
+    def __init__(self, model: LRSCLIPModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.model.get_image_features(pixel_values=pixel_values).pooler_output  # (B, D)
+
+
+def export_onnx(source: str | Path, output_dir: str | Path) -> dict[str, Any]:
+    """
+    Writes the folder. It appears when both files were run by onnxruntime and agree with torch, or not at all.
+
+    Args:
+        source (`str` or `Path`): model folder, Hub id or checkpoint file, as [`~.convert.load_published`] takes.
+        output_dir (`str` or `Path`): folder to write; an earlier export there is replaced, anything else is not.
+
+    Returns:
+        `dict`: the record, as in the folder's `export.json`: source, opset, and the largest cosine distance to torch by
+        tower.
+
+    Raises:
+        `ValueError`: as [`~.convert.load_published`]; for an `output_dir` that holds something else, and for a tower
+            that differs from torch by more than 1e-4.
+        `OSError`: for a source out of reach or a disk that fails.
+    """
+    output_dir = Path(output_dir).resolve()
+    if output_dir.exists() and (not (output_dir / RECORD).is_file() or output_dir == Path(source).resolve()):
+        raise ValueError(f"{output_dir} holds something else than an earlier export; give a new folder.")
+    model, processor = load_published(source, dtype=torch.float32)
+    model.config._attn_implementation = "eager"  # its operations have names in every opset
+    growing = growing_folder(output_dir)
+    shutil.rmtree(growing, ignore_errors=True)
+    (growing / FOLDER).mkdir(parents=True)
+    try:
+        inputs = _probe(processor)
+        names = {TEXT: "input_ids", VISION: "pixel_values"}
+        for name, tower in ((TEXT, _TextTower(model)), (VISION, _ImageTower(model))):
+            _say("exporting", name)
+            _export(tower.eval(), inputs[names[name]], growing / FOLDER / f"{name}.onnx", model)
+        _write_settings(model, processor, growing)
+        differences = _compare(model, inputs, growing)
+        if worst := [name for name, value in differences.items() if value > TOLERANCE]:
+            raise ValueError(f"{worst[0]} differs from torch by a cosine distance of {differences[worst[0]]:.1e}.")
+        local = os.path.exists(source)
+        record = {"source": Path(source).name if local else str(source), "cosine_distance": differences}
+        record |= {"versions": {"torch": str(torch.__version__)}, "files": _sizes(growing)}
+        (growing / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        publish_folder(growing, output_dir)
+    finally:
+        shutil.rmtree(growing, ignore_errors=True)
+    return record
+
+
+def _probe(processor: LRSCLIPProcessor) -> dict[str, Tensor]:
+    """Two texts of different length and two images, to trace and to compare with."""
+    size = processor.image_processor.crop_size["height"]
+    gradient = Image.linear_gradient("L").resize((size + 20, size)).convert("RGB")
+    return dict(processor(text=_PROBES, images=[gradient, gradient.rotate(90)], return_tensors="pt"))
+
+
+def _export(tower: nn.Module, example: Tensor, path: Path, model: LRSCLIPModel) -> None:
+    """By torch's own exporter, with batch and length left open."""
+    axes: dict[int, Any] = {0: torch.export.Dim("batch_size", min=1, max=4096)}
+    name = "pixel_values"
+    if example.ndim == 2:
+        name = "input_ids"
+        axes[1] = torch.export.Dim("sequence_length", min=2, max=model.config.text_config.max_position_embeddings)
+    output = "text_embeds" if name == "input_ids" else "image_embeds"
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            tower,
+            (example,),
+            path,
+            input_names=[name],
+            output_names=[output],
+            dynamic_shapes=(axes,),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+
+
+def _write_settings(model: LRSCLIPModel, processor: LRSCLIPProcessor, folder: Path) -> None:
+    plain_config(model.config).save_pretrained(folder)
+    plain = plain_processor(processor)
+    plain.save_pretrained(folder)
+    plain.image_processor.save_pretrained(folder)  # preprocessor_config.json, which transformers.js reads
+
+
+def _compare(model: LRSCLIPModel, inputs: dict[str, Tensor], folder: Path) -> dict[str, float]:
+    """Largest cosine distance between onnxruntime and torch by tower."""
+    towers = OnnxTowers(folder)
+    with torch.no_grad():
+        expected = {
+            TEXT: model.get_text_features(input_ids=inputs["input_ids"]).pooler_output,
+            VISION: model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output,
+        }
+    found = {TEXT: towers.text(inputs["input_ids"]), VISION: towers.image(inputs["pixel_values"])}
+    distances = {
+        name: 1 - torch.nn.functional.cosine_similarity(found[name], expected[name]).min().item() for name in expected
+    }
+    return {name: max(0.0, float(f"{value:.3g}")) for name, value in distances.items()}
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+class OnnxTowers:
+    """
+    The two towers of an exported folder, run by onnxruntime on the CPU.
+
+    Args:
+        folder: of [`export_onnx`].
+        threads: of each tower's work; 0: all cores.
+
+    Raises:
+        `ValueError`: without onnxruntime, or for a file that it cannot read.
+    """
+
+    def __init__(self, folder: str | Path, threads: int = 0):
+        try:
+            import onnxruntime
+        except ImportError:
+            raise ValueError(f"{folder} holds ONNX files; `pip install onnxruntime` to run them.") from None
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        self.sessions = {}
+        for name in (TEXT, VISION):
+            path = Path(folder) / FOLDER / f"{name}.onnx"
+            try:
+                self.sessions[name] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            except Exception as error:  # onnxruntime's errors have no common class
+                raise ValueError(f"{path} cannot be run ({str(error).splitlines()[0]}); export it again.") from None
+
+    def text(self, input_ids: Tensor) -> Tensor:
+        """(N, L) -> (N, D)"""
+        return self._run(TEXT, {"input_ids": input_ids.numpy().astype(np.int64)})
+
+    def image(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, D)"""
+        return self._run(VISION, {"pixel_values": pixel_values.numpy().astype(np.float32)})
+
+    def _run(self, name: str, inputs: dict[str, np.ndarray]) -> Tensor:
+        return torch.from_numpy(self.sessions[name].run(None, inputs)[0])
+
+
+def is_exported(folder: str | Path) -> bool:
+    """Whether a folder holds the two towers."""
+    return all((Path(folder) / FOLDER / f"{name}.onnx").is_file() for name in (TEXT, VISION))
+
+
+def _say(stage: str, text: str) -> None:
+    logger.info("%-9s  %s", stage, text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling_lrsclip.export_onnx", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("source", help="model folder, Hub id or checkpoint file")
+    parser.add_argument("output_dir", help="folder to write; an earlier export there is replaced")
+    options = parser.parse_args(arguments)
+    transformers_logging.disable_progress_bar()
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO)
+    try:
+        record = export_onnx(options.source, options.output_dir)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    for name, size in record["files"].items():
+        print(f"{size / 1e6:10,.1f} MB  {name}")
+    distances = record["cosine_distance"]
+    print(f"cosine distance to torch: text {distances[TEXT]:.1e}, image {distances[VISION]:.1e}")
+
+
+if __name__ == "__main__":
+    main()
