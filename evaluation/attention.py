@@ -145,6 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source = resolve(options.model)
         image = to_rgb(read_image(options.image))
         encoder = load_encoder(source, options.device, label_models([source])[0], tokenizer=options.tokenizer)
+        if not hasattr(encoder.model, "vision_model"):
+            raise ValueError(f"{options.model}: attention is drawn of CLIP and LRSCLIP only.")
         maps = attention_maps(encoder.model, encoder.processor, image, options.text)
         if image.width != image.height:
             print(f"{options.image}: a model sees {_cropped(image)}; cut it to see the rest.", file=sys.stderr)

@@ -49,7 +49,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--model",
         nargs="+",
         required=True,
-        help="a row of the table each: a model folder, a Hub id, a published checkpoint file, or a name such as "
+        help="a row of the table each: a model folder (CLIP, LRSCLIP, SigLIP or another dual encoder, "
+        "sentence-transformers, exported ONNX), a Hub id, a published checkpoint file, or a name such as "
         "remoteclip-vit-l-14; NAME=FILE says which published model a file is",
     )
     parser.add_argument("--tasks", default="all", help=f"comma-separated, of: {', '.join(TASKS)}; or all (default)")
@@ -67,6 +68,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--cache",
         default=str(cache_folder("embeddings")),
         help="folder where embeddings are kept for later runs; none: nowhere",
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that lies beside a model's weights; read it first"
     )
     parser.add_argument("--tokenizer", help="for checkpoint files: Hub id, folder or bpe_simple_vocab_16e6.txt.gz")
     parser.add_argument(
@@ -139,6 +143,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             device,
             label,
             tokenizer=options.tokenizer,
+            trust_remote_code=options.trust_remote_code,
             batch_size=options.batch_size,
             dtype=DTYPES[options.dtype],
             progress=True,

@@ -98,6 +98,7 @@ def export_onnx(source: str | Path, output_dir: str | Path) -> dict[str, Any]:
             raise ValueError(f"{worst[0]} differs from torch by a cosine distance of {differences[worst[0]]:.1e}.")
         local = os.path.exists(source)
         record = {"source": Path(source).name if local else str(source), "cosine_distance": differences}
+        record |= {"parameters": sum(weight.numel() for weight in model.parameters())}
         record |= {"versions": {"torch": str(torch.__version__)}, "files": _sizes(growing)}
         (growing / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         publish_folder(growing, output_dir)
@@ -182,6 +183,9 @@ class OnnxTowers:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        options.add_session_config_entry(
+            "session.intra_op.allow_spinning", "0"
+        )  # idle threads leave the cores to others
         self.sessions = {}
         for name in (TEXT, VISION):
             path = Path(folder) / FOLDER / f"{name}.onnx"
@@ -200,11 +204,6 @@ class OnnxTowers:
 
     def _run(self, name: str, inputs: dict[str, np.ndarray]) -> Tensor:
         return torch.from_numpy(self.sessions[name].run(None, inputs)[0])
-
-
-def is_exported(folder: str | Path) -> bool:
-    """Whether a folder holds the two towers."""
-    return all((Path(folder) / FOLDER / f"{name}.onnx").is_file() for name in (TEXT, VISION))
 
 
 def _say(stage: str, text: str) -> None:

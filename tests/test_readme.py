@@ -16,7 +16,7 @@ from transformers import CLIPConfig, CLIPModel
 from evaluation import attention, compare
 from evaluation import run as evaluation_run
 from model_cards import build_card, push_to_hub
-from modeling_lrsclip import LRSCLIPModel, convert
+from modeling_lrsclip import LRSCLIPModel, convert, export_onnx
 from modeling_lrsclip.files.configuration import field_types
 from modeling_lrsclip.published.checkpoints import PRESETS
 from modeling_lrsclip.published.registry import MODELS
@@ -129,8 +129,14 @@ def test_converting_the_published_file(workplace, tiny_tokenizer):
     state = published_state(49408, 248, two_tables=True)
     write_source("zip", state, workplace).rename("LRSCLIP_ViT-B-16.pt")
     write_bpe_file(workplace / "bpe_simple_vocab_16e6.txt.gz")
-    convert.main(command("modeling_lrsclip.convert")[3:])
+    convert.main(command("modeling_lrsclip.convert", "bpe_simple")[3:])
     assert len(CLIPModel.from_pretrained("lrsclip-b16").text_model.embeddings.position_embedding.weight) == 248
+    convert.main(command("--plain-clip", "modeling_lrsclip.convert")[3:])
+    assert json.loads(Path("lrsclip-b16-clip/config.json").read_text())["model_type"] == "clip"
+    convert.main(command("--open-clip")[3:])
+    assert Path("lrsclip-b16-open-clip/open_clip_model.safetensors").is_file()
+    export_onnx.main(command("export_onnx")[3:])
+    assert Path("lrsclip-b16-onnx/onnx/text_model.onnx").is_file()
 
 
 def test_every_option_of_the_commands_exists(capsys):

@@ -26,6 +26,7 @@ from modeling_lrsclip.files.hashing import weights_sha256
 
 from ..published.registry import ModelSource
 from .cache import EmbeddingCache, SharedWork
+from .loading import OnnxModel, load_model
 from .model_inputs import (
     PixelBatcher,
     cut_tokens,
@@ -362,9 +363,10 @@ class Encoder:
         return {
             "label": self.label,
             "path": self.path,
-            "model_class": type(self.model).__name__,
+            "model_class": getattr(self.model, "name", type(self.model).__name__),
             "positions": self.positions,
-            "parameters": sum(weight.numel() for weight in self.model.parameters()),
+            "parameters": getattr(self.model, "parameter_count", None)
+            or sum(weight.numel() for weight in self.model.parameters()),
             "weights_sha256": self.weights_sha256,
             "dtype": str(self.dtype or self.model.dtype).removeprefix("torch."),
             "image_processor": type(self.processor.image_processor).__name__,
@@ -384,17 +386,19 @@ def load_encoder(
     device: str = "cpu",
     label: str | None = None,
     tokenizer: str | None = None,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> Encoder:
     """
     Loads a model with float32 weights.
 
     Args:
-        source: model folder or Hub id of an `LRSCLIPModel` or a `CLIPModel`; or the result of
+        source: model folder or Hub id of a CLIP or another dual encoder (see [`~.loading.load_model`]); or the result of
             [`~modeling_lrsclip.published.registry.resolve`], which may be a published checkpoint file.
         device: where the towers run, for example `cpu` or `cuda:0`.
         label: the model's name in tables; default its path.
         tokenizer: for a checkpoint file: Hub id, folder, or the published BPE file.
+        trust_remote_code: whether code that lies beside the weights may run.
         options: `batch_size`, `dtype`, `progress`, `workers`, `compile`, `cache_dir`, `distributed` of [`Encoder`].
 
     Returns:
@@ -404,39 +408,9 @@ def load_encoder(
         `ValueError`: for something that cannot be loaded, or a checkpoint that lacks weights of the model.
     """
     source = source if isinstance(source, ModelSource) else ModelSource(source)
-    model, processor = _load_file(source, tokenizer) if source.is_file else _load_pretrained(source)
-    for name in ("get_text_features", "get_image_features"):
-        if not hasattr(model, name):
-            raise ValueError(f"{source.path}: {type(model).__name__} has no {name}; a CLIP model is needed here.")
+    model, processor = load_model(source, tokenizer, trust_remote_code)
+    if options.get("compile") and not hasattr(model, "text_model"):
+        raise ValueError(f"{source.path}: only the towers of CLIP and LRSCLIP are compiled; leave --compile out.")
+    if isinstance(model, OnnxModel) and (torch.device(device).type != "cpu" or _is_half(options.get("dtype"))):
+        raise ValueError(f"{source.path}: exported towers run on the CPU, in the type they were exported with.")
     return Encoder(model.to(device).eval(), processor, label or source.path, source.path, **options)
-
-
-def _load_pretrained(source: ModelSource) -> tuple[Any, Any]:
-    from safetensors import SafetensorError
-    from transformers import AutoModel, AutoProcessor, PreTrainedConfig
-
-    from modeling_lrsclip.configuration_lrsclip import check_layers  # its package registers the Auto classes
-
-    path, hub = source.path, {"revision": source.revision} if source.revision else {}
-    try:
-        fields = PreTrainedConfig.get_config_dict(path, **hub)[0]
-        check_layers(*((fields.get(f"{tower}_config") or {}).get("num_hidden_layers") for tower in ("text", "vision")))
-        model, report = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **hub)
-        processor = AutoProcessor.from_pretrained(path, **hub)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path}: not loadable with AutoModel and AutoProcessor ({reason})") from error
-    missing = sorted(report["missing_keys"])
-    if missing:  # transformers would evaluate them at random values, with no more than a warning
-        raise ValueError(f"{path}: {len(missing)} weights are missing from the checkpoint, first: {missing[0]}")
-    return model, processor
-
-
-def _load_file(source: ModelSource, tokenizer: str | None) -> tuple[Any, Any]:
-    from modeling_lrsclip.convert import load_published
-
-    try:
-        return load_published(source.path, tokenizer=tokenizer, dtype=torch.float32, **source.load_options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(reason if source.path in reason else f"{source.path}: {reason}") from error

@@ -6,10 +6,11 @@ already, `--model remoteclip-vit-l-14=path/to/weights.pt` says which model a fil
 """
 
 import difflib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..files.documents import read_json
 
 
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
@@ -207,7 +208,7 @@ def resolve(given: str) -> ModelSource:
 def _local(given: str, model: PublishedModel | None) -> ModelSource:
     path = Path(given).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not any((path / name).is_file() for name in ("config.json", "modules.json")):  # of sentence-transformers
             raise ValueError(f"model folder {given} has no config.json; save_pretrained writes one.")
     elif not path.is_file():
         raise ValueError(f"{given} does not exist; give the checkpoint file or folder of {model.name}.")
@@ -221,22 +222,11 @@ def _known_by_file_name(path: Path) -> PublishedModel | None:
     name = path.name
     if path.is_dir():
         record = path / "conversion.json"  # of modeling_lrsclip.convert
-        conversion = _read_object(record) if record.is_file() else {}
+        conversion = read_json(record, "convert the model again, or remove the file") if record.is_file() else {}
         stretched = any(line.startswith("stretched") for line in conversion.get("decisions", []))
         name = "" if stretched else conversion.get("source", "")  # stretched, it is no longer what was published
     named = (model for model in MODELS.values() if model.repo and model.file)  # SkyCLIP's epoch_20.pt tells nothing
     return next((model for model in named if Path(model.file).name.lower() == name.lower()), None)
-
-
-def _read_object(path: Path) -> dict:
-    """The JSON object in a file; `ValueError` with the file's name for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); convert the model again, or remove the file.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object; convert the model again, or remove the file.")
-    return value
 
 
 def fetch(model: PublishedModel) -> ModelSource:

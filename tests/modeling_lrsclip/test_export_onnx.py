@@ -35,7 +35,14 @@ def exported(tmp_path_factory):
 def test_any_batch_and_any_length(exported, long_texts, short_texts, images):
     model, processor, folder, record = exported
     towers = OnnxTowers(folder)
-    for texts in (["a"], short_texts[:1], short_texts, long_texts[:3], ["tank " * 300], [*long_texts, "tank " * 300] * 3):
+    for texts in (
+        ["a"],
+        short_texts[:1],
+        short_texts,
+        long_texts[:3],
+        ["tank " * 300],
+        [*long_texts, "tank " * 300] * 3,
+    ):
         inputs = processor(text=texts, return_tensors="pt")
         with torch.no_grad():
             wanted = model.get_text_features(**inputs).pooler_output

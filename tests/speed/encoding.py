@@ -70,6 +70,12 @@ def build(layers: int) -> tuple[LRSCLIPModel, LRSCLIPProcessor]:
     return model, LRSCLIPProcessor(LRSCLIPImageProcessor(), tokenizer)
 
 
+def captions(rng: random.Random, count: int, mean: int) -> list[str]:
+    """Texts of `mean` tokens on average, start and end included."""
+    lengths = [max(1, round(rng.gauss(mean - 2, (mean - 2) / 4))) for _ in range(count)]
+    return [" ".join(rng.choice(WORDS) for _ in range(length)) for length in lengths]
+
+
 def padded_to_the_table(
     encode: Callable[[Tensor], Tensor], processor: LRSCLIPProcessor, texts: list[str], batch_size: int
 ) -> Tensor:
@@ -100,8 +106,7 @@ def main() -> None:
         name, encode = "the published code", published_model(options.published, model).eval().encode_text
     clock = time.process_time if options.processor_time else time.perf_counter
     for title, mean in LENGTHS.items():
-        lengths = [max(1, round(rng.gauss(mean - 2, (mean - 2) / 4))) for _ in range(options.texts)]
-        texts = [" ".join(rng.choice(WORDS) for _ in range(length)) for length in lengths]
+        texts = captions(rng, options.texts, mean)
         tokens = [len(row) for row in processor.encode_text(texts)]
         ratios, rates = [], []
         for _ in range(options.rounds):
