@@ -9,7 +9,7 @@ _HOMES = {
     "IndexJob": "index",
     "build_index": "index",
     "open_index": "index_store",
-    "load_index_encoder": "commands",
+    "load_index_encoder": "index_store",
     "search": "exact_search",
     "Area": "exact_search",
     "feature_table": "hits",

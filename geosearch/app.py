@@ -13,10 +13,9 @@ import gradio as gr
 import numpy as np
 from PIL import Image, ImageDraw
 
-from geosearch.commands import load_index_encoder
 from geosearch.exact_search import Hits, ReadText, read_text, search
 from geosearch.hits import feature_table, summary, write_features
-from geosearch.index_store import open_index
+from geosearch.index_store import load_index_encoder, open_index
 from geosearch.locate import SimilarityMap, similarity_map, write_map
 from geosearch.page import MAP_SCRIPT, MAP_STYLE, HeatLayer, hit_lines, map_svg
 from geosearch.pictures import ScenePictures

@@ -5,13 +5,6 @@ import datetime
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-
-if TYPE_CHECKING:
-    from modeling_lrsclip.encoding.encoder import Encoder
-
-    from .index_store import Index
 
 
 def add_search(commands: argparse._SubParsersAction) -> None:
@@ -62,37 +55,11 @@ def _date(text: str) -> datetime.datetime:
         raise argparse.ArgumentTypeError(f"{text!r} is no date; write 2024-05-31") from error
 
 
-def load_index_encoder(index: "Index", model: str | None = None, device: str = "cpu") -> "Encoder":
-    """
-    The model that an index was made with.
-
-    Args:
-        index: names the model and its weights.
-        model: folder, Hub id, file or name where the model is now; None: where it was when the index was made.
-        device: where it runs.
-
-    Returns:
-        The encoder, on `device`.
-
-    Raises:
-        [`~geosearch.index_store.IndexProblem`]: for other weights.
-    """
-    from transformers.utils import logging
-
-    from modeling_lrsclip.encoding.encoder import load_encoder
-    from modeling_lrsclip.published.registry import resolve
-
-    logging.disable_progress_bar()
-    encoder = load_encoder(resolve(model or index.metadata["model"]["id"]), device)
-    index.check_model(encoder.weights_sha256)
-    return encoder
-
-
 def run_search(options: argparse.Namespace) -> None:
     """Finds, prints and writes; what can be wrong with the arguments is said before the model is loaded."""
     from .exact_search import Area, search
     from .hits import feature_table, output_driver, print_hits, write_features
-    from .index_store import open_index
+    from .index_store import load_index_encoder, open_index
     from .page import write_page
     from .pictures import ScenePictures
 
@@ -167,7 +134,7 @@ def _locate(options: argparse.Namespace, folder: Path) -> None:
 
     from .exact_search import question_vector, read_text
     from .hits import place_name, write_features
-    from .index_store import open_index
+    from .index_store import load_index_encoder, open_index
     from .locate import PLACE_LEVEL, place_middles, places_of, scene_windows, similarity_map, write_map
 
     index = open_index(folder)

@@ -15,9 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from .commands import load_index_encoder
 from .exact_search import Hits, search
-from .index_store import open_index
+from .index_store import load_index_encoder, open_index
 from .locate import similarity_map, write_map
 from .page import write_page
 from .pictures import ScenePictures

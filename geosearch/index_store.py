@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,9 @@ import shapely
 from modeling_lrsclip.files.atomic import replace_text, replacing
 from modeling_lrsclip.files.documents import read_json, refuse_malformed
 
+
+if TYPE_CHECKING:
+    from modeling_lrsclip.encoding.encoder import Encoder
 
 VERSION = 1  # of the layout; an index of another is refused
 METADATA, NEXT_METADATA, PARTS = "index.json", "index.next.json", "parts"
@@ -373,3 +376,29 @@ def _check_metadata(metadata: dict[str, Any]) -> None:
         raise LookupError("the rows of its parts do not add up to all rows")
     if any("/" in part["name"] or "\\" in part["name"] or "\0" in part["name"] for part in parts):
         raise LookupError("a part is named by a path")
+
+
+def load_index_encoder(index: Index, model: str | None = None, device: str = "cpu") -> "Encoder":
+    """
+    The model that an index was made with.
+
+    Args:
+        index: names the model and its weights.
+        model: folder, Hub id, file or name where the model is now; None: where it was when the index was made.
+        device: where it runs.
+
+    Returns:
+        The encoder, on `device`.
+
+    Raises:
+        [`~geosearch.index_store.IndexProblem`]: for other weights.
+    """
+    from transformers.utils import logging
+
+    from modeling_lrsclip.encoding.encoder import load_encoder
+    from modeling_lrsclip.published.registry import resolve
+
+    logging.disable_progress_bar()
+    encoder = load_encoder(resolve(model or index.metadata["model"]["id"]), device)
+    index.check_model(encoder.weights_sha256)
+    return encoder

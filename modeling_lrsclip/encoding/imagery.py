@@ -22,6 +22,7 @@ from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from ..files.hashing import bytes_sha256, file_sha256
 from ..image_processing_lrsclip import to_rgb
+from .image_error import ImageError
 
 
 MAX_PIXELS = 178_956_970  # twice Pillow's warning threshold, where Pillow too takes a file for a decompression bomb
@@ -46,17 +47,6 @@ VIEWS: dict[str, list[Image.Transpose | None]] = {
     "rotations": [None, *_ROTATIONS],
     "dihedral": [None, *Image.Transpose],  # all eight symmetries of the square
 }
-
-
-class ImageError(ValueError):
-    """An image that cannot be used: its name, and the reason in a few words."""
-
-    def __init__(self, name: str, reason: str):
-        super().__init__(name, reason)
-        self.name, self.reason = name, reason
-
-    def __str__(self) -> str:
-        return f"{self.name} cannot be read as an image ({self.reason}); replace it or remove its row."
 
 
 def read_image(stored: StoredImage, shortest_edge: int | None = None) -> Image.Image:

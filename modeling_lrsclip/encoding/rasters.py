@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .imagery import ImageError
+from .image_error import ImageError
 
 
 os.environ.setdefault("GDAL_CACHEMAX", "256")  # megabytes; GDAL's own default is a twentieth of the memory

@@ -9,8 +9,8 @@ import pytest
 import rasterio
 
 from geosearch.app import STYLE, SearchPage, build_page, token_markup
-from geosearch.commands import load_index_encoder
 from geosearch.exact_search import read_text, search
+from geosearch.index_store import load_index_encoder
 from tests.geosearch.test_page import requests_of
 
 

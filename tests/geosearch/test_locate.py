@@ -9,9 +9,9 @@ from affine import Affine
 from rasterio.warp import transform as warp
 
 from geosearch.__main__ import main
-from geosearch.commands import load_index_encoder
 from geosearch.exact_search import SearchProblem, question_vector
 from geosearch.hits import write_features
+from geosearch.index_store import load_index_encoder
 from geosearch.locate import SimilarityMap, mean_over_windows, places_of, scene_windows, similarity_map, write_map
 
 

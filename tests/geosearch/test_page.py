@@ -12,8 +12,8 @@ from rasterio.windows import Window
 from rasterio.windows import transform as window_transform
 
 from geosearch.__main__ import main
-from geosearch.commands import load_index_encoder
 from geosearch.exact_search import nearest_places, search
+from geosearch.index_store import load_index_encoder
 from geosearch.page import MapFrame, hits_page, map_svg
 from geosearch.pictures import ScenePictures
 
