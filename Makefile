@@ -62,6 +62,8 @@ bench: $(READY)
 	$(BIN)/python -m tests.speed.localization
 	$(BIN)/python -m tests.speed.large_batch loss
 	$(BIN)/python -m tests.speed.training --batch 8 --layers 4
+	$(BIN)/python -m tests.speed.geosearch_index rate
+	$(BIN)/python -m tests.speed.geosearch_index memory
 
 # ---------------------------------------------------------------------------------------------------------------- demo
 # Table VII of the paper in small: the same scenes, architecture and number of steps for every row. An interrupted
