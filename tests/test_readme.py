@@ -10,11 +10,15 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import rasterio
+from rasterio.transform import from_origin
 from transformers import CLIPConfig, CLIPModel
 
 from evaluation import attention, compare
 from evaluation import run as evaluation_run
+from geosearch import __main__ as geosearch_command
 from model_cards import build_card, push_to_hub
 from modeling_lrsclip import LRSCLIPModel, convert, export_onnx
 from modeling_lrsclip.files.configuration import field_types
@@ -115,6 +119,28 @@ def test_from_scratch_then_use_then_evaluate(workplace, capsys):
         assert name in printed, name
 
 
+def test_a_place_is_found_by_describing_it(workplace, tiny_checkpoint, capsys):
+    scenes = workplace / "your" / "scenes"
+    scenes.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 4000, (3, 96, 128), dtype=np.uint16)
+    options = {"driver": "GTiff", "width": 128, "height": 96, "count": 3, "dtype": "uint16", "crs": "EPSG:32633"}
+    with rasterio.open(
+        scenes / "harbour.tif", "w", **options, transform=from_origin(500_000, 5_400_000, 1, 1)
+    ) as scene:
+        scene.write(pixels)
+    tiny_checkpoint.rename(workplace / "tiny")
+    (workplace / "runs" / "mine").mkdir(parents=True)
+    (workplace / "runs" / "mine" / "final").symlink_to(workplace / "tiny")
+    for words in (("index", "runs/mine/final"), ("search", "hits.html"), ("locate", "heat.tif")):
+        assert geosearch_command.main(command("geosearch", *words)[1:]) == 0
+    assert "harbour.tif" in capsys.readouterr().out
+    for name in ("hits.html", "heat.tif", "places.geojson"):
+        assert (workplace / name).stat().st_size > 0, name
+    code = blocks(READMES["geosearch/README.md"], "python")[0]
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=workplace)
+    assert shown.returncode == 0 and shown.stdout.startswith(str(scenes / "harbour.tif")), shown.stderr
+
+
 def test_fine_tuning_a_clip(workplace, tiny_clip, tiny_processor, capsys):
     tiny_clip.save_pretrained("clip")
     tiny_processor.save_pretrained("clip")
@@ -157,7 +183,7 @@ def test_what_commands_name_is_there(readme):
     for module in re.findall(r"python -m ([\w.]+)", text):
         assert importlib.util.find_spec(module), module
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", text) + re.findall(r"python (\w+/\w+\.py)", text):
-        assert (ROOT / link).exists() or (ROOT / readme).with_name(link).exists(), link
+        assert (ROOT / link).exists() or ((ROOT / readme).parent / link).exists(), link
     for file in re.findall(r"--config(?:_file)? (\w+/[\w/.]+)", text):
         assert (ROOT / file).is_file(), file
     for line in commands:
