@@ -225,7 +225,7 @@ def serve(
         What `launch` does.
     """
     blocks = build_page(SearchPage(index_folder, model, device))
-    return blocks.launch(server_name=host, server_port=port, share=False, css=STYLE, **options)
+    return blocks.launch(server_name=host, server_port=port, share=False, run_history=False, css=STYLE, **options)
 
 
 if __name__ == "__main__":
