@@ -64,7 +64,17 @@ setup(
         # The data set builder (training/lrs2m); it needs train and eval as well.
         "lrs2m": ["filelock", "ijson", "numpy>=2", "openai", "pyogrio", "rasterio>=1.4", "shapely>=2"],
         # Search over georeferenced imagery; `map` adds its page in the browser, `ray` its run on a cluster.
-        "geosearch": ["filelock", "pyarrow", "pyogrio", "pyproj", "rasterio>=1.4", "rich", "shapely>=2.1", "tqdm"],
+        "geosearch": [
+            "accelerate>=1.10",
+            "filelock",
+            "pyarrow",
+            "pyogrio",
+            "pyproj",
+            "rasterio>=1.4",
+            "rich",
+            "shapely>=2.1",
+            "tqdm",
+        ],
         "map": ["gradio>=6"],
         "ray": ["ray>=2.40"],
         "onnx": ["onnx", "onnxruntime", "onnxscript"],

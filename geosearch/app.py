@@ -47,7 +47,8 @@ class SearchPage:
         self.index = open_index(index_folder)
         self.encoder = load_index_encoder(self.index, model, device)
         self.pictures = ScenePictures(self.index)
-        self.folder = Path(tempfile.mkdtemp(prefix="geosearch-page-"))  # of downloads
+        self._temporary = tempfile.TemporaryDirectory(prefix="geosearch-page-")  # goes with the page
+        self.folder = Path(self._temporary.name)  # of downloads
 
     @property
     def scene_names(self) -> list[tuple[str, str]]:

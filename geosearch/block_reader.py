@@ -184,6 +184,7 @@ class BlockReader:
                 del self._local.raster, self._local.path
             raster = self.options.open(scene.facts.path)
             if (raster.width, raster.height) != (scene.facts.width, scene.facts.height):
+                raster.close()
                 raise RasterError(f"{scene.facts.path} changed its size while it was read; run the command again.")
             with self._lock:
                 if self._rendering is None or self._rendering[0] != scene.facts.path:

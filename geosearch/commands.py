@@ -111,6 +111,8 @@ def run_locate(options: argparse.Namespace) -> None:
 
     if options.places:
         output_driver(options.places)
+    if options.output and Path(options.output).suffix.lower() not in (".tif", ".tiff"):
+        raise SearchProblem(f"{options.output} is to be a GeoTIFF: let its name end in .tif.")
     if Path(options.source).is_dir():
         if options.window:
             raise SearchProblem("--window is for a scene's file; the windows of an index are there already.")
@@ -180,7 +182,7 @@ def run_serve(options: argparse.Namespace) -> None:
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise ValueError("the page needs gradio: pip install 'lrsclip[geosearch,map]'.") from error
+        raise ValueError("the page needs gradio: pip install '.[geosearch,map]' in the clone.") from error
     from .app import serve
 
     browser = not options.no_browser

@@ -87,7 +87,7 @@ class IndexJob:
         """
         index = self._metadata()
         found = find_scenes(self.scenes, self.asset)
-        model = describe_model(encoder)
+        model = describe_model(encoder, self.tokenizer)
         options = self._options(index, encoder)
         if index:
             open_index(self.output).check_model(model["weights_sha256"])
@@ -114,8 +114,8 @@ class IndexJob:
         return known
 
 
-def describe_model(encoder: Encoder) -> dict[str, Any]:
-    """Return what identifies a model in `index.json`."""
+def describe_model(encoder: Encoder, tokenizer: str | None = None) -> dict[str, Any]:
+    """Return what identifies a model in `index.json`; `tokenizer`: the one that was named beside it."""
     path = os.path.abspath(encoder.path) if os.path.exists(encoder.path) else encoder.path
     known = encoder.describe()
     return {
@@ -123,6 +123,7 @@ def describe_model(encoder: Encoder) -> dict[str, Any]:
         "weights_sha256": known["weights_sha256"],
         "dimensions": encoder.model.config.projection_dim,
         **{name: known[name] for name in ("model_class", "image_processor", "dtype")},
+        **({"tokenizer": os.path.abspath(tokenizer) if os.path.exists(tokenizer) else tokenizer} if tokenizer else {}),
     }
 
 

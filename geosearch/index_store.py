@@ -378,7 +378,9 @@ def _check_metadata(metadata: dict[str, Any]) -> None:
         raise LookupError("a part is named by a path")
 
 
-def load_index_encoder(index: Index, model: str | None = None, device: str = "cpu") -> "Encoder":
+def load_index_encoder(
+    index: Index, model: str | None = None, device: str = "cpu", tokenizer: str | None = None
+) -> "Encoder":
     """
     The model that an index was made with.
 
@@ -386,6 +388,7 @@ def load_index_encoder(index: Index, model: str | None = None, device: str = "cp
         index: names the model and its weights.
         model: folder, Hub id, file or name where the model is now; None: where it was when the index was made.
         device: where it runs.
+        tokenizer: for a checkpoint file; None: the one that the index was made with.
 
     Returns:
         The encoder, on `device`.
@@ -399,6 +402,7 @@ def load_index_encoder(index: Index, model: str | None = None, device: str = "cp
     from modeling_lrsclip.published.registry import resolve
 
     logging.disable_progress_bar()
-    encoder = load_encoder(resolve(model or index.metadata["model"]["id"]), device)
+    tokenizer = tokenizer or index.metadata["model"].get("tokenizer")
+    encoder = load_encoder(resolve(model or index.metadata["model"]["id"]), device, tokenizer=tokenizer)
     index.check_model(encoder.weights_sha256)
     return encoder

@@ -207,7 +207,7 @@ def build_on_ray(job: IndexJob, address: str | None = None, shards: int | None =
     try:
         import ray
     except ImportError as error:
-        raise ValueError("--on ray needs Ray: pip install 'lrsclip[ray]'.") from error
+        raise ValueError("--on ray needs Ray: pip install '.[ray]' in the clone.") from error
     here = dataclasses.replace(
         job,
         scenes=[os.path.abspath(scene) for scene in job.scenes],

@@ -92,6 +92,9 @@ def stage(
         `ValueError`: as [`build_card`]; for a folder without processor or tokenizer, for code beside the weights that
             is not this package's, and for a link to a file outside the folder.
     """
+    for name in (*SETTINGS, *TOKENIZER, CONVERSION, RECORD, WEIGHTS, INDEX):
+        if (checkpoint / name).is_symlink():
+            _check_link(checkpoint, name)
     source = checkpoint if _complete(checkpoint) else _with_code(checkpoint, folder.with_name(f"{folder.name}-saved"))
     record = checkpoint / RECORD
     if training is None and record.is_file():

@@ -237,7 +237,7 @@ def _rendered(file: str | Path | io.BytesIO, has: str, turned: int = 1) -> Image
     try:
         from .rasters import NAMING, Raster, RasterError, fill_nothing  # only who has such files needs rasterio
     except ImportError as error:
-        raise ValueError(f"it has {has}, which needs rasterio: pip install 'lrsclip[geosearch]'") from error
+        raise ValueError(f"it has {has}, which needs rasterio: pip install '.[geosearch]' in the clone") from error
     with contextlib.ExitStack() as stack:
         if isinstance(file, io.BytesIO):
             stored = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".raster"))

@@ -48,6 +48,9 @@ class RasterError(ImageError):
     def __init__(self, sentence: str):
         super().__init__("", sentence)
 
+    def __reduce__(self) -> tuple:  # it crosses processes
+        return type(self), (self.reason,)
+
     def __str__(self) -> str:
         return self.reason
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..files.documents import read_json
+from ..files.documents import read_json, refuse_malformed
 
 
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
@@ -146,7 +146,7 @@ PAPER_ONLY = {"selo-v1": "AMFMN of xiaoyuan1996/AMFMN", "selo-v2": "AMFMN of xia
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model is and how it is read: what `evaluation.embedding.load_encoder` needs."""
+    """Where a model is and how it is read: what `modeling_lrsclip.encoding.encoder.load_encoder` needs."""
 
     path: str  # folder, Hub id, or checkpoint file
     model: PublishedModel | None = None  # its row in the registry, where it has one
@@ -223,8 +223,10 @@ def _known_by_file_name(path: Path) -> PublishedModel | None:
     if path.is_dir():
         record = path / "conversion.json"  # of modeling_lrsclip.convert
         conversion = read_json(record, "convert the model again, or remove the file") if record.is_file() else {}
-        stretched = any(line.startswith("stretched") for line in conversion.get("decisions", []))
-        name = "" if stretched else conversion.get("source", "")  # stretched, it is no longer what was published
+        with refuse_malformed(record, "convert the model again, or remove the file"):
+            stretched = any(line.startswith("stretched") for line in conversion.get("decisions", []))
+            # Stretched, it is no longer what was published.
+            name = "" if stretched else conversion.get("source", "").strip()
     named = (model for model in MODELS.values() if model.repo and model.file)  # SkyCLIP's epoch_20.pt tells nothing
     return next((model for model in named if Path(model.file).name.lower() == name.lower()), None)
 

@@ -320,8 +320,7 @@ def _index_file(name: str) -> Callable[[], Wholes]:
 
 
 def _read_index(name: str, path: Path) -> None:
-    from geosearch.search import nearest_places
-
+    from geosearch.exact_search import nearest_places
     from geosearch.hits import feature_table, hit_table, summary
     from geosearch.index_store import open_index
 

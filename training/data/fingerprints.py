@@ -1,7 +1,7 @@
 """Number and content of the rows of each source, by which a resumed run knows whether it is given the data it began with."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +102,18 @@ def _text_leaves(part: ParquetRows) -> list[str]:
 
 
 def _hash_parquet(part: ParquetRows, columns: list[str]) -> str:
-    groups = range(len(part.chunks))
-    digest = _hash_texts(part.file.read_row_group(group, columns=columns, use_threads=False) for group in groups)
+    unreadable = []
+
+    def groups() -> Iterator[pa.Table]:
+        for group in range(len(part.chunks)):
+            try:
+                yield part.file.read_row_group(group, columns=columns, use_threads=False)
+            except (OSError, ValueError, pa.ArrowException):  # its rows are skipped and named when their turn comes
+                unreadable.append([group, int(part.chunks[group])])
+
+    digest = _hash_texts(groups())
     part._close()
-    return digest
+    return json_sha256([digest, unreadable]) if unreadable else digest
 
 
 def _hash_texts(tables: Iterable[pa.Table]) -> str:

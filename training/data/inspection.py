@@ -4,6 +4,7 @@ import contextlib
 import re
 import statistics
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from modeling_lrsclip import LRSCLIPProcessor
@@ -99,8 +100,10 @@ def _sample(pairs: Pairs, most: int) -> list[int]:
 def _image_sha256(stored: Any) -> str | None:
     """Hash of an image file's content; None for one that is missing, which training names when its turn comes."""
     if isinstance(stored, dict):
-        stored = stored["path"] if stored.get("bytes") is None else stored["bytes"]
-    with contextlib.suppress(OSError, TypeError):
+        stored = stored.get("path") if stored.get("bytes") is None else stored["bytes"]
+    if not isinstance(stored, str | Path | bytes):  # a number would be opened as a file descriptor
+        return None
+    with contextlib.suppress(OSError, ValueError):
         return bytes_sha256(stored) if isinstance(stored, bytes) else file_sha256(stored)
     return None
 

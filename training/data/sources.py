@@ -255,7 +255,7 @@ def _read_table(path: Path) -> Dataset:
     columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
     try:
         return Dataset(pa.table({name: pa.array(values) for name, values in columns.items()}))
-    except pa.ArrowException:
+    except (pa.ArrowException, OverflowError) as error:
         for name, values in columns.items():
             kinds = {type(value): number for number, value in enumerate(values) if value is not None}
             if len(kinds) > 1:
@@ -264,7 +264,7 @@ def _read_table(path: Path) -> Dataset:
                     f"{path}: {name} is {one.__name__} in row {first} and {other.__name__} in row {second}; write all of "
                     "its values alike."
                 ) from None
-        raise
+        raise ValueError(f"{path} cannot be held as a table ({error}); mend it, or set data.streaming.") from None
 
 
 def _open_table(

@@ -236,7 +236,7 @@ def test_without_rasterio_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "modeling_lrsclip.encoding.rasters", None)
     for path in satellite_forms(tmp_path).values():
         with pytest.raises(
-            ValueError, match=r"\.tif cannot be read .*needs rasterio: pip install 'lrsclip\[geosearch\]'"
+            ValueError, match=r"\.tif cannot be read .*needs rasterio: pip install '\.\[geosearch\]' in the clone"
         ):
             read_image(path)
     assert read_image(stored(scene(32, 32))).mode == "RGB"

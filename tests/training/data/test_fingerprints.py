@@ -12,6 +12,7 @@ from tests.soak import make_data, run_arguments
 from tests.training.data.test_data_streaming import picture, write_tar
 from training import train
 from training.data.fingerprints import changes, fingerprints
+from training.data.inspection import _image_sha256
 from training.data.pairs import load_pairs
 from training.data.sources import DataConfig
 
@@ -97,3 +98,32 @@ def test_a_resumed_run_with_changed_data(tmp_path, capsys):
     first, second = json.loads((tmp_path / "run/run.json").read_text())["starts"]
     assert "changed_data" not in first
     assert second["changed_data"] == [f"{captions} has its 16 rows in another order or with other texts"]
+
+
+def test_a_damaged_row_group_is_no_end(tmp_path):
+    """Its rows are skipped and named when their turn comes; another group damaged is other data."""
+    path = Path(write("rows.parquet, streaming", tmp_path, rows_of_roofs(), group=2))
+    whole, hashes = path.read_bytes(), set()
+    config = DataConfig(train=str(path), streaming=True)
+    hashes.add(fingerprints(load_pairs(config, ["long", "short"]), ["rows"])[0]["sha256"])
+    for group in (1, 2):
+        column = pq.ParquetFile(path).metadata.row_group(group).column(2)
+        start = column.dictionary_page_offset or column.data_page_offset
+        path.write_bytes(
+            whole[:start] + b"\xff" * column.total_compressed_size + whole[start + column.total_compressed_size :]
+        )
+        hashes.add(fingerprints(load_pairs(config, ["long", "short"]), ["rows"])[0]["sha256"])
+        path.write_bytes(whole)
+    assert len(hashes) == 3
+
+
+@pytest.mark.parametrize("stored", [{"path": 5}, 5, 0, {}, None, "a\0b.png", "absent.png"])
+def test_what_is_no_image_file_has_no_hash(stored, monkeypatch):
+    really = open
+
+    def guarded(file, *arguments, **options):
+        assert not isinstance(file, int), "a number is a file descriptor"
+        return really(file, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", guarded)
+    assert _image_sha256(stored) is None
