@@ -41,7 +41,7 @@ footer { display: none !important }
 
 
 class SearchPage:
-    """What the page does: every method is called with the values of its inputs and returns those of its outputs."""
+    """Actions of the page: every method is called with the values of its inputs and returns those of its outputs."""
 
     def __init__(self, index_folder: str | Path, model: str | None = None, device: str = "cpu"):
         self.index = open_index(index_folder)
@@ -62,7 +62,22 @@ class SearchPage:
         return token_markup(read_text(self.encoder, text))
 
     def search(self, text: str, example: str | None, exclude: str, top: float) -> tuple[Any, ...]:
-        """Hits, their map and table, the scene of the heat map, and the files to download."""
+        """
+        Looks for a question's places.
+
+        Args:
+            text: what is to be seen; empty: only the example counts.
+            example: file of an image that it is to look like; None: none.
+            exclude: what is not to be seen; may be empty.
+            top: most places.
+
+        Returns:
+            Hits, map, remark, rows of the table, scene of the heat map, files (GeoJSON, GeoPackage, GeoTIFF), picture of
+            the first hit and words about it.
+
+        Raises:
+            `gradio.Error`: with the sentence for a question that cannot be answered.
+        """
         try:
             image = self.pictures.example(example) if example else None
             hits = search(

@@ -28,7 +28,17 @@ SHARED = 0.5  # of the place's pixels that a window must show to be the right on
 
 
 def rank_of(hits: Hits, scene: str, pixel_box: list[int]) -> int | None:
-    """Rank of the first hit that shows at least half of a place; None: none does."""
+    """
+    Finds the first hit that shows at least half of a place.
+
+    Args:
+        hits: places found, best first.
+        scene: path of the place's scene, or the end of it.
+        pixel_box: left, top, width, height of the place.
+
+    Returns:
+        Its rank from 1; None: no hit does.
+    """
     left, top, width, height = pixel_box
     for rank, row in enumerate(hits.rows.to_pylist(), 1):
         x, y, across, down = row["pixel_box"]
@@ -43,6 +53,11 @@ def rank_of(hits: Hits, scene: str, pixel_box: list[int]) -> int | None:
 def run(index_folder: Path, places_file: Path, output: Path) -> dict[str, int]:
     """
     Asks, prints what was found where, and writes a page and a heat map.
+
+    Args:
+        index_folder: of the index.
+        places_file: JSON lines with `text`, `scene` and `pixel_box`; ten of them, evenly spread, are asked.
+        output: folder for `hits.html` and `heat.tif`.
 
     Returns:
         How many descriptions were asked (`asked`), and found `first` or `among_five`.

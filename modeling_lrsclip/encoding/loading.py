@@ -314,7 +314,7 @@ def _number(config: Any, name: str, default: int) -> int:
 
 
 def _file_numbers(folder: Path) -> Tensor:
-    """What the hash of weights tells two exports apart by: the SHA-256 of both files as numbers."""
+    """The SHA-256 of both files as numbers, by which the hash of weights tells two exports apart."""
     from ..export_onnx import FOLDER, TEXT, VISION
     from ..files.hashing import file_sha256
 

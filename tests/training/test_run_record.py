@@ -152,7 +152,7 @@ def test_one_validation_is_drawn_as_bars_and_several_as_curves(tmp_path):
 @pytest.mark.parametrize("content", ["", '{"starts": [', "[]"])
 def test_a_record_that_is_none_is_named(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(ValueError, match=r"run\.json cannot be read as .*remove it"):
+    with pytest.raises(ValueError, match=r"run\.json cannot be read .*remove it"):
         read_record(tmp_path)
 
 

@@ -174,7 +174,7 @@ def test_lost_workers_end_the_run(captions, tmp_path, number, reason):
     attempt = Forked(arguments, 1, tmp_path / "output", be_impatient)
     wait_for_step(attempt, tmp_path / "run", 1)
     (trainer,) = attempt.everybody()
-    for worker in trainer.children():
+    for worker in trainer.children(recursive=True):  # readers are those of a fork server
         worker.send_signal(number)
     assert attempt.wait() == FAILED
     output = (tmp_path / "output").read_text()
