@@ -8,7 +8,7 @@ import datetime
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,6 @@ from .index_store import (
     PARTS,
     VECTORS,
     VERSION,
-    Index,
-    open_index,
     row_names,
     row_schema,
     vectors_of,
@@ -39,31 +37,6 @@ ROWS_PER_PART = 2**17  # 128 MB of vectors at 512 dimensions, one row group
 NEXT_PARTS, REPLACED_PARTS = "parts.next", "parts.replaced"
 WGS84_BOUNDS = (-180.0, -90.0, 180.0, 90.0)
 STAC_EXTENSION = "https://stac-extensions.github.io/embeddings/v0.0.1/schema.json"
-
-
-def write_index(folder: str | Path, tables: Iterable[pa.Table], metadata: dict[str, Any]) -> Index:
-    """
-    Writes a whole index from tables in memory, in place of one that is there.
-
-    Args:
-        folder: is made.
-        tables: with the columns of [`row_schema`].
-        metadata: as in [`publish`].
-
-    Returns:
-        The index, opened.
-    """
-    folder = Path(folder)
-    given = folder / ".given"
-    shutil.rmtree(given, ignore_errors=True)
-    given.mkdir(parents=True)
-    files = []
-    for number, table in enumerate(tables):
-        files.append(given / f"{number:05d}.parquet")
-        pq.write_table(table, files[-1])
-    publish(folder, files, metadata)
-    shutil.rmtree(given)
-    return open_index(folder)
 
 
 def publish(

@@ -298,7 +298,7 @@ def _read_results(path: Path) -> None:
 
 @cache
 def _index() -> dict[str, bytes]:
-    from geosearch.index_writer import write_index
+    from tests.geosearch.small_scenes import write_index
     from tests.geosearch.test_index_store import METADATA, rows_of
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,13 +1,20 @@
-"""Small scenes written by rasterio, and a tiny model to encode them with."""
+"""Small scenes written by rasterio, a tiny model to encode them with, and indexes of rows in memory."""
 
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import rasterio
 import torch
 from affine import Affine
 from rasterio.transform import from_origin
 
+from geosearch.index_store import Index, open_index
+from geosearch.index_writer import publish
 from modeling_lrsclip import LRSCLIPConfig, LRSCLIPImageProcessor, LRSCLIPModel, LRSCLIPProcessor
 from modeling_lrsclip.train_tokenizer import train_tokenizer
 from tests.conftest import LONG, SHORT, tower_configs
@@ -50,3 +57,28 @@ def tiny_checkpoint(folder: Path) -> Path:
     size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     LRSCLIPProcessor(LRSCLIPImageProcessor(**size), tokenizer).save_pretrained(folder)
     return folder
+
+
+def write_index(folder: str | Path, tables: Iterable[pa.Table], metadata: dict[str, Any]) -> Index:
+    """
+    Writes a whole index from tables in memory, in place of one that is there.
+
+    Args:
+        folder: is made.
+        tables: with the columns of [`~geosearch.index_store.row_schema`].
+        metadata: as in [`~geosearch.index_writer.publish`].
+
+    Returns:
+        The index, opened.
+    """
+    folder = Path(folder)
+    given = folder / ".given"
+    shutil.rmtree(given, ignore_errors=True)
+    given.mkdir(parents=True)
+    files = []
+    for number, table in enumerate(tables):
+        files.append(given / f"{number:05d}.parquet")
+        pq.write_table(table, files[-1])
+    publish(folder, files, metadata)
+    shutil.rmtree(given)
+    return open_index(folder)

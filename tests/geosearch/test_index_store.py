@@ -18,7 +18,8 @@ from affine import Affine
 from geosearch import index_writer
 from geosearch.footprints import footprints, hilbert_order
 from geosearch.index_store import IndexProblem, open_index, row_table
-from geosearch.index_writer import publish, write_index
+from geosearch.index_writer import publish
+from tests.geosearch.small_scenes import write_index
 
 
 ROOT = Path(__file__).parents[2]
@@ -194,6 +195,7 @@ KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
 from geosearch import index_store, index_writer
+from tests.geosearch.small_scenes import write_index
 from tests.geosearch.test_index_store import METADATA, rows_of
 
 def counted(function, step, calls=[]):
@@ -212,10 +214,10 @@ for step in range(1, 60):
             break
         assert os.WTERMSIG(status) == signal.SIGKILL, status
         continue
-    index_writer.write_index(folder, [rows_of("a.tif", 20)], METADATA)
+    write_index(folder, [rows_of("a.tif", 20)], METADATA)
     for module, name in [(index_writer.os, "replace"), (shutil, "rmtree"), (index_writer, "replace_text"), (index_writer, "sync")]:
         setattr(module, name, counted(getattr(module, name), step))
-    index_writer.write_index(folder, [rows_of("a.tif", 30, 5)], METADATA)
+    write_index(folder, [rows_of("a.tif", 30, 5)], METADATA)
     os._exit(0)
 """
 

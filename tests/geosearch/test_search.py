@@ -32,8 +32,8 @@ from geosearch.exact_search import (
 from geosearch.footprints import footprints
 from geosearch.hits import feature_table, print_hits, write_features
 from geosearch.index_store import IndexProblem, row_table
-from geosearch.index_writer import write_index
 from modeling_lrsclip.encoding.encoder import Encoder, embed_images, embed_texts
+from tests.geosearch.small_scenes import write_index
 
 
 WIDTH = 24  # of the tiny model's shared space

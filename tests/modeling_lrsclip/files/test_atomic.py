@@ -18,10 +18,9 @@ def test_an_error_leaves_the_file_as_it_was(tmp_path):
         growing.write_text("half")
         raise OSError("full")
     assert (tmp_path / "a.txt").read_text() == "first" and names(tmp_path) == ["a.txt"]
-    atomic.replace_json(tmp_path / "a.txt", {"é": [1]})
-    assert (tmp_path / "a.txt").read_bytes() == '{\n  "é": [\n    1\n  ]\n}\n'.encode() and names(tmp_path) == [
-        "a.txt"
-    ]
+    atomic.replace_json(tmp_path / "a.txt", {"é": [1, 2.5], "b": ["x"]})
+    assert (tmp_path / "a.txt").read_bytes() == '{\n  "é": [1, 2.5],\n  "b": [\n    "x"\n  ]\n}\n'.encode()
+    assert names(tmp_path) == ["a.txt"]
 
 
 def test_content_is_on_disk_before_its_name(tmp_path, monkeypatch):
