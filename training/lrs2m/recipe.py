@@ -132,9 +132,9 @@ class CaptionerConfig:
     max_tokens: int = Field(512, ge=1)  # of the model's own tokenizer, of an answer
     max_image_side: int = Field(1024, ge=28)  # pixels; larger images are sent smaller
     # openai
-    base_url: str | None = None  # such as http://localhost:8000/v1
+    base_url: str | list[str] | None = None  # such as http://localhost:8000/v1; of several servers a list
     api_key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key, where one is needed
-    concurrency: int = Field(32, ge=1)  # requests at a time
+    concurrency: int = Field(32, ge=1)  # requests at a time, of each server
     timeout: float = Field(120, gt=0)  # seconds for one answer
     tries: int = Field(8, ge=1)  # of one request that the network or the server failed
     extra: dict[str, Any] = Field(default_factory=dict)  # further fields of a request's body
@@ -147,11 +147,19 @@ class CaptionerConfig:
 
     @model_validator(mode="after")
     def _endpoint(self):
-        if (self.kind == "openai") != (self.base_url is not None):
+        if (self.kind == "openai") != bool(self.base_urls):
             raise ValueError("base_url belongs to a captioner of kind openai, and one of that kind needs it")
-        if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
-            raise ValueError(f"base_url {self.base_url} must begin with http:// or https://")
+        for url in self.base_urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"base_url {url} must begin with http:// or https://")
+            if self.base_urls.count(url) > 1:
+                raise ValueError(f"base_url {url} is given twice; name every server once")
         return self
+
+    @property
+    def base_urls(self) -> list[str]:
+        """The addresses of `base_url`, one a server."""
+        return [self.base_url] if isinstance(self.base_url, str) else self.base_url or []
 
 
 @dataclass(config=STRICT)

@@ -1,10 +1,12 @@
-"""A captioner behind an OpenAI-compatible chat endpoint, such as vLLM, by way of the `openai` client."""
+"""A captioner behind one or more OpenAI-compatible chat endpoints, such as vLLM, by way of the `openai` client."""
 
 import asyncio
+import contextlib
 import email.utils
 import json
 import os
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
@@ -16,35 +18,62 @@ from .captioner import Answer, CaptionerDown, NoAnswer, Request, captioner_id, c
 
 REFUSED = (401, 403, 404, 405)  # key, model or address are wrong for every request
 LONGEST_PAUSE = 600.0  # seconds of a Retry-After that are believed; the client itself believes two minutes
+FIRST_REST, LONGEST_REST = 0.5, 30.0  # seconds for which one of several servers that failed is asked nothing
+
+
+class _Server:
+    """One endpoint: its client, the requests under way, and the moment before which it is asked nothing."""
+
+    def __init__(self, url: str, config: CaptionerConfig, key: str | None):
+        self.url, self.at_work, self.failures = url, 0, 0
+        self.not_before = 0.0  # on the monotonic clock
+        hooks = {"request": [self._wait_for_pause], "response": [self._note_pause]}
+        self.client = openai.AsyncOpenAI(
+            base_url=url,
+            api_key=key or "none",
+            timeout=config.timeout,
+            max_retries=config.tries - 1 if len(config.base_urls) == 1 else 0,  # of several, another one is asked
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks=hooks),
+        )
+
+    def rest(self) -> None:
+        """Ask nothing for a while that doubles with every failure in a row."""
+        self.failures += 1
+        seconds = min(LONGEST_REST, FIRST_REST * 2 ** (self.failures - 1))
+        self.not_before = max(self.not_before, time.monotonic() + seconds)
+
+    async def _wait_for_pause(self, request: Any) -> None:
+        """Holds every request, a second try too, until the pause that the server asked for is over."""
+        while (rest := self.not_before - time.monotonic()) > 0:
+            await asyncio.sleep(rest)
+
+    async def _note_pause(self, response: Any) -> None:
+        seconds = _retry_after(response.headers.get("Retry-After")) if response.status_code >= 400 else None
+        if seconds is not None:
+            self.not_before = max(self.not_before, time.monotonic() + seconds)
+            response.headers["Retry-After-Ms"] = "1"  # the client need not wait as well
 
 
 class OpenAICaptioner:
     """
-    Asks many requests at a time, each until it is answered.
+    Asks many requests at a time, each until it is answered, the server with the fewest at work first.
 
-    The client sends again what the network or the server's state spoiled, after 0.5 to 8 seconds. Kept by hand beside it:
-    a pause that the server asks for holds for all requests, not only for the one that was told; an answer that cannot be
-    read is asked for again.
+    The client sends again what the network or the server's state spoiled, after 0.5 to 8 seconds; where there are several
+    servers, one that failed rests and another is asked. Kept by hand beside it: a pause that a server asks for holds for
+    all requests to it, not only for the one that was told; an answer that cannot be read is asked for again.
 
     Args:
-        config: of kind `openai`. At most `concurrency` requests are under way, each is sent `tries` times at most.
+        config: of kind `openai`. At most `concurrency` requests are under way at a server, each is sent `tries` times at
+            most.
     """
 
     def __init__(self, config: CaptionerConfig):
-        assert config.base_url is not None
         self.config, self.id, self.identity = config, captioner_id(config), captioner_identity(config)
-        self._free = asyncio.Semaphore(config.concurrency)
-        self._not_before = 0.0  # on the monotonic clock
         key = os.environ.get(config.api_key_variable)
-        hooks = {"request": [self._wait_for_pause], "response": [self._note_pause]}
         self._headers = None if key else {"Authorization": openai.Omit()}
-        self._client = openai.AsyncOpenAI(
-            base_url=config.base_url,
-            api_key=key or "none",
-            timeout=config.timeout,
-            max_retries=config.tries - 1,
-            http_client=openai.DefaultAsyncHttpxClient(event_hooks=hooks),
-        )
+        self._servers = [_Server(url, config, key) for url in config.base_urls]
+        self._free = asyncio.Semaphore(config.concurrency * len(self._servers))
+        self._released = asyncio.Event()  # a server has room for one more
 
     async def ask(self, request: Request) -> Answer:
         """
@@ -52,7 +81,7 @@ class OpenAICaptioner:
 
         Raises:
             [`NoAnswer`]: when no try brought one, or the server refuses this request.
-            [`CaptionerDown`]: when the server refuses the key, the model or the address.
+            [`CaptionerDown`]: when a server refuses the key, the model or the address.
         """
         async with self._free:
             picture = request.picture
@@ -64,28 +93,54 @@ class OpenAICaptioner:
             longest = self.config.tries * (self.config.timeout + LONGEST_PAUSE)
             reason = ""
             for _ in range(self.config.tries):
-                try:
-                    return _read_answer(await asyncio.wait_for(self._create(messages, request), longest))
-                except _Unreadable as error:
-                    reason = f"malformed answer: {error}"
-                except (openai.APITimeoutError, asyncio.TimeoutError):
-                    reason = f"no answer within {self.config.timeout:g} s"
-                    break
-                except openai.APIConnectionError as error:
-                    reason = f"connection failed: {type(error.__cause__).__name__}"
-                    break
-                except openai.APIStatusError as error:
-                    reason = self._refused(error)
-                    break
+                async with self._server() as server:
+                    try:
+                        answer = _read_answer(await asyncio.wait_for(self._create(server, messages, request), longest))
+                        server.failures = 0
+                        return answer
+                    except _Unreadable as error:
+                        reason = f"malformed answer: {error}"
+                        continue
+                    except (openai.APITimeoutError, asyncio.TimeoutError):
+                        reason = f"no answer within {self.config.timeout:g} s"
+                    except openai.APIConnectionError as error:
+                        reason = f"connection failed: {type(error.__cause__).__name__}"
+                    except openai.APIStatusError as error:
+                        reason = self._refused(server, error)
+                    if len(self._servers) == 1:  # the client has tried again
+                        break
+                    server.rest()
             raise NoAnswer(f"{reason} ({self.config.tries} tries)")
 
-    async def close(self) -> None:
-        await self._client.close()
+    @contextlib.asynccontextmanager
+    async def _server(self) -> AsyncIterator[_Server]:
+        """The server with the fewest requests at work, for one more; waits while all rest or are full."""
+        while True:
+            now = time.monotonic()
+            open_servers = [server for server in self._servers if server.at_work < self.config.concurrency]
+            ready = [server for server in open_servers if server.not_before <= now or len(self._servers) == 1]
+            if ready:
+                break
+            rested = min((server.not_before - now for server in open_servers), default=LONGEST_REST)
+            self._released.clear()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._released.wait(), rested)
+        server = min(ready, key=lambda server: server.at_work)
+        server.at_work += 1
+        try:
+            yield server
+        finally:
+            server.at_work -= 1
+            self._released.set()
 
-    async def _create(self, messages: list[dict[str, Any]], request: Request) -> Any:
+    async def close(self) -> None:
+        for server in self._servers:
+            await server.client.close()
+
+    async def _create(self, server: _Server, messages: list[dict[str, Any]], request: Request) -> Any:
         """A chat completion, or what else the server sent in its place."""
         try:
-            return await self._client.chat.completions.create(
+            return await server.client.chat.completions.create(
                 model=self.config.model,
                 messages=messages,
                 **request.sampling.settings(),
@@ -104,28 +159,17 @@ class OpenAICaptioner:
             content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": user}]
         return [{"role": "system", "content": request.system}, {"role": "user", "content": content}]
 
-    def _refused(self, error: openai.APIStatusError) -> str:
+    def _refused(self, server: _Server, error: openai.APIStatusError) -> str:
         """The reason why a request stays without an answer; raises [`CaptionerDown`] where it holds for all."""
         status, message = error.status_code, _server_message(error)
         if status in REFUSED:
             raise CaptionerDown(
-                f"{self.config.base_url} refuses model {self.config.model} with HTTP {status} ({message}); check base_url, "
+                f"{server.url} refuses model {self.config.model} with HTTP {status} ({message}); check base_url, "
                 f"model and the key in {self.config.api_key_variable}, then run the same command again."
             )
         if status in (408, 409, 429) or status >= 500:  # what the client has tried again
             return f"HTTP {status}"
         raise NoAnswer(f"HTTP {status}: {message}")
-
-    async def _wait_for_pause(self, request: Any) -> None:
-        """Holds every request, a second try too, until the pause that the server asked for is over."""
-        while (rest := self._not_before - time.monotonic()) > 0:
-            await asyncio.sleep(rest)
-
-    async def _note_pause(self, response: Any) -> None:
-        seconds = _retry_after(response.headers.get("Retry-After")) if response.status_code >= 400 else None
-        if seconds is not None:
-            self._not_before = max(self._not_before, time.monotonic() + seconds)
-            response.headers["Retry-After-Ms"] = "1"  # the client need not wait as well
 
 
 class _Unreadable(Exception):

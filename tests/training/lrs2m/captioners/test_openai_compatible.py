@@ -1,15 +1,19 @@
-"""The client of a chat endpoint: pauses that hold for all requests, and what is sent without a key."""
+"""The client of chat endpoints: pauses that hold for all requests, servers that die, and what is sent without a key."""
 
 import asyncio
+import contextlib
+import threading
 import time
 
+import pytest
+
 from tests.training.lrs2m.chat_server import ChatServer, Fault
-from training.lrs2m.captioners.captioner import Request, Sampling
+from training.lrs2m.captioners.captioner import NoAnswer, Request, Sampling
 from training.lrs2m.captioners.openai_compatible import OpenAICaptioner
 from training.lrs2m.recipe import CaptionerConfig
 
 
-def ask_all(url: str, users: list[str], **fields) -> list[str]:
+def ask_all(url: str | list[str], users: list[str], **fields) -> list[str]:
     async def ask() -> list[str]:
         captioner = OpenAICaptioner(CaptionerConfig(kind="openai", model="tiny", base_url=url, **fields))
         requests = [Request("You describe.", user, None, Sampling(0.5, 0.9, 20, 0)) for user in users]
@@ -47,3 +51,38 @@ def test_a_key_is_sent_only_where_there_is_one(monkeypatch):
             (request, _), *_ = server.requests
         assert request.headers.get("Authorization") == expected
         assert request.body["top_k"] == 5 and request.text == "A ? lone surrogate."
+
+
+def test_of_three_servers_one_dies_and_no_request_is_lost():
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(ChatServer(delay=0.02)) for _ in range(2)]
+        dying = ChatServer(faults=lambda _: Fault(delay=60) if len(dying.requests) >= 10 else None).__enter__()
+
+        def end_after_ten():
+            while len(dying.requests) < 10:
+                time.sleep(0.005)
+            dying.__exit__()
+
+        killer = threading.Thread(target=end_after_ten)
+        killer.start()
+        users = [f"Describe number {index}." for index in range(120)]
+        answers = ask_all([*(server.url for server in servers), dying.url], users, concurrency=4, tries=3)
+        killer.join()
+        assert len(answers) == 120 and all(server.most_at_once <= 4 for server in (*servers, dying))
+        answered = [request.text for server in (*servers, dying) for request, _ in server.requests]
+        assert set(answered) == set(users) and 120 <= len(answered) <= 120 + 4  # what was under way is asked again
+        assert 10 <= len(dying.requests) < 14
+
+
+def test_a_server_that_is_back_is_asked_again_and_without_any_a_request_ends():
+    fails = {"yes": True}
+
+    def fault(request):
+        return Fault(status=503) if fails["yes"] else None
+
+    with ChatServer(faults=fault) as first, ChatServer(faults=fault, delay=0.01) as second:
+        with pytest.raises(NoAnswer, match=r"HTTP 503 \(2 tries\)"):
+            ask_all([first.url, second.url], ["Describe."], tries=2)
+        assert [len(server.requests) for server in (first, second)] == [1, 1]  # each was tried
+        threading.Timer(0.3, fails.update, [{"yes": False}]).start()
+        assert len(ask_all([first.url, second.url], ["A.", "B.", "C."], tries=4)) == 3
