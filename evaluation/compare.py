@@ -18,12 +18,7 @@ from .results import Column, Table, make_console, print_table
 
 
 # What says that two results measured the same data, with what it is about.
-HASHES = {
-    "images_sha256": "images",
-    "texts_sha256": "texts",
-    "labels_sha256": "labels",
-    "queries_sha256": "queries",
-}
+HASHES = {"images_sha256": "images", "texts_sha256": "texts", "labels_sha256": "labels", "queries_sha256": "queries"}
 DIGITS = {"Rsu": 4, "Ras": 4, "Rda": 4, "Rmi": 4}  # others are percent
 
 

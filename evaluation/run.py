@@ -27,15 +27,7 @@ from modeling_lrsclip.files.cache_folder import cache_folder
 from modeling_lrsclip.published.registry import label_models, resolve
 
 from .benchmarks.class_names import WORDINGS
-from .results import (
-    SCHEMA_VERSION,
-    Table,
-    csv_lines,
-    environment,
-    make_console,
-    markdown,
-    print_table,
-)
+from .results import SCHEMA_VERSION, Table, csv_lines, environment, make_console, markdown, print_table
 from .tasks import TASKS, Benchmark, choose_tasks, load_benchmarks
 
 

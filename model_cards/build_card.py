@@ -267,10 +267,7 @@ def _folder_name(checkpoint: Path, address: bool = False) -> str:
 
 
 def _commands(
-    address: str,
-    description: dict[str, Any] | None,
-    training: dict[str, Any] | None,
-    results: dict[str, Any] | None,
+    address: str, description: dict[str, Any] | None, training: dict[str, Any] | None, results: dict[str, Any] | None
 ) -> list[str]:
     """The shell lines that make the weights and measure them."""
     commands = []

@@ -330,9 +330,4 @@ class LRSCLIPVisionModelWithProjection(_CLIPInitialization, CLIPVisionModelWithP
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", r"^logit_scale$"]
 
 
-__all__ = [
-    "LRSCLIPModel",
-    "LRSCLIPOutput",
-    "LRSCLIPTextModelWithProjection",
-    "LRSCLIPVisionModelWithProjection",
-]
+__all__ = ["LRSCLIPModel", "LRSCLIPOutput", "LRSCLIPTextModelWithProjection", "LRSCLIPVisionModelWithProjection"]

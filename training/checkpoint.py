@@ -73,10 +73,7 @@ class NotSavedError(OSError):
 
 
 def replace_folder(
-    accelerator: Accelerator,
-    folder: Path,
-    write: Callable[[Path], None],
-    seal: Callable[[Path], None] | None = None,
+    accelerator: Accelerator, folder: Path, write: Callable[[Path], None], seal: Callable[[Path], None] | None = None
 ) -> None:
     """
     Have all processes `write` a folder, then the main process `seal` it, and only then give it its name.

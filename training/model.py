@@ -199,9 +199,7 @@ def _scratch_model(start: Start, tokenizer: Any) -> LRSCLIPModel:
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     table = {"vocab_size": len(tokenizer), "max_position_embeddings": start.positions, "stretch_ratio": 1}
     model_config = LRSCLIPConfig(
-        text_config=config.text | special | table,
-        vision_config=config.vision,
-        projection_dim=config.projection_dim,
+        text_config=config.text | special | table, vision_config=config.vision, projection_dim=config.projection_dim
     )
     return LRSCLIPModel._from_config(model_config, **_attention(config))
 

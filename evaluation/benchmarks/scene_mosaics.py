@@ -105,11 +105,7 @@ def plan_mosaic(rng: random.Random, tiles: int) -> tuple[list[District], list[st
 
 
 def _queries(
-    rng: random.Random,
-    districts: list[District],
-    names: list[str],
-    scenes: dict[tuple[int, int], Scene],
-    side: int,
+    rng: random.Random, districts: list[District], names: list[str], scenes: dict[tuple[int, int], Scene], side: int
 ) -> list[Query]:
     queries = []
     for name in rng.sample(sorted(set(names)), min(CLASS_QUERIES, len(set(names)))):

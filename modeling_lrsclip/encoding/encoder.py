@@ -27,15 +27,7 @@ from modeling_lrsclip.files.hashing import weights_sha256
 from ..published.registry import ModelSource
 from .cache import EmbeddingCache, SharedWork
 from .loading import OnnxModel, load_model
-from .model_inputs import (
-    PixelBatcher,
-    cut_tokens,
-    encode_texts,
-    hash_rows,
-    pixel_batches,
-    text_positions,
-    unique_rows,
-)
+from .model_inputs import PixelBatcher, cut_tokens, encode_texts, hash_rows, pixel_batches, text_positions, unique_rows
 from .towers import class_token_only, end_of_text_only, image_batch_size, in_threads, text_batches
 
 

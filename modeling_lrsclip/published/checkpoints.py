@@ -70,11 +70,7 @@ class PublishedCheckpoint:
 
 
 def read_published_checkpoint(
-    path: str | Path,
-    *,
-    preset: str | None = None,
-    activation: str | None = None,
-    heads: tuple[int, int] | None = None,
+    path: str | Path, *, preset: str | None = None, activation: str | None = None, heads: tuple[int, int] | None = None
 ) -> PublishedCheckpoint:
     """
     Reads a checkpoint file of LRSCLIP, Long-CLIP, OpenAI's CLIP or open_clip; every key is used, or the call fails.

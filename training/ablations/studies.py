@@ -91,11 +91,7 @@ def framework(ladders: Ladders) -> Study:
         "framework",
         "CLIP on short or on long texts against LRSCLIP on both",
         "method",
-        (
-            Arm(short, plain | {"loss.long_weight": 0.0}),
-            Arm(long, plain | {"loss.long_weight": 1.0}),
-            Arm(both),
-        ),
+        (Arm(short, plain | {"loss.long_weight": 0.0}), Arm(long, plain | {"loss.long_weight": 1.0}), Arm(both)),
         _each("zcrl zcrs zic selo", long, short) + _each("zcrl zcrs zic selo", both, long),
         "The CLIPs read 77 tokens and are trained on the short (-S) or the long (-L) captions of the same images.",
     )

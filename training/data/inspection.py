@@ -79,11 +79,7 @@ def token_lengths(pairs: Pairs, processor: LRSCLIPProcessor, config: DataConfig)
         lengths = processor.count_tokens(texts)
         cut = sum(length > positions for length in lengths) / len(lengths)
         name = config.columns([kind])[kind]
-        measured[name] = {
-            "measured": len(lengths),
-            "mean_tokens": statistics.fmean(lengths),
-            "share_truncated": cut,
-        }
+        measured[name] = {"measured": len(lengths), "mean_tokens": statistics.fmean(lengths), "share_truncated": cut}
     return measured
 
 
