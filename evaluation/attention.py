@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from modeling_lrsclip.encoding.encoder import embed_texts, load_encoder
+from modeling_lrsclip.encoding import embed_texts, load_encoder
 from modeling_lrsclip.encoding.imagery import read_image
 from modeling_lrsclip.image_processing_lrsclip import to_rgb
 from modeling_lrsclip.published.registry import label_models, resolve

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from torch import Tensor
 from tqdm import tqdm
 
-from modeling_lrsclip.encoding.encoder import Encoder, embed_batches
-from modeling_lrsclip.encoding.towers import image_batch_size
+from modeling_lrsclip.encoding import Encoder
+from modeling_lrsclip.encoding.embedding import embed_batches, image_batch_size
 from modeling_lrsclip.files.atomic import replace_text, replacing
 
 from .block_reader import Block, BlockReader

@@ -21,7 +21,7 @@ import shapely
 import torch
 from PIL import Image
 
-from modeling_lrsclip.encoding.encoder import Encoder, embed_images, embed_texts
+from modeling_lrsclip.encoding import Encoder, embed_images, embed_texts
 from modeling_lrsclip.encoding.ties import SCORE_TIE, best_first
 from modeling_lrsclip.processing_lrsclip import clean_text
 

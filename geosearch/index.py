@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from filelock import FileLock, Timeout
 
-from modeling_lrsclip.encoding.encoder import Encoder, load_encoder
+from modeling_lrsclip.encoding import Encoder, load_encoder
 from modeling_lrsclip.files.atomic import PARTIAL
 from modeling_lrsclip.published.registry import resolve
 

@@ -28,7 +28,7 @@ from modeling_lrsclip.files.documents import read_json, refuse_malformed
 
 
 if TYPE_CHECKING:
-    from modeling_lrsclip.encoding.encoder import Encoder
+    from modeling_lrsclip.encoding import Encoder
 
 VERSION = 1  # of the layout; an index of another is refused
 METADATA, NEXT_METADATA, PARTS = "index.json", "index.next.json", "parts"
@@ -398,7 +398,7 @@ def load_index_encoder(
     """
     from transformers.utils import logging
 
-    from modeling_lrsclip.encoding.encoder import load_encoder
+    from modeling_lrsclip.encoding import load_encoder
     from modeling_lrsclip.published.registry import resolve
 
     logging.disable_progress_bar()

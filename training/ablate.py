@@ -31,7 +31,7 @@ from evaluation.benchmarks.scene_mosaics import write_mosaics
 from evaluation.results import environment, make_console, markdown, print_table
 from evaluation.run import parse_arguments as evaluation_options
 from evaluation.tasks import choose_tasks, load_benchmarks
-from modeling_lrsclip.encoding.encoder import load_encoder
+from modeling_lrsclip.encoding import load_encoder
 from modeling_lrsclip.files.atomic import replace_json, replace_text
 
 from .ablations.figure import draw_study

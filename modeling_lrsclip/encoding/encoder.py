@@ -1,13 +1,14 @@
 """
-Texts and images to unit embeddings.
+A model with what decides its embeddings, those kept on disk, and work shared by several processes.
 
-Shapes: N texts, M images, L tokens of the longest text in a batch, B items of a batch, D width of the shared space.
+Shapes: N texts, M images, B items of a file of the cache, D width of the shared space.
 """
 
-import contextlib
-import itertools
+import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import time
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -17,219 +18,155 @@ from typing import Any, NamedTuple
 
 import PIL
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
-from modeling_lrsclip.files.hashing import weights_sha256
-
+from ..files.atomic import replace_bytes
+from ..files.hashing import bytes_sha256, weights_sha256
 from ..published.registry import ModelSource
-from .cache import EmbeddingCache, SharedWork
+from .embedding import embed_images, embed_token_rows, image_batch_size, is_half, progress_bar
 from .loading import OnnxModel, load_model
-from .model_inputs import PixelBatcher, cut_tokens, encode_texts, hash_rows, pixel_batches, text_positions, unique_rows
-from .towers import class_token_only, end_of_text_only, image_batch_size, in_threads, text_batches
+from .model_inputs import hash_rows, text_positions, unique_rows
 
 
 PART = 256  # texts or images that are kept in one file of the cache, and handed to one process
+LAYOUT = 2  # of the cache's files; another number leaves the earlier ones unread
 
-# ------------------------------------------------------------------------------------------------------- embeddings
+# ------------------------------------------------------------------------------------------------------------ cache
 
 
-def embed_texts(
-    model: Any,
-    processor: Any,
-    texts: Sequence[str],
-    batch_size: int = 64,
-    max_tokens: int | None = None,
-    dtype: torch.dtype | None = None,
-    progress: bool | str | tqdm = False,
-) -> Tensor:
+class EmbeddingCache:
     """
-    Unit embeddings of texts. Texts longer than the model's position table are cut ([`~.model_inputs.share_truncated`] says how many).
+    Files of embeddings, named after what they were computed from: something else has another name.
 
     Args:
-        model: `LRSCLIPModel` or `CLIPModel`; its training state is left as found.
-        processor: the model's processor.
-        texts (sequence of N `str`).
-        batch_size: most texts encoded at once; they are sorted by length, so that padding costs almost nothing, and a
-            CPU takes as many as its cache holds.
-        max_tokens: tokens kept of each text, start and end included; default, and at most, the model's positions.
-        dtype: `torch.bfloat16` or `torch.float16` runs the towers under autocast; default the weights' own.
-        progress: shows a bar on the main process of a terminal; a string is its description; a bar is moved on.
-
-    Returns:
-        `Tensor` (N, D), float32 on the CPU, in input order. Equal texts get bit-equal rows. No texts: (0, D).
+        folder: is made when the first file is written. Several processes and models may share it.
+        origin: text that identifies model and preprocessing.
     """
-    rows = encode_texts(processor, texts)
-    return embed_token_rows(model, processor, rows, batch_size, max_tokens, dtype, progress)
+
+    def __init__(self, folder: Path, origin: str):
+        self.folder, self.origin = folder, origin
+
+    def load(self, content: str) -> tuple[Tensor, float] | None:
+        """
+        Embeddings (B, D) and the seconds they took, of items with this hash; None where they are not kept. A file that
+        is damaged is left out with a warning.
+        """
+        path = self._path(content)
+        try:
+            with safe_open(path, "pt") as file:
+                embeds, known = file.get_tensor("embeddings"), file.metadata()
+            if self._sha256(path, embeds) != known["sha256"]:
+                raise ValueError("its values, or its name, do not match its checksum")
+            return embeds, float(known["seconds"])
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            warnings.warn(f"{path} cannot be used and is computed again: {error}", stacklevel=2)
+            return None
+
+    def save(self, content: str, embeds: Tensor, seconds: float) -> None:
+        """
+        Writes one file in one step; where the disk does not take it, a warning says so and the run goes on.
+
+        Args:
+            content: hash of the items.
+            embeds: (B, D) their embeddings.
+            seconds: that computing them took.
+        """
+        path = self._path(content)
+        known = {"seconds": repr(seconds), "sha256": self._sha256(path, embeds)}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_bytes(path, save({"embeddings": embeds.contiguous()}, metadata=known))
+        except OSError as error:
+            warnings.warn(f"embeddings are not kept in {self.folder}: {error.strerror or error}", stacklevel=2)
+
+    def _path(self, content: str) -> Path:
+        name = bytes_sha256(f"{LAYOUT} {self.origin} {content}")
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    @staticmethod
+    def _sha256(path: Path, embeds: Tensor) -> str:
+        """Hash of a file's name, which says what was embedded, and of the values."""
+        digest = hashlib.sha256(f"{path.name} {tuple(embeds.shape)}".encode())
+        digest.update(embeds.contiguous().numpy())
+        return digest.hexdigest()
 
 
-def embed_token_rows(
-    model: Any,
-    processor: Any,
-    rows: Sequence[list[int]],
-    batch_size: int = 64,
-    max_tokens: int | None = None,
-    dtype: torch.dtype | None = None,
-    progress: bool | str | tqdm = False,
-) -> Tensor:
+class SharedWork:
     """
-    Unit embeddings of texts that [`~.model_inputs.encode_texts`] has turned into token ids.
+    Embeds what is not in the cache; with `distributed`, every process its share of the parts.
 
     Args:
-        model, processor, batch_size, max_tokens, dtype, progress: as in [`embed_texts`].
-        rows: N rows of token ids.
-
-    Returns:
-        `Tensor` (N, D), float32 on the CPU, in input order.
+        cache: where finished parts are looked for and kept; None: nowhere.
+        distributed: the processes of the default group of `torch.distributed` take turns, part by part, and all get
+            the whole. Each must ask for the same parts.
     """
-    _check_batch_size(batch_size)
-    rows = cut_tokens(rows, min(max_tokens or text_positions(model), text_positions(model)))
-    unique, source = unique_rows(rows)  # equal rows are encoded once
-    pad = processor.tokenizer.pad_token_id
-    embeds = torch.empty(len(unique), model.config.projection_dim)
-    batches = text_batches(model, [len(row) for row in unique], batch_size)
-    with (
-        _inference(model, dtype),
-        end_of_text_only(model) as text_features,
-        _bar(len(unique), progress, "texts") as bar,
-    ):
 
-        def encode(indices: range) -> Tensor:
-            _settle_thread(model.device, dtype)
-            batch = [torch.tensor(unique[index]) for index in indices]
-            lengths = torch.tensor([len(row) for row in batch])
-            # What stands after a row's first end-of-text never matters: the tower is causal and pools there.
-            input_ids = pad_sequence(batch, batch_first=True, padding_value=batch[0][-1] if pad is None else pad)
-            attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()  # (B, L)
-            return _unit(text_features(input_ids.to(model.device), attention_mask.to(model.device)))  # (B, D)
+    def __init__(self, cache: EmbeddingCache | None = None, distributed: bool = False):
+        if distributed and not dist.is_initialized():
+            raise ValueError("distributed=True needs a process group: start with accelerate launch, or leave it out.")
+        self.cache, self.distributed = cache, distributed
 
-        for indices, encoded in zip(batches, in_threads(encode, batches, model.device), strict=True):
-            embeds[indices.start : indices.stop] = encoded
-            bar.update(len(indices))
-    return embeds[torch.tensor(source, dtype=torch.long)]  # (N, D)
+    def embed(
+        self, parts: Sequence[Any], hash_of: Callable[[Any], str], embed: Callable[[Any], Tensor]
+    ) -> tuple[Tensor, float]:
+        """
+        Embeddings of all parts, in their order.
 
+        Args:
+            parts: at least one; each has a length.
+            hash_of: a part's content, called only where there is a cache.
+            embed: a part -> (B, D).
 
-def embed_images(
-    model: Any,
-    processor: Any,
-    images: Iterable[Any],
-    batch_size: int = 64,
-    dtype: torch.dtype | None = None,
-    progress: bool | str | tqdm = False,
-    workers: int = 0,
-) -> Tensor:
-    """
-    Unit embeddings of images.
+        Returns:
+            (N, D) tensor, and the seconds that computing it took, in all processes and runs together.
 
-    Args:
-        model, processor, dtype, progress: as in [`embed_texts`].
-        images: M PIL images of any size and mode: a list, a generator, a `datasets` column, or an
-            [`~.imagery.ImageFiles`]. Few batches are held decoded.
-        batch_size: most images encoded at once; a CPU takes as many as its cache holds.
-        workers: processes that decode and resize images ahead of the model; for a GPU, which would wait for them. 0:
-            none; on a CPU each thread does it for its own batch, a generator is read in this one.
+        Raises:
+            `ValueError`: of any process, in all of them.
+        """
+        rank, world = (dist.get_rank(), dist.get_world_size()) if self.distributed else (0, 1)
+        done: dict[int, tuple[Tensor, float]] = {}
+        problem = None
+        try:
+            for number in range(rank, len(parts), world):
+                done[number] = self._one(parts[number], hash_of, embed)
+        except ValueError as error:
+            if not self.distributed:
+                raise
+            problem = str(error)  # the others must not wait for this process
+        if self.distributed:
+            done = _gather(done, problem)
+        for number, part in enumerate(parts):
+            if number not in done or len(done[number][0]) != len(part):
+                raise RuntimeError(f"part {number} of {len(parts)} came back from no process as it went out")
+        embeds = torch.cat([done[number][0] for number in range(len(parts))])  # (N, D)
+        return embeds, sum(seconds for _, seconds in done.values())
 
-    Returns:
-        `Tensor` (M, D), float32 on the CPU, in input order. No images: (0, D).
-    """
-    _check_batch_size(batch_size)
-    size, total = image_batch_size(model, batch_size), len(images) if hasattr(images, "__len__") else None
-    prepared: Any = _batches(images, size)
-    if total is not None and hasattr(images, "__getitem__"):
-        prepare = PixelBatcher(processor.image_processor)
-        prepared = pixel_batches(prepare, images, size, workers, pin=model.device.type == "cuda")
-    embeds = [torch.empty(0, model.config.projection_dim)]
-    with _bar(total, progress, "images") as bar:
-        for encoded in embed_batches(model, processor, prepared, dtype):
-            embeds.append(encoded)
-            bar.update(len(encoded))
-    return torch.cat(embeds)  # (M, D)
+    def _one(self, part: Any, hash_of: Callable[[Any], str], embed: Callable[[Any], Tensor]) -> tuple[Tensor, float]:
+        content = hash_of(part) if self.cache else ""
+        kept = self.cache.load(content) if self.cache else None
+        if kept is not None and len(kept[0]) == len(part):
+            return kept
+        started = time.perf_counter()
+        embeds = embed(part)
+        seconds = time.perf_counter() - started
+        if self.cache:
+            self.cache.save(content, embeds, seconds)
+        return embeds, seconds
 
 
-def embed_batches(
-    model: Any, processor: Any, batches: Iterable[Any], dtype: torch.dtype | None = None
-) -> Iterator[Tensor]:
-    """
-    Unit embeddings of batches of images, each as soon as it is there: for work without an end in memory.
-
-    Args:
-        model, processor, dtype: as in [`embed_images`].
-        batches: each `pixel_values` (B, 3, H, W), a list of B PIL images, or a function that returns one of these. Few
-            are taken ahead of what is done.
-
-    Yields:
-        `Tensor` (B, D), float32 on the CPU, in the order of the batches.
-    """
-    prepare = PixelBatcher(processor.image_processor)
-    with _inference(model, dtype), class_token_only(model):
-
-        def encode(batch: Any) -> Tensor:
-            _settle_thread(model.device, dtype)
-            batch = batch() if callable(batch) else batch
-            if not isinstance(batch, Tensor):
-                batch = prepare(batch)  # (B, 3, H, W)
-            return _unit(model.get_image_features(pixel_values=batch.to(model.device, non_blocking=True)))
-
-        yield from in_threads(encode, batches, model.device)
-
-
-def _unit(features: Any) -> Tensor:
-    """A tower's projected output, or its tensor, as float32 unit rows on the CPU."""
-    pooled = getattr(features, "pooler_output", features)
-    return F.normalize(pooled.float(), dim=-1).cpu()
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}, must be at least 1.")
-
-
-def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
-
-
-@contextlib.contextmanager
-def _inference(model: Any, dtype: torch.dtype | None) -> Iterator[None]:
-    """Evaluation mode, no gradient, autocast if asked for; every module's training flag is put back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    cast = torch.autocast(model.device.type, dtype=dtype) if _is_half(dtype) else contextlib.nullcontext()
-    try:
-        with torch.inference_mode(), cast:
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _settle_thread(device: torch.device, dtype: torch.dtype | None) -> None:
-    """Set a helping thread, for its life, to the modes of [`_inference`], which hold for the thread that enters it only."""
-    if torch.is_grad_enabled():
-        torch.set_grad_enabled(False)
-        if _is_half(dtype):
-            torch.set_autocast_dtype(device.type, dtype)
-            torch.set_autocast_enabled(device.type, True)
-
-
-def _is_half(dtype: torch.dtype | None) -> bool:
-    return dtype not in (None, torch.float32)
-
-
-@contextlib.contextmanager
-def _bar(total: int | None, progress: bool | str | tqdm, noun: str) -> Iterator[tqdm]:
-    if isinstance(progress, tqdm):
-        yield progress  # of a larger piece of work
-        return
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    hidden = not progress or (distributed and torch.distributed.get_rank() != 0)
-    description = progress if isinstance(progress, str) else noun
-    # disable=None: tqdm hides itself where standard error is not a terminal.
-    with tqdm(total=total, desc=description, unit=f" {noun}", leave=False, disable=True if hidden else None) as bar:
-        yield bar
+def _gather(done: dict[int, tuple[Tensor, float]], problem: str | None) -> dict[int, tuple[Tensor, float]]:
+    """The parts of all processes by number, each once."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (done, problem))
+    problems = [found for _, found in gathered if found]
+    if problems:
+        raise ValueError(problems[0])
+    return {number: part for parts, _ in gathered for number, part in parts.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- encoder
@@ -290,7 +227,7 @@ class Encoder:
             batch = image_batch_size(self.model, self.batch_size)
             parts = self._parts(images, batch) if self.cache_dir or self.distributed else [images]
             work = SharedWork(self._cache("image"), self.distributed)
-            with _bar(len(images), f"{self.label}: images" if self.progress else False, "images") as bar:
+            with progress_bar(len(images), f"{self.label}: images" if self.progress else False, "images") as bar:
 
                 def embed(part: Any) -> Tensor:
                     options = self.batch_size, self.dtype, bar, self.workers
@@ -311,7 +248,7 @@ class Encoder:
         """
         unique, source = unique_rows(rows)
         work = SharedWork(self._cache("text"), self.distributed)
-        with _bar(len(unique), f"{self.label}: texts" if self.progress else False, "texts") as bar:
+        with progress_bar(len(unique), f"{self.label}: texts" if self.progress else False, "texts") as bar:
 
             def embed(part: Sequence[list[int]]) -> Tensor:
                 return embed_token_rows(self.model, self.processor, part, self.batch_size, None, self.dtype, bar)
@@ -403,6 +340,6 @@ def load_encoder(
     model, processor = load_model(source, tokenizer, trust_remote_code)
     if options.get("compile") and not hasattr(model, "text_model"):
         raise ValueError(f"{source.path}: only the towers of CLIP and LRSCLIP are compiled; leave --compile out.")
-    if isinstance(model, OnnxModel) and (torch.device(device).type != "cpu" or _is_half(options.get("dtype"))):
+    if isinstance(model, OnnxModel) and (torch.device(device).type != "cpu" or is_half(options.get("dtype"))):
         raise ValueError(f"{source.path}: exported towers run on the CPU, in the type they were exported with.")
     return Encoder(model.to(device).eval(), processor, label or source.path, source.path, **options)

@@ -6,7 +6,7 @@ from PIL import Image
 
 from evaluation import attention
 from evaluation.attention import attention_maps
-from modeling_lrsclip.encoding.encoder import embed_texts
+from modeling_lrsclip.encoding import embed_texts
 
 
 def by_hand(model, pixel_values, text_embed) -> torch.Tensor:

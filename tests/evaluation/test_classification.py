@@ -20,7 +20,7 @@ from evaluation.classification import (
 from evaluation.figures.classification import draw_confusion_matrix
 from evaluation.paper import beside_paper
 from evaluation.results import markdown
-from modeling_lrsclip.encoding.encoder import Encoder, embed_images, embed_texts
+from modeling_lrsclip.encoding import Encoder, embed_images, embed_texts
 from modeling_lrsclip.files.atomic import replace_json
 
 

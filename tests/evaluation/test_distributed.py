@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import modeling_lrsclip.encoding.encoder as encoding
-from modeling_lrsclip.encoding.cache import SharedWork
-from modeling_lrsclip.encoding.encoder import load_encoder
+from modeling_lrsclip.encoding import load_encoder
+from modeling_lrsclip.encoding.encoder import SharedWork
 from modeling_lrsclip.encoding.imagery import ImageFiles
 from modeling_lrsclip.encoding.model_inputs import encode_texts
 

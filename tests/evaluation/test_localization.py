@@ -31,7 +31,7 @@ from evaluation.localization_maps import (
     query_embeddings,
 )
 from evaluation.results import make_console, markdown, print_table
-from modeling_lrsclip.encoding.encoder import Encoder, embed_images, embed_texts
+from modeling_lrsclip.encoding import Encoder, embed_images, embed_texts
 
 
 SMALL = {"v1": Protocol("v1", (48, 80)), "v2": Protocol("v2", (64,))}

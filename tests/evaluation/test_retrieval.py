@@ -160,7 +160,7 @@ def test_ks_must_be_positive_whole_numbers(ks):
 
 
 def test_evaluating_a_model_takes_items_or_their_embeddings(tiny_model, tiny_processor, images, long_texts):
-    from modeling_lrsclip.encoding.encoder import embed_images, embed_texts
+    from modeling_lrsclip.encoding import embed_images, embed_texts
 
     owners = list(range(len(images)))
     recall = evaluate_retrieval(tiny_model, tiny_processor, images, long_texts, owners)

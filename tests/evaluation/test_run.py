@@ -15,7 +15,7 @@ from evaluation import run
 from evaluation.benchmarks.aerial_scenes import data_set as aerial_scenes
 from evaluation.results import Column, Table, make_console, markdown, print_table
 from evaluation.retrieval import retrieval_recall
-from modeling_lrsclip.encoding.encoder import embed_images, embed_texts
+from modeling_lrsclip.encoding import embed_images, embed_texts
 from modeling_lrsclip.files.atomic import replace_json
 from modeling_lrsclip.published.registry import MODELS, ModelSource, label_models
 from tests.modeling_lrsclip.references import published_state

@@ -204,7 +204,7 @@ def _read_answers(path: Path) -> None:
 
 
 def _embeddings() -> Wholes:
-    from modeling_lrsclip.encoding.cache import EmbeddingCache
+    from modeling_lrsclip.encoding.encoder import EmbeddingCache
 
     with tempfile.TemporaryDirectory() as folder:
         EmbeddingCache(Path(folder), "model").save("content", torch.eye(3), 1.0)
@@ -213,7 +213,7 @@ def _embeddings() -> Wholes:
 
 
 def _read_embeddings(path: Path) -> None:
-    from modeling_lrsclip.encoding.cache import EmbeddingCache
+    from modeling_lrsclip.encoding.encoder import EmbeddingCache
 
     kept = EmbeddingCache(path.parent, "model")
     kept.save("content", torch.eye(3), 1.0)

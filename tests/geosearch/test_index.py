@@ -14,7 +14,7 @@ from rasterio.transform import from_origin
 from rasterio.windows import Window
 
 from geosearch.index_store import open_index
-from modeling_lrsclip.encoding.encoder import embed_images, load_encoder
+from modeling_lrsclip.encoding import embed_images, load_encoder
 from tests.geosearch.small_scenes import noise, write_scene
 
 

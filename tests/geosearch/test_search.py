@@ -32,7 +32,7 @@ from geosearch.exact_search import (
 from geosearch.footprints import footprints
 from geosearch.hits import feature_table, print_hits, write_features
 from geosearch.index_store import IndexProblem, row_table
-from modeling_lrsclip.encoding.encoder import Encoder, embed_images, embed_texts
+from modeling_lrsclip.encoding import Encoder, embed_images, embed_texts
 from tests.geosearch.small_scenes import write_index
 
 

@@ -22,7 +22,7 @@ from model_cards.checkpoint import PUBLISHED, published_model, read_checkpoint
 from model_cards.redaction import command_for
 from model_cards.result_tables import NOT_YET, TASKS, paper_rows
 from modeling_lrsclip import LRSCLIPModel
-from modeling_lrsclip.encoding.encoder import Encoder
+from modeling_lrsclip.encoding import Encoder
 from modeling_lrsclip.files.hashing import weights_sha256
 from modeling_lrsclip.published.registry import MODELS
 from training import train

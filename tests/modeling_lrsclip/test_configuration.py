@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig, CLIPConfig
 
 from modeling_lrsclip import LRSCLIPConfig, LRSCLIPModel, LRSCLIPTextConfig, LRSCLIPVisionConfig
-from modeling_lrsclip.encoding.encoder import load_encoder
+from modeling_lrsclip.encoding import load_encoder
 from modeling_lrsclip.published.checkpoints import read_pretrained
 
 

@@ -10,7 +10,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoTokenizer
 
 from evaluation import run
-from modeling_lrsclip.encoding.encoder import load_encoder
+from modeling_lrsclip.encoding import load_encoder
 from modeling_lrsclip.export_onnx import TOLERANCE, OnnxTowers, export_onnx, main
 
 
@@ -108,7 +108,7 @@ def test_embeddings_by_the_encoder(exported, images, short_texts):
     pairs = []
     for path in (folder.parent / "model", folder):
         encoder = load_encoder(str(path))
-        from modeling_lrsclip.encoding.encoder import embed_images, embed_texts
+        from modeling_lrsclip.encoding import embed_images, embed_texts
 
         texts = embed_texts(encoder.model, encoder.processor, short_texts)
         pairs.append((texts, embed_images(encoder.model, encoder.processor, images)))

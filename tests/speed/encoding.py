@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from modeling_lrsclip import LRSCLIPConfig, LRSCLIPImageProcessor, LRSCLIPModel, LRSCLIPProcessor
-from modeling_lrsclip.encoding.encoder import embed_texts
+from modeling_lrsclip.encoding import embed_texts
 from modeling_lrsclip.train_tokenizer import train_tokenizer
 
 from .published import published_model

@@ -34,7 +34,7 @@ from geosearch.block_encoder import encode_blocks
 from geosearch.index import BLOCKS, DTYPES, IndexJob
 from geosearch.windows import WindowSize
 from modeling_lrsclip import LRSCLIPConfig, LRSCLIPImageProcessor, LRSCLIPModel, LRSCLIPProcessor
-from modeling_lrsclip.encoding.encoder import embed_images
+from modeling_lrsclip.encoding import embed_images
 from modeling_lrsclip.train_tokenizer import train_tokenizer
 from tests.geosearch.small_scenes import tiny_checkpoint
 

@@ -26,7 +26,7 @@ from geosearch.index import IndexJob, build_index
 from geosearch.index_store import open_index
 from geosearch.locate import similarity_map as indexed_map
 from geosearch.windows import WindowSize
-from modeling_lrsclip.encoding.encoder import Encoder, embed_texts, load_encoder
+from modeling_lrsclip.encoding import Encoder, embed_texts, load_encoder
 
 
 MEASURES = ("Rsu", "Ras", "Rda", "Rmi")

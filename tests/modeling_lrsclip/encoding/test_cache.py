@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import modeling_lrsclip.encoding.encoder as encoding
-from modeling_lrsclip.encoding.cache import EmbeddingCache
-from modeling_lrsclip.encoding.encoder import Encoder, embed_images, embed_texts
+from modeling_lrsclip.encoding import Encoder, embed_images, embed_texts
+from modeling_lrsclip.encoding.encoder import EmbeddingCache
 from modeling_lrsclip.encoding.imagery import ImageFiles
 from modeling_lrsclip.encoding.model_inputs import encode_texts
 from modeling_lrsclip.files.cache_folder import cache_folder

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from modeling_lrsclip.encoding.encoder import Encoder, embed_images, embed_texts, load_encoder
+from modeling_lrsclip.encoding import Encoder, embed_images, embed_texts, load_encoder
 from modeling_lrsclip.encoding.model_inputs import cut_tokens, encode_texts, share_truncated, token_lengths
 from modeling_lrsclip.files.hashing import weights_sha256
 

@@ -16,7 +16,7 @@ from evaluation.classification import ClassificationTask
 from evaluation.paper import paper_tables
 from modeling_lrsclip.convert import load_published
 from modeling_lrsclip.convert import main as convert_main
-from modeling_lrsclip.encoding.encoder import Encoder
+from modeling_lrsclip.encoding import Encoder
 from modeling_lrsclip.published.checkpoints import ANY, PRESETS
 from modeling_lrsclip.published.registry import MODELS, PAPER_ONLY, check_published, resolve
 from tests.hub_server import HubServer

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from modeling_lrsclip.encoding.encoder import Encoder, embed_images, embed_texts, load_encoder
+from modeling_lrsclip.encoding import Encoder, embed_images, embed_texts, load_encoder
 from modeling_lrsclip.encoding.ties import best_first
 from modeling_lrsclip.published.registry import resolve
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_lrsclip.encoding.encoder import embed_images, embed_texts, load_encoder
+from modeling_lrsclip.encoding import embed_images, embed_texts, load_encoder
 from training.lrs2m.captioners.candidates import CandidateChooser, best_candidate, stable_scores
 
 

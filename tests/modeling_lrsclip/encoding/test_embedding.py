@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from modeling_lrsclip.encoding.towers import (
+from modeling_lrsclip.encoding.embedding import (
     class_token_only,
     end_of_text_only,
     image_batch_size,
