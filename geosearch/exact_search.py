@@ -28,8 +28,8 @@ from modeling_lrsclip.processing_lrsclip import clean_text
 from .index_store import Index, IndexProblem
 
 
-BLOCK = 1024  # windows that are widened to float32 at once: 2 MB of 512 values, which a core's cache holds
-RELEASE = 32  # blocks after which their pages of the file are given back: memory stays flat however large the index
+BLOCK = 2048  # windows that are widened to float32 at once: 4 MB of 512 values, which a core's cache holds
+RELEASE = 16  # blocks after which their pages of the file are given back: memory stays flat however large the index
 GATHER = 64  # rows that are read from here and there before their pages are given back
 MARGIN = 1e-4  # more than float32 sums of D <= 2048 products of unit vectors differ between processors
 SAMPLE = 65_536  # windows, evenly spread, from which the weights of several texts and images are made

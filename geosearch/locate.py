@@ -139,23 +139,23 @@ def mean_over_windows(
     x, y = (np.arange(shape[1]) + 0.5) * width / shape[1], (np.arange(shape[0]) + 0.5) * height / shape[0]
     total, count = np.zeros(shape), np.zeros(shape, dtype=np.int64)
     for scale in np.unique(scales):
-        own = scales == scale
-        weighted, weights = np.zeros(shape), np.zeros(shape)
-        for (left, top, across, down), score in zip(boxes[own].tolist(), scores[own].tolist(), strict=True):
-            columns = slice(*np.searchsorted(x, (left, left + across)))
-            lines = slice(*np.searchsorted(y, (top, top + down)))
-            weight = np.outer(_tent(y[lines], top, down), _tent(x[columns], left, across))
-            weighted[lines, columns] += weight * score
-            weights[lines, columns] += weight
+        chosen = scales == scale
+        # A scale's windows are a grid, and a weight is that of its row times that of its column: two products do.
+        columns, column_of = np.unique(boxes[chosen][:, [0, 2]], axis=0, return_inverse=True)
+        lines, line_of = np.unique(boxes[chosen][:, [1, 3]], axis=0, return_inverse=True)
+        grid = np.zeros((2, len(lines), len(columns)))  # scores, and whether there is a window
+        grid[:, line_of, column_of] = scores[chosen], np.ones(len(line_of))
+        weighted, weights = _tents(y, lines) @ grid @ _tents(x, columns).T  # (H, W) each
         covered = weights > 0
         total[covered] += weighted[covered] / weights[covered]
         count += covered
     return np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)
 
 
-def _tent(places: np.ndarray, start: float, length: float) -> np.ndarray:
-    """From nothing at both ends to 1 in the middle."""
-    return 1 - np.abs(2 * (places - start) / length - 1)
+def _tents(middles: np.ndarray, spans: np.ndarray) -> np.ndarray:
+    """Weights of cells (`(H,)` middles) in windows (`(R, 2)` starts and lengths): 1 in a window's middle, 0 from its ends on."""
+    starts, lengths = spans.T
+    return np.maximum(0, 1 - np.abs(2 * (middles[:, None] - starts) / lengths - 1))  # (H, R)
 
 
 def write_map(heat: SimilarityMap, path: str | Path) -> Path:

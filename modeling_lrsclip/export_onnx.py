@@ -122,6 +122,8 @@ def _export(tower: nn.Module, example: Tensor, path: Path, model: LRSCLIPModel) 
         name = "input_ids"
         axes[1] = torch.export.Dim("sequence_length", min=2, max=model.config.text_config.max_position_embeddings)
     output = "text_embeds" if name == "input_ids" else "image_embeds"
+    # The exporter reports that torchvision, which nothing here needs, is absent.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(

@@ -10,6 +10,7 @@ import rasterio.warp
 import shapely
 from affine import Affine
 from PIL import Image
+from rasterio.shutil import copy as copy_raster
 from rasterio.transform import from_origin
 from rasterio.windows import Window
 
@@ -18,7 +19,7 @@ from modeling_lrsclip.encoding import embed_images, load_encoder
 from tests.geosearch.small_scenes import noise, write_scene
 
 
-TURNED = Affine.translation(400_000, 5_500_000) * Affine.rotation(30) * Affine.scale(10, -10)
+TURNED = Affine.translation(400_000, 5_500_000) @ Affine.rotation(30) @ Affine.scale(10, -10)
 PLACES = {
     "utm": ("EPSG:32633", None),
     "south of the equator": ("EPSG:32733", from_origin(400_000, 7_000_000, 0.5, 0.5)),
@@ -94,6 +95,20 @@ def test_vectors_are_those_of_the_windows_read_by_hand(make_index, checkpoint, t
         encoder.model, encoder.processor, chips_by_hand(scene, rows["pixel_box"].to_pylist())
     ).numpy()
     assert np.abs(index.vectors().astype(np.float32) - expected).max() < 6e-4  # half a step of float16
+
+
+@pytest.mark.parametrize("driver", ["COG", "VRT", "JP2OpenJPEG"])
+def test_the_format_of_a_scene_changes_nothing(make_index, tmp_path, driver):
+    scene = write_scene(tmp_path / "scene.tif", noise(3, 200, 300, "uint16"))
+    other = tmp_path / "other" / {"COG": "scene.tif", "VRT": "scene.vrt", "JP2OpenJPEG": "scene.jp2"}[driver]
+    other.parent.mkdir()
+    lossless = {"QUALITY": 100, "REVERSIBLE": "YES", "YCBCR420": "NO"} if driver == "JP2OpenJPEG" else {}
+    copy_raster(scene, other, driver=driver, **lossless)
+    make_index(scene)
+    make_index(other, output=tmp_path / "copied")
+    ours, theirs = open_index(tmp_path / "index"), open_index(tmp_path / "copied")
+    assert np.array_equal(ours.vectors(), theirs.vectors())
+    assert ours.rows(["geometry", "pixel_box", "crs"]).equals(theirs.rows(["geometry", "pixel_box", "crs"]))
 
 
 def test_several_readers_and_large_windows_change_nothing(make_index, tmp_path):

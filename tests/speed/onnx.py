@@ -33,14 +33,15 @@ from .encoding import LENGTHS, WORDS, captions
 
 def quantize(folder: Path, out: Path) -> None:
     """int8 copies of both towers: weights a channel each, activations by their range in each call."""
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     (out / FOLDER).mkdir(parents=True)
     for name in (TEXT, VISION):
         source, target = folder / FOLDER / f"{name}.onnx", out / FOLDER / f"{name}.onnx"
-        quantize_dynamic(
-            source, target, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul"]
-        )
+        model = onnx.load(source)
+        del model.graph.value_info[:]  # the quantizer turns weights around and then finds their old shapes there
+        quantize_dynamic(model, target, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul"])
 
 
 def in_batches(function: Callable[[Tensor], Tensor], inputs: Tensor, size: int) -> Tensor:
