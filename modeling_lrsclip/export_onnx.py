@@ -7,6 +7,8 @@ A model's two towers as ONNX files, in the folder that transformers.js and onnxr
 writes `onnx/text_model.onnx` (`input_ids` (N, L) -> `text_embeds` (N, D)) and `onnx/vision_model.onnx` (`pixel_values`
 (B, 3, H, W) -> `image_embeds` (B, D)), both of any batch size, texts of any length up to the position table, embeddings
 not normalized; beside them config, tokenizer and processor of the stock CLIP.
+With `--int8` the files are `text_model_quantized.onnx` and `vision_model_quantized.onnx` instead: the weights of matrix
+products in eight bits, a scale a channel, and their inputs by their range in each call.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from .published.plain_clip import plain_config, plain_processor
 
 
 FOLDER = "onnx"  # where transformers.js looks
+QUANTIZED = "_quantized"  # ends the name of a tower in int8: transformers.js' "q8"
 TEXT, VISION = "text_model", "vision_model"  # huggingface/transformers.js src/models.js, CLIPTextModelWithProjection
 RECORD = "export.json"
 TOLERANCE = 1e-4  # of the cosine distance to torch in fp32
@@ -61,17 +64,18 @@ class _ImageTower(nn.Module):
         return self.model.get_image_features(pixel_values=pixel_values).pooler_output  # (B, D)
 
 
-def export_onnx(source: str | Path, output_dir: str | Path) -> dict[str, Any]:
+def export_onnx(source: str | Path, output_dir: str | Path, int8: bool = False) -> dict[str, Any]:
     """
     Writes the folder. It appears when both files were run by onnxruntime and agree with torch, or not at all.
 
     Args:
         source (`str` or `Path`): model folder, Hub id or checkpoint file, as [`~.convert.load_published`] takes.
         output_dir (`str` or `Path`): folder to write; an earlier export there is replaced, anything else is not.
+        int8 (`bool`): quantizes both towers, when they have agreed with torch; what that costs is in the record.
 
     Returns:
-        `dict`: the record, as in the folder's `export.json`: source, opset, and the largest cosine distance to torch by
-        tower.
+        `dict`: the record, as in the folder's `export.json`: source, versions, sizes, and the largest cosine distance to
+        torch by tower.
 
     Raises:
         `ValueError`: as [`~.convert.load_published`]; for an `output_dir` that holds something else, and for a tower
@@ -96,6 +100,12 @@ def export_onnx(source: str | Path, output_dir: str | Path) -> dict[str, Any]:
         differences = _compare(model, inputs, growing)
         if worst := [name for name, value in differences.items() if value > TOLERANCE]:
             raise ValueError(f"{worst[0]} differs from torch by a cosine distance of {differences[worst[0]]:.1e}.")
+        if int8:
+            for name in (TEXT, VISION):
+                _say("int8", name)
+                quantize(growing / FOLDER / f"{name}.onnx", growing / FOLDER / f"{name}{QUANTIZED}.onnx")
+                (growing / FOLDER / f"{name}.onnx").unlink()
+            differences = _compare(model, inputs, growing)
         local = os.path.exists(source)
         record = {"source": Path(source).name if local else str(source), "cosine_distance": differences}
         record |= {"parameters": sum(weight.numel() for weight in model.parameters())}
@@ -139,6 +149,22 @@ def _export(tower: nn.Module, example: Tensor, path: Path, model: LRSCLIPModel) 
         )
 
 
+def quantize(source: Path, target: Path) -> None:
+    """A tower in int8, by onnxruntime's own quantizer: weights a channel each, activations by their range in each call."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model = onnx.load(source)
+    del model.graph.value_info[:]  # the quantizer turns weights around and then finds their old shapes there
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # the quantizer advises, through the root logger, what is for models of static shapes
+    try:
+        quantize_dynamic(model, target, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul"])
+    finally:
+        root.setLevel(level)
+
+
 def _write_settings(model: LRSCLIPModel, processor: LRSCLIPProcessor, folder: Path) -> None:
     plain_config(model.config).save_pretrained(folder)
     plain = plain_processor(processor)
@@ -163,6 +189,12 @@ def _compare(model: LRSCLIPModel, inputs: dict[str, Tensor], folder: Path) -> di
 
 def _sizes(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def tower_file(folder: str | Path, name: str) -> Path:
+    """The file of a tower in an exported folder: in fp32, or where that is not there, in int8."""
+    path = Path(folder) / FOLDER / f"{name}.onnx"
+    return path if path.exists() else path.with_stem(name + QUANTIZED)
 
 
 class OnnxTowers:
@@ -190,7 +222,7 @@ class OnnxTowers:
         )  # idle threads leave the cores to others
         self.sessions = {}
         for name in (TEXT, VISION):
-            path = Path(folder) / FOLDER / f"{name}.onnx"
+            path = tower_file(folder, name)
             try:
                 self.sessions[name] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             except Exception as error:  # onnxruntime's errors have no common class
@@ -218,12 +250,13 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("source", help="model folder, Hub id or checkpoint file")
     parser.add_argument("output_dir", help="folder to write; an earlier export there is replaced")
+    parser.add_argument("--int8", action="store_true", help="quantize both towers: smaller, faster, and less exact")
     options = parser.parse_args(arguments)
     transformers_logging.disable_progress_bar()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
     try:
-        record = export_onnx(options.source, options.output_dir)
+        record = export_onnx(options.source, options.output_dir, options.int8)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     for name, size in record["files"].items():

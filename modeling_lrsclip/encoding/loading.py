@@ -315,8 +315,8 @@ def _number(config: Any, name: str, default: int) -> int:
 
 def _file_numbers(folder: Path) -> Tensor:
     """The SHA-256 of both files as numbers, by which the hash of weights tells two exports apart."""
-    from ..export_onnx import FOLDER, TEXT, VISION
+    from ..export_onnx import TEXT, VISION, tower_file
     from ..files.hashing import file_sha256
 
-    digests = [bytes.fromhex(file_sha256(folder / FOLDER / f"{name}.onnx")) for name in (TEXT, VISION)]
+    digests = [bytes.fromhex(file_sha256(tower_file(folder, name))) for name in (TEXT, VISION)]
     return torch.tensor(list(b"".join(digests)), dtype=torch.float32)

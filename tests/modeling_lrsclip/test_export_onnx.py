@@ -1,6 +1,7 @@
 """The exported towers against torch: other batch sizes, other lengths, the names that readers look for."""
 
 import json
+import shutil
 
 import numpy as np
 import onnxruntime
@@ -10,7 +11,8 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoTokenizer
 
 from evaluation import run
-from modeling_lrsclip.encoding import load_encoder
+from modeling_lrsclip import export_onnx as export_onnx_module
+from modeling_lrsclip.encoding import embed_images, embed_texts, load_encoder
 from modeling_lrsclip.export_onnx import TOLERANCE, OnnxTowers, export_onnx, main
 
 
@@ -108,12 +110,32 @@ def test_embeddings_by_the_encoder(exported, images, short_texts):
     pairs = []
     for path in (folder.parent / "model", folder):
         encoder = load_encoder(str(path))
-        from modeling_lrsclip.encoding import embed_images, embed_texts
-
         texts = embed_texts(encoder.model, encoder.processor, short_texts)
         pairs.append((texts, embed_images(encoder.model, encoder.processor, images)))
     for ours, theirs in zip(*pairs, strict=True):
         assert np.abs(ours.numpy() - theirs.numpy()).max() < 1e-5
+
+
+def test_int8_is_smaller_near_and_told_apart(exported, images, short_texts, tmp_path, monkeypatch, capsys):
+    model, processor, folder, record = exported
+
+    def exported_before(tower, example, path, model):  # the exporter takes its time, and gave these files
+        shutil.copy(folder / "onnx" / path.name, path)
+
+    monkeypatch.setattr(export_onnx_module, "_export", exported_before)
+    main([str(folder.parent / "model"), str(tmp_path / "int8"), "--int8"])
+    assert "text_model_quantized.onnx" in capsys.readouterr().out
+    quantized = json.loads((tmp_path / "int8/export.json").read_text())
+    files = {name for name in quantized["files"] if name.endswith(".onnx")}
+    assert files == {"onnx/text_model_quantized.onnx", "onnx/vision_model_quantized.onnx"}
+    vision = quantized["files"]["onnx/vision_model_quantized.onnx"], record["files"]["onnx/vision_model.onnx"]
+    assert vision[0] < vision[1]
+    encoders = [load_encoder(str(path)) for path in (folder, tmp_path / "int8")]
+    assert encoders[0].weights_sha256 != encoders[1].weights_sha256
+    exact, near = (embed_texts(encoder.model, encoder.processor, short_texts) for encoder in encoders)
+    assert 1e-7 < 1 - (exact * near).sum(dim=1).min() < 0.1
+    exact, near = (embed_images(encoder.model, encoder.processor, images) for encoder in encoders)
+    assert 1e-7 < 1 - (exact * near).sum(dim=1).min() < 0.1
 
 
 def test_mistakes_are_one_sentence(exported, tmp_path, monkeypatch):

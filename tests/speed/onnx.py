@@ -25,23 +25,10 @@ from torch.nn.functional import normalize
 
 from modeling_lrsclip import LRSCLIPConfig, LRSCLIPImageProcessor, LRSCLIPModel, LRSCLIPProcessor
 from modeling_lrsclip.encoding import embed_images, embed_texts
-from modeling_lrsclip.export_onnx import FOLDER, TEXT, VISION, OnnxTowers, export_onnx
+from modeling_lrsclip.export_onnx import FOLDER, TEXT, VISION, OnnxTowers, export_onnx, quantize
 from modeling_lrsclip.train_tokenizer import train_tokenizer
 
 from .encoding import LENGTHS, WORDS, captions
-
-
-def quantize(folder: Path, out: Path) -> None:
-    """int8 copies of both towers: weights a channel each, activations by their range in each call."""
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    (out / FOLDER).mkdir(parents=True)
-    for name in (TEXT, VISION):
-        source, target = folder / FOLDER / f"{name}.onnx", out / FOLDER / f"{name}.onnx"
-        model = onnx.load(source)
-        del model.graph.value_info[:]  # the quantizer turns weights around and then finds their old shapes there
-        quantize_dynamic(model, target, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul"])
 
 
 def in_batches(function: Callable[[Tensor], Tensor], inputs: Tensor, size: int) -> Tensor:
@@ -87,7 +74,9 @@ def main() -> None:
         model.save_pretrained(folder / "model")
         processor.save_pretrained(folder / "model")
         export_onnx(folder / "model", folder / "fp32")
-        quantize(folder / "fp32", folder / "int8")
+        (folder / "int8" / FOLDER).mkdir(parents=True)
+        for name in (TEXT, VISION):
+            quantize(folder / "fp32" / FOLDER / f"{name}.onnx", folder / "int8" / FOLDER / f"{name}.onnx")
         for kind in ("fp32", "int8"):
             sizes = [(folder / kind / FOLDER / f"{name}.onnx").stat().st_size / 1e6 for name in (TEXT, VISION)]
             print(f"{kind}: text {sizes[0]:,.0f} MB, image {sizes[1]:,.0f} MB")
