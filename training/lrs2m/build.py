@@ -30,8 +30,9 @@ from training.run_folder import git_state, versions
 from .captioners.captioner import AnswerStore, Captioner, CaptionerDown, Gate
 from .captioners.prompts import load_prompts
 from .data_row import Record, split_of
-from .output import LISTS, MANIFEST, PROGRESS, WORK, Output, Progress, load_progress, totals
+from .output import LISTS, MANIFEST, PROGRESS, WORK, Output, Progress, load_progress, save_progress, totals
 from .pipeline import Duplicate, Outcome, Pipeline, Written
+from .preflight import check_sources, describe
 from .recipe import CaptionerConfig, Recipe, SourceConfig, public_recipe, read_recipe, recipe_hash, resolve
 from .routes import Failed, Item, Writer
 from .row_builder import RowMaker, TokenCounter
@@ -54,12 +55,13 @@ class Build:
         recipe: what to build.
         folder: the data set's.
         root: where relative paths of the recipe start.
+        retry_failed: begin from the first row, with as many new attempts for every text that had no good answer.
 
     Raises:
         `ValueError`: for anything in the recipe that cannot be found or does not fit; nothing has been asked by then.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, root: Path):
+    def __init__(self, recipe: Recipe, folder: Path, root: Path, retry_failed: bool = False):
         self.recipe, self.folder, self.root = recipe, folder, root
         self.prompts = load_prompts(recipe, root)
         self.hash = recipe_hash(recipe, self.prompts)
@@ -69,15 +71,19 @@ class Build:
                 f"{folder} was begun with another recipe or other prompts; take another --output, or begin again with "
                 "--restart, which keeps the captioners' answers."
             )
+        if retry_failed:  # on disk at once: after a kill the plain command goes on with it
+            progress = Progress(self.hash, retries=progress.retries + 1)
+            save_progress(folder, progress)
         self.finished = progress.complete and (folder / MANIFEST).exists()
         if self.finished:
             return
+        check_sources(recipe, root)
         self.counter = TokenCounter(recipe.tokenizer, root)
         self.gate = Gate()
         self.captioners = self._build_captioners()
         self.finder = self._build_finder()
         self.choose = self._build_chooser()
-        self.answers = AnswerStore(folder / WORK / "answers.sqlite")
+        self.answers = AnswerStore(folder / WORK / "answers.sqlite", self.gate)
         self.output = Output(folder, recipe.format, (recipe.shard_rows, recipe.shard_bytes), progress)
         self.silent = 0  # rows in a row that got no answer
 
@@ -257,7 +263,8 @@ class Build:
     def _writer(self, source: SourceConfig) -> Writer:
         prompts = self.prompts[source.name]
         count = self.counter.count_one
-        return Writer(self.recipe, source, self.captioners, prompts, self.answers, count, self.choose)
+        retries = self.output.progress.retries
+        return Writer(self.recipe, source, self.captioners, prompts, self.answers, count, self.choose, retries)
 
     def _pipeline(self, source: SourceConfig, writer: Writer) -> Pipeline:
         labels = LabelReader(source.labels, self.root) if source.labels else None
@@ -328,16 +335,27 @@ def main(argv: Iterable[str] | None = None) -> int:
     parser.add_argument("--config", nargs="+", required=True, metavar="RECIPE", help="recipe files (YAML)")
     parser.add_argument("--output", required=True, type=Path, help="folder of the data set")
     parser.add_argument("--root", type=Path, help="where relative paths of the recipe start; by default where you are")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="look at the first rows of every source and at the captioners, write nothing",
+    )
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="override fields of the recipe")
-    parser.add_argument("--restart", action="store_true", help="begin from the first row; answers are kept and used")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--restart", action="store_true", help="begin from the first row; answers are kept and used")
+    again.add_argument(
+        "--retry-failed", action="store_true", help="ask again, with new seeds, for the texts of failed.jsonl"
+    )
     arguments = parser.parse_args(argv)
     try:
         recipe = read_recipe(arguments.config, arguments.set)
+        if arguments.check:
+            return _check(recipe, arguments.output, arguments.root or Path.cwd())
         (arguments.output / WORK).mkdir(parents=True, exist_ok=True)
         with FileLock(arguments.output / WORK / "lock", timeout=0):
             if arguments.restart:
                 forget(arguments.output)
-            manifest = _build(recipe, arguments.output, arguments.root or Path.cwd())
+            manifest = _build(recipe, arguments.output, arguments.root or Path.cwd(), arguments.retry_failed)
     except Timeout:
         return _complain(f"another build is at work in {arguments.output}; wait for it, or take another --output.")
     except (CaptionerDown, ValueError, OSError) as error:
@@ -349,8 +367,16 @@ def main(argv: Iterable[str] | None = None) -> int:
     return 0
 
 
-def _build(recipe: Recipe, folder: Path, root: Path) -> dict[str, Any]:
-    build = Build(recipe, folder, root)
+def _check(recipe: Recipe, folder: Path, root: Path) -> int:
+    lines, mistakes = describe(recipe, load_prompts(recipe, root), root, folder)
+    print("\n".join(lines))
+    for mistake in mistakes:
+        _complain(mistake)
+    return 1 if mistakes else 0
+
+
+def _build(recipe: Recipe, folder: Path, root: Path, retry_failed: bool) -> dict[str, Any]:
+    build = Build(recipe, folder, root, retry_failed)
     if build.finished:
         print(f"{folder} is complete; --restart would build it again with the answers it has.")
         return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

@@ -30,6 +30,7 @@ class Progress:
     lists: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LISTS, 0))  # bytes
     counts: dict[str, dict[str, int]] = field(default_factory=dict)  # by source
     complete: bool = False  # all rows are in parts
+    retries: int = 0  # times that `--retry-failed` was given
 
 
 class Output:
@@ -46,6 +47,9 @@ class Output:
         self._writers: dict[str, ShardWriter] = {}
         self._parts = folder / WORK / "parts"
         self._parts.mkdir(parents=True, exist_ok=True)
+        if not progress.complete:  # of a build that is made again
+            (folder / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(folder / DATA, ignore_errors=True)
         known = {part["file"] for parts in progress.parts.values() for part in parts}
         for stale in self._parts.iterdir():
             if stale.name not in known:
@@ -161,7 +165,11 @@ class Output:
             writer.close()
 
     def _save(self) -> None:
-        replace_json(self.folder / WORK / PROGRESS, vars(self.progress))
+        save_progress(self.folder, self.progress)
+
+
+def save_progress(folder: Path, progress: Progress) -> None:
+    replace_json(folder / WORK / PROGRESS, vars(progress))
 
 
 def load_progress(folder: Path) -> Progress | None:

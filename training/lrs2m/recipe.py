@@ -1,12 +1,14 @@
 """A recipe: which sources become rows by which route, with which captioners and prompts. One YAML file or several."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 
 from modeling_lrsclip.files.configuration import plain_values, read_yaml, set_field, split_setting, validate
 from modeling_lrsclip.files.hashing import json_sha256
@@ -16,6 +18,7 @@ STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 Route = Literal["merge", "compress", "expand", "anchor"]
 # What may change between two runs of one build: it decides how fast a row comes, or when to stop, not what is in it.
 FREE = ("max_skipped_fraction", "max_failures_in_a_row", "max_failed_fraction", "lookahead")
+FREE_OF_SOURCE = ("facts", "not_verified")
 FREE_OF_CAPTIONER = (
     *("base_url", "api_key_variable", "concurrency", "timeout", "tries"),
     *("batch_size", "device_map"),
@@ -34,6 +37,43 @@ class KeyConfig:
 
 
 @dataclass(config=STRICT)
+class MatchConfig:
+    """The values of a column that are taken: these, or those that begin or look so. All that is set must fit."""
+
+    values: list[str | int | float | bool | None] | None = None  # one of these; compared as texts
+    prefix: str | list[str] | None = None  # it begins with this, or with one of these
+    pattern: str | None = None  # a regular expression that it holds; ^ and $ stand for its ends
+
+    @model_validator(mode="before")
+    @classmethod
+    def _value_or_values(cls, given: Any):
+        if isinstance(given, dict | ArgsKwargs):
+            return given
+        return {"values": given if isinstance(given, list) else [given]}
+
+    @model_validator(mode="after")
+    def _is_set(self):
+        if not (self.values or self.prefix or self.pattern):
+            raise ValueError("where needs a value, a list of values, a prefix or a pattern")
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(f"where: pattern {self.pattern!r} is no regular expression: {error}") from None
+        return self
+
+    def __str__(self) -> str:
+        return " and ".join(f"{name} {value!r}" for name, value in vars(self).items() if value)
+
+    def fits(self, value: Any) -> bool:
+        """Tell whether a value of the column is taken."""
+        if self.values and str(value) not in map(str, self.values):
+            return False
+        text = "" if value is None else str(value)
+        prefixes = (self.prefix,) if isinstance(self.prefix, str) else tuple(self.prefix or ("",))
+        return text.startswith(prefixes) and re.search(self.pattern or "", text) is not None
+
+
+@dataclass(config=STRICT)
 class ReadConfig:
     """The place that rows are read from. Every path may be relative to the root and may hold ~ and environment variables."""
 
@@ -42,11 +82,12 @@ class ReadConfig:
     images: str | None = None  # folder that a table's image paths start at; by default the table's own
     split: str = "train"  # of a Hub data set; of a file in Karpathy's format, where it may be "all"
     encoding: str = "utf-8-sig"  # of text files, as Python names it
-    # What a table, tar or Hub data set calls its columns; `a.b` reaches into an object. image, key, long_text,
-    # short_text, class_name, longitude, latitude, gsd, date, labels, bounds; others are kept for templates.
+    # The source's names of image, key, long_text, short_text, class_name, longitude, latitude, gsd, date, labels,
+    # bounds, and of others, which are kept for templates; `a.b` reaches into an object, "{a}/{b}" joins two columns.
     columns: dict[str, str] = Field(default_factory=dict)
     captions: Literal["each", "together", "first"] = "each"  # several short captions: a row each, one row, the first
-    where: dict[str, Any] = Field(default_factory=dict)  # column: value or list of values; other rows are not taken
+    # By column: a value, a list of values, {prefix: …} or {pattern: …}. Other rows are not taken.
+    where: dict[str, MatchConfig] = Field(default_factory=dict)
     key: KeyConfig = Field(default_factory=KeyConfig)  # for a join
     limit: int | None = Field(None, ge=1)  # rows; the first so many
 
@@ -91,7 +132,7 @@ class SourceConfig:
     licence: str  # of images and given captions; an SPDX name, or the terms in a sentence
     read: ReadConfig
     licence_url: str | None = None
-    join: ReadConfig | None = None  # merge: the table that the other caption comes from
+    join: ReadConfig | None = None  # merge: the table that the other caption comes from, where it is not in `read`
     long: TextConfig = Field(default_factory=TextConfig)
     short: TextConfig = Field(default_factory=TextConfig)
     labels: LabelsConfig | None = None
@@ -99,6 +140,8 @@ class SourceConfig:
     against: list[str] | None = None  # evaluation sets of this source; by default the recipe's
     paper_source: str | None = None  # the row of Table I it stands for, where its name is another
     fields: dict[str, Any] = Field(default_factory=dict)  # constants for templates, such as gsd: 0.3
+    facts: list[str] = Field(default_factory=list)  # where the layout, columns and licence were looked up
+    not_verified: list[str] = Field(default_factory=list)  # what of them was not; `--check` says it
 
     @model_validator(mode="after")
     def _fits_its_route(self):
@@ -114,8 +157,8 @@ class SourceConfig:
             if asked != bool(text.captioner):
                 need = "needs a captioner and a prompt" if asked else "is given by the source and has no captioner"
                 raise ValueError(f"source {self.name}: on route {self.route} the {column} text {need}")
-        if (self.route == "merge") != (self.join is not None):
-            raise ValueError(f"source {self.name}: join belongs to route merge, and merge needs it")
+        if self.join is not None and self.route != "merge":
+            raise ValueError(f"source {self.name}: join belongs to route merge")
         if self.route == "anchor" and self.labels is None:
             raise ValueError(f"source {self.name}: route anchor needs labels")
         if "labels" in (self.long.template, self.short.template) and self.labels is None:
@@ -202,6 +245,23 @@ class Recipe:
     candidates: CandidatesConfig | None = None
 
     @model_validator(mode="after")
+    def _numbers_fit(self):
+        shortest, longest = self.long_tokens
+        if not 2 <= shortest < longest:
+            raise ValueError(
+                f"long_tokens=[{shortest}, {longest}] must be the fewest and the most CLIP tokens of a written long text, "
+                "such as [40, 248]"
+            )
+        for source in self.sources:
+            captioner = self.captioners.get(source.long.captioner)
+            if captioner is not None and captioner.max_tokens < shortest:
+                raise ValueError(
+                    f"captioners.{source.long.captioner}.max_tokens={captioner.max_tokens} is less than the {shortest} "
+                    "tokens that long_tokens asks for; raise it"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _names_exist(self):
         if not self.sources:
             raise ValueError("a recipe needs at least one source")
@@ -249,6 +309,9 @@ def recipe_hash(recipe: Recipe, prompts: Mapping[str, Mapping[str, Any]]) -> str
     values = plain_values(recipe)
     for name in FREE:
         values.pop(name)
+    for source in values["sources"]:
+        for name in FREE_OF_SOURCE:
+            source.pop(name)
     for captioner in values["captioners"].values():
         for name in FREE_OF_CAPTIONER:
             captioner.pop(name)

@@ -68,6 +68,7 @@ class Writer:
     answers: AnswerStore
     count_tokens: Callable[[str], int]
     choose: Callable[[Any, list[str]], int] | None = None
+    retries: int = 0  # how often `--retry-failed` asked for as many attempts again for texts that had none
 
     async def texts(self, item: Item) -> tuple[Text, Text]:
         """
@@ -78,17 +79,17 @@ class Writer:
             [`~training.lrs2m.sources.images.Skip`]: for a given text that is empty or garbled, or a template without its fields.
         """
         if self.source.long.captioner:
-            short = None if self.source.short.captioner else self._own("short", item)
+            short = None if self.source.short.captioner else self.ready_text("short", item)
             long = await self._written("long", item, short)
             return long, short or await self._written("short", item, long)
-        long = self._own("long", item)
-        return long, await self._written("short", item, long) if self.source.short.captioner else self._own(
-            "short", item
-        )
+        long = self.ready_text("long", item)
+        if not self.source.short.captioner:
+            return long, self.ready_text("short", item)
+        return long, await self._written("short", item, long)
 
     def plain_texts(self, item: Item) -> tuple[Text, Text]:
         """[`texts`] for a source without a captioner."""
-        return self._own("long", item), self._own("short", item)
+        return self.ready_text("long", item), self.ready_text("short", item)
 
     def anchors(self, item: Item) -> str | None:
         """The `anchors` column of a row."""
@@ -97,8 +98,20 @@ class Writer:
     def _anchor_text(self, item: Item) -> str:
         return anchor_text(item.labels, self.source.labels.max_positions)
 
-    def _own(self, which: str, item: Item) -> Text:
-        """A given text or one from a template."""
+    def ready_text(self, which: str, item: Item) -> Text:
+        """
+        A given text or one from a template.
+
+        Args:
+            which: `long` or `short`.
+            item: with its record and labels.
+
+        Returns:
+            The text.
+
+        Raises:
+            [`~training.lrs2m.sources.images.Skip`]: for one that is empty or garbled, or a template without its fields.
+        """
         config: TextConfig = getattr(self.source, which)
         if config.template is None:
             text = getattr(item.record, f"{which}_text")
@@ -123,18 +136,17 @@ class Writer:
         checks, count = self._checks(which, item), functools.cache(self.count_tokens)
         attempts: list[dict[str, Any]] = []
         good: list[Text] = []
-        for attempt in range(config.attempts + config.candidates - 1):
+        usual = config.attempts + config.candidates - 1
+        for attempt in range(usual + self.retries * config.attempts):
+            if attempt >= usual and good:
+                break
             sampling = self._sampling(config, prompt, user, item.picture.sha256, attempt)
             request = Request(prompt.system, user, picture, sampling)
-            key = request.key(captioner.identity)
-            answer = self.answers.find(key)
-            if answer is None:
-                try:
-                    answer = await captioner.ask(request)
-                except NoAnswer as error:
-                    attempts.append({"seed": sampling.seed, "reason": str(error)})
-                    break
-                answer = self.answers.store(key, answer)
+            try:
+                answer = await self.answers.ask(captioner, request)
+            except NoAnswer as error:
+                attempts.append({"seed": sampling.seed, "reason": str(error)})
+                break
             text = clean_answer(answer.text)
             fault = find_fault(text, checks, count, answer.finished)
             if fault:

@@ -59,7 +59,10 @@ class ParquetShard:
 
 
 class TarShard:
-    """A WebDataset tar: per row an image file and a JSON file of the other columns, named after the row's id."""
+    """
+    A WebDataset tar: per row an image file, a JSON file of the other columns, and the short text as `.txt`, which
+    open_clip and other readers of image-text pairs look for; named after the row's id.
+    """
 
     def __init__(self, path: Path):
         self.path, self.rows, self.size = path, 0, 0
@@ -71,6 +74,7 @@ class TarShard:
         if row["image"] is not None:
             suffix = Path(row["image"]["path"]).suffix
             self._member(f"{name}{suffix}", row["image"]["bytes"])
+        self._member(f"{name}.txt", row["short_text"].encode())
         self._member(f"{name}.json", json.dumps(fields, ensure_ascii=False).encode())
         self.size += row_size(row)
         self.rows += 1
@@ -109,6 +113,8 @@ def _read_tar(path: Path) -> Iterator[Row]:
     image = None
     with tarfile.open(path, "r|") as tar:
         for member in tar:
+            if member.name.endswith(".txt"):  # in the JSON too
+                continue
             content = tar.extractfile(member).read()
             if not member.name.endswith(".json"):
                 image = {"bytes": content, "path": member.name}

@@ -1,5 +1,6 @@
 """Requests to a captioner, their answers, and the file that keeps each answer, whichever engine is behind it."""
 
+import asyncio
 import contextlib
 import json
 import sqlite3
@@ -88,10 +89,15 @@ class AnswerStore:
 
     An answer is written before it is used: a killed process loses none that it had received. They are forced to disk
     every second, so a machine that loses its power loses a second's at most; the file stays readable in any case.
+
+    Args:
+        file: where they are kept; made where it is not there.
+        gate: knows the rows that are worked on; a row that waits for another row's answer is none of them.
     """
 
-    def __init__(self, file: Path):
-        self.file = file
+    def __init__(self, file: Path, gate: "Gate | None" = None):
+        self.file, self.gate = file, gate or Gate()
+        self._under_way: dict[str, _UnderWay] = {}
         self.database = sqlite3.connect(file, isolation_level=None)
         with self._readable():
             self.database.executescript(
@@ -115,6 +121,38 @@ class AnswerStore:
 
     def _rows(self, query: str, *values: Any) -> list[tuple]:
         return self.database.execute(query, values).fetchall()
+
+    async def ask(self, captioner: Captioner, request: Request) -> Answer:
+        """
+        The answer to a request: the kept one, or else the captioner's, which is kept from then on. Of equal requests
+        that are under way together one is sent, and all get its answer.
+
+        Raises:
+            [`NoAnswer`], [`CaptionerDown`]: as the captioner does.
+        """
+        key = request.key(captioner.identity)
+        if (answer := self.find(key)) is not None:
+            return answer
+        if (equal := self._under_way.get(key)) is not None:
+            equal.sharers += 1
+            self.gate.rows -= 1
+            self.gate.settle()
+            return await asyncio.shield(equal.answer)
+        equal = self._under_way[key] = _UnderWay(asyncio.get_running_loop().create_future())
+        try:
+            answer = self.store(key, await captioner.ask(request))
+            equal.answer.set_result(answer)
+            return answer
+        except asyncio.CancelledError:
+            equal.answer.cancel()
+            raise
+        except BaseException as error:
+            equal.answer.set_exception(error)
+            equal.answer.exception()  # seen: nobody else may wait for it
+            raise
+        finally:
+            del self._under_way[key]
+            self.gate.rows += equal.sharers
 
     def find(self, key: str) -> Answer | None:
         """The answer kept under a request's key."""
@@ -148,6 +186,14 @@ class AnswerStore:
             self.sync()
         finally:
             self.database.close()
+
+
+@dataclass
+class _UnderWay:
+    """A request that was sent, for the equal ones that come before its answer."""
+
+    answer: asyncio.Future
+    sharers: int = 0  # rows that wait for it beside the one that sent it
 
 
 class Gate:

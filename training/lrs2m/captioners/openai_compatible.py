@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import openai
@@ -17,8 +18,18 @@ from .captioner import Answer, CaptionerDown, NoAnswer, Request, captioner_id, c
 
 
 REFUSED = (401, 403, 404, 405)  # key, model or address are wrong for every request
+PING = 5.0  # seconds in which a server must say that it is there
 LONGEST_PAUSE = 600.0  # seconds of a Retry-After that are believed; the client itself believes two minutes
 FIRST_REST, LONGEST_REST = 0.5, 30.0  # seconds for which one of several servers that failed is asked nothing
+
+
+@dataclass(frozen=True)
+class Pong:
+    """The answer of a server that was asked whether it is there."""
+
+    url: str
+    models: list[str] = field(default_factory=list)  # that it has; none where it does not tell
+    fault: str = ""  # why it cannot be asked for captions
 
 
 class _Server:
@@ -69,6 +80,7 @@ class OpenAICaptioner:
 
     def __init__(self, config: CaptionerConfig):
         self.config, self.id, self.identity = config, captioner_id(config), captioner_identity(config)
+        self._reached: asyncio.Task | None = None
         key = os.environ.get(config.api_key_variable)
         self._headers = None if key else {"Authorization": openai.Omit()}
         self._servers = [_Server(url, config, key) for url in config.base_urls]
@@ -81,8 +93,12 @@ class OpenAICaptioner:
 
         Raises:
             [`NoAnswer`]: when no try brought one, or the server refuses this request.
-            [`CaptionerDown`]: when a server refuses the key, the model or the address.
+            [`CaptionerDown`]: when no server is there at the first request, or one refuses the key, the model or the
+                address.
         """
+        if self._reached is None:
+            self._reached = asyncio.create_task(self._reach())
+        await asyncio.shield(self._reached)
         async with self._free:
             picture = request.picture
             if picture is None or is_sent_as_it_is(picture, self.config.max_image_side):
@@ -132,6 +148,37 @@ class OpenAICaptioner:
         finally:
             server.at_work -= 1
             self._released.set()
+
+    async def ping(self) -> list[Pong]:
+        """What every server says when it is asked for its models."""
+        return list(await asyncio.gather(*(self._ping_one(server) for server in self._servers)))
+
+    async def _ping_one(self, server: _Server) -> Pong:
+        client = server.client.with_options(timeout=PING, max_retries=0)
+        try:
+            listed = await client.models.list(extra_headers=self._headers)
+            return Pong(server.url, [model.id for model in listed.data or ()])
+        except openai.APIConnectionError as error:
+            return Pong(server.url, fault=f"does not answer ({type(error.__cause__ or error).__name__})")
+        except openai.APIStatusError as error:
+            if error.status_code in (401, 403):
+                key = self.config.api_key_variable
+                return Pong(server.url, fault=f"refuses the key in {key} (HTTP {error.status_code})")
+        except (openai.OpenAIError, ValueError, TypeError, AttributeError):
+            pass
+        return Pong(server.url)  # it is there, and has no list of models
+
+    async def _reach(self) -> None:
+        """Begins with the servers that are there; it takes a second to see, not the tries of the first rows."""
+        pongs = await self.ping()
+        if all(pong.fault for pong in pongs):
+            told = "; ".join(f"{pong.url} {pong.fault}" for pong in pongs)
+            raise CaptionerDown(
+                f"{told}. Start the server of {self.config.model}, or set base_url. Nothing was asked."
+            )
+        for server, pong in zip(self._servers, pongs, strict=True):
+            if pong.fault:
+                server.rest()
 
     async def close(self) -> None:
         for server in self._servers:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..data_row import Record
 from ..recipe import SourceConfig
-from .records import caption_of, join_key, read_rows, read_source
+from .records import SHOWN, caption_of, join_key, key_source, read_rows, read_source
 from .tables import TableRow
 
 
@@ -34,7 +34,8 @@ class JoinedCaptions:
         file: where the index is kept.
 
     Raises:
-        `ValueError`: for a table that cannot be read, or of whose rows none has a key and a caption.
+        `ValueError`: for a table that cannot be read; where no key is on both sides; where the recipe's steps make one
+            key of two names of a side, so that captions would go to another image.
     """
 
     def __init__(self, source: SourceConfig, root: Path, file: Path):
@@ -56,20 +57,45 @@ class JoinedCaptions:
         # What is lost by a crash is made again, so nothing needs to be safe before the rename.
         database.executescript(
             "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -65536;"
-            "CREATE TABLE captions (key TEXT, position INTEGER, long_text TEXT, short_text TEXT);"
-            "CREATE TABLE images (key TEXT);"
+            "CREATE TABLE captions (key TEXT, name TEXT, position INTEGER, long_text TEXT, short_text TEXT);"
+            "CREATE TABLE images (key TEXT, name TEXT);"
             "CREATE TABLE nameless (side TEXT, position INTEGER);"
         )
-        count = _insert(database, "INSERT INTO captions VALUES (?, ?, ?, ?)", self._captions(database))
-        if not count:
-            raise ValueError(f"none of the rows of {self.source.join.path} has a key; set join.columns.key.")
-        _insert(database, "INSERT INTO images VALUES (?)", self._image_keys(database))
+        _insert(database, "INSERT INTO captions VALUES (?, ?, ?, ?, ?)", self._captions(database))
+        _insert(database, "INSERT INTO images VALUES (?, ?)", self._image_keys(database))
         # Indexed at the end: sorting is sequential on disk, inserting keys in their random order is not.
         database.executescript(
-            "CREATE INDEX by_key ON captions (key, position); CREATE INDEX by_image ON images (key);"
+            "CREATE INDEX by_key ON captions (key, name, position); CREATE INDEX by_image ON images (key, name);"
         )
-        database.close()
+        try:
+            self._check_keys(database)
+        finally:
+            database.close()
         unfinished.replace(self.file)
+
+    def _check_keys(self, database: sqlite3.Connection) -> None:
+        sides = {"images": self.source.read, "captions": self.source.join}
+        for side, read in sides.items():
+            if database.execute(f"SELECT NOT EXISTS (SELECT * FROM {side})").fetchone()[0]:
+                field = "read" if side == "images" else "join"
+                raise ValueError(f"none of the rows of {read.path} has a key; set {field}.columns.key.")
+            twice = f"SELECT MIN(name), MAX(name), key FROM {side} GROUP BY key HAVING MIN(name) < MAX(name) LIMIT 1"
+            if pair := database.execute(twice).fetchone():
+                raise ValueError(
+                    f"source {self.source.name}: {pair[0]} and {pair[1]} of {read.path} have the same key, {pair[2]}, so "
+                    "captions would go to another image; keep more of the name: leave out a step of key (lower, stem, "
+                    "basename), or keep a folder with key.replace."
+                )
+        on_both = "SELECT EXISTS (SELECT * FROM images WHERE key IN (SELECT key FROM captions))"
+        if not database.execute(on_both).fetchone()[0]:
+            shown = []
+            for side, read in sides.items():
+                keys = database.execute(f"SELECT key FROM {side} ORDER BY rowid LIMIT {SHOWN}").fetchall()
+                shown.append(f"{read.path} has {', '.join(key for (key,) in keys)}")
+            raise ValueError(
+                f"source {self.source.name}: no key is on both sides: {'; '.join(shown)}. Change read.key and join.key "
+                "until they are alike."
+            )
 
     def _captions(self, database: sqlite3.Connection) -> Iterator[tuple[Any, ...]]:
         join = self.source.join
@@ -78,18 +104,18 @@ class JoinedCaptions:
             if key is None:
                 database.execute("INSERT INTO nameless VALUES ('captions', ?)", (position,))
                 continue
-            yield key, position, _first(row, "long_text"), _first(row, "short_text")
+            yield key, key_source(row), position, _first(row, "long_text"), _first(row, "short_text")
             if join.limit is not None and position + 1 >= join.limit:
                 return
 
-    def _image_keys(self, database: sqlite3.Connection) -> Iterator[tuple[str]]:
+    def _image_keys(self, database: sqlite3.Connection) -> Iterator[tuple[str, str]]:
         read = self.source.read
         for position, row in enumerate(read_rows(read, self.root)):
             key = join_key(row, read)
             if key is None:
                 database.execute("INSERT INTO nameless VALUES ('images', ?)", (position,))
             else:
-                yield (key,)
+                yield key, key_source(row)
             if read.limit is not None and position + 1 >= read.limit:
                 return
 

@@ -1,7 +1,7 @@
 """Records of a source of a recipe, one after another in a stable order."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,25 @@ USUAL_COLUMNS = {
 }
 Plan = list[tuple[str, tuple[str, ...]]]
 NUMBERS = ("longitude", "latitude", "gsd")
+SHOWN = 3  # keys and values that an error shows
+_TEMPLATE = re.compile(r"\{([^{}]+)\}")
 
 
-def read_source(source: SourceConfig, root: Path) -> Iterator[Record]:
+def read_source(source: SourceConfig, root: Path, stored: Iterable[TableRow] | None = None) -> Iterator[Record]:
     """
     Records of a source in a stable order; positions count them from 0. A row with several short captions becomes
     several records (`captions: each`), one with all of them (`together`) or one with the first.
+
+    Args:
+        source: of the recipe.
+        root: where its relative paths start.
+        stored: rows as [`stored_rows`] has them; by default all of them.
 
     Raises:
         `ValueError`: for a path that is not there, a missing column, or a file that cannot be read.
     """
     position = 0
-    for row in read_rows(source.read, root):
+    for row in read_rows(source.read, root, stored):
         for record in _records(source, row, root):
             record.position = position
             position += 1
@@ -48,34 +55,64 @@ def read_source(source: SourceConfig, root: Path) -> Iterator[Record]:
                 return
 
 
-def read_rows(read: ReadConfig, root: Path) -> Iterator[TableRow]:
-    """Rows with the columns of `USUAL_COLUMNS` that are there, others as they are called, filtered by `where`."""
-    if read.kind in ("images", "class_folders"):
-        yield from _image_files(resolve(read.path, root), read.kind == "class_folders")
-        return
+def stored_rows(read: ReadConfig, root: Path) -> Iterator[TableRow]:
+    """All rows of a place, with its own names of columns."""
     if read.kind == "table":
-        rows = table_rows(resolve(read.path, root), read.split, read.encoding)
-    elif read.kind == "webdataset":
-        rows = tar_rows(resolve(read.path, root))
-    else:
-        rows = hub_rows(read.path, read.split)
+        return table_rows(resolve(read.path, root), read.split, read.encoding)
+    if read.kind == "webdataset":
+        return tar_rows(resolve(read.path, root))
+    if read.kind == "hub":
+        return hub_rows(read.path, read.split)
+    return _image_files(resolve(read.path, root), read.kind == "class_folders")
+
+
+def read_rows(read: ReadConfig, root: Path, stored: Iterable[TableRow] | None = None) -> Iterator[TableRow]:
+    """
+    Rows that fit `where`, with the columns of `USUAL_COLUMNS` that are there and others as they are called.
+
+    Args:
+        read: the place they are read from.
+        root: where its relative paths start.
+        stored: rows as [`stored_rows`] has them; by default all of them.
+
+    Raises:
+        `ValueError`: for a column that is not there, and where no row fits.
+    """
+    rows = stored_rows(read, root) if stored is None else stored
     plans: dict[tuple[str, ...], Plan] = {}  # rows of a table mostly have the same columns
+    number, taken, left_out = 0, 0, []
     for number, row in enumerate(rows, start=1):
         if number == 1:
             _check_columns(read, row)
-        if all(_fits(_get(row, column), wanted) for column, wanted in read.where.items()):
+        if all(wanted.fits(_get(row, column)) for column, wanted in read.where.items()):
             columns = tuple(row)
             if columns not in plans:
                 plans[columns] = _plan(read, row)
+            taken += 1
             yield _named(plans[columns], row)
+        elif len(left_out) < SHOWN:
+            left_out.append(", ".join(f"{column}={_get(row, column)!r:.80}" for column in read.where))
+    if not number:
+        raise ValueError(f"{read.path} holds no rows{_of_split(read)}.")
+    if not taken:
+        wanted = ", ".join(f"{column}: {one}" for column, one in read.where.items())
+        raise ValueError(
+            f"none of the {number} rows of {read.path} fits where ({wanted}); its first rows have {'; '.join(left_out)}."
+        )
 
 
 def join_key(row: TableRow, read: ReadConfig) -> str | None:
-    """The key a row is joined on: its `key` column, or else the image's name, after the recipe's steps."""
+    """The key a row is joined on: its [`key_source`] after the recipe's steps."""
+    stored = key_source(row)
+    return normalise_key(stored, read.key) if stored else None
+
+
+def key_source(row: TableRow) -> str | None:
+    """The name that a row's key is made of: its `key` column, or else the image's name."""
     stored = row.get("key") or row.get("image")
     if isinstance(stored, dict):
         stored = stored.get("path")
-    return normalise_key(stored, read.key) if isinstance(stored, str) and stored else None
+    return stored if isinstance(stored, str) and stored else None
 
 
 def normalise_key(name: str, config: KeyConfig) -> str:
@@ -139,9 +176,12 @@ def _sorted_files(folder: Path) -> Iterator[Path]:
 
 
 def _check_columns(read: ReadConfig, row: TableRow) -> None:
-    for name, column in read.columns.items():
-        if _get(row, column) is None and column.split(".")[0] not in row:
-            raise ValueError(f"{read.path} has no column {column} (for {name}); it has {', '.join(map(str, row))}.")
+    asked = [(column, f"columns.{name}") for name, column in read.columns.items()]
+    for column, place in (*asked, *((column, "where") for column in read.where)):
+        for one in _TEMPLATE.findall(column) or [column]:
+            if one not in row and one.split(".")[0] not in row:
+                there = ", ".join(map(str, row))
+                raise ValueError(f"{read.path} has no column {one}, which {place} names; it has {there}.")
 
 
 def _plan(read: ReadConfig, row: TableRow) -> Plan:
@@ -166,15 +206,19 @@ def _named(plan: Plan, row: TableRow) -> TableRow:
 def _get(row: TableRow, column: str) -> Any:
     if column in row:
         return row[column]
+    if "{" in column:
+        parts = {one: _get(row, one) for one in _TEMPLATE.findall(column)}
+        return None if None in parts.values() else _TEMPLATE.sub(lambda place: str(parts[place[1]]), column)
     value: Any = row
     for part in column.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
 
 
-def _fits(value: Any, wanted: Any) -> bool:
-    wanted = wanted if isinstance(wanted, list) else [wanted]
-    return value in wanted or str(value) in map(str, wanted)
+def _of_split(read: ReadConfig) -> str:
+    return (
+        f" of split {read.split}; set read.split to one that it has, or to all" if read.path.endswith(".json") else ""
+    )
 
 
 def _records(source: SourceConfig, row: TableRow, root: Path) -> Iterator[Record]:
