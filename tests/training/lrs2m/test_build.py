@@ -27,6 +27,7 @@ from tests.training.lrs2m.small_builds import (
 )
 from training.lrs2m import build as build_module
 from training.lrs2m import output
+from training.lrs2m.build import Build
 from training.lrs2m.captioners.captioner import AnswerStore, Gate
 from training.lrs2m.pipeline import Pipeline
 from training.lrs2m.recipe import ReadConfig, SourceConfig, TextConfig
@@ -260,7 +261,13 @@ def test_restart_asks_only_for_what_has_no_answer(tiles, write_recipe, tmp_path)
 def test_a_captioner_that_is_gone_stops_the_build(tiles, write_recipe, tmp_path, capsys):
     sources = [source("expand", {"kind": "table", "path": str(tiles / "captions.jsonl")})]
     recipe = write_recipe(sources, max_failures_in_a_row=5)
-    assert build(recipe, tmp_path / "set", "--set", "captioners.mllm.tries=2") == 1
+    started = time.monotonic()
+    assert build(recipe, tmp_path / "set") == 1  # nothing listens there: that is not tried as often as a request
+    assert "127.0.0.1:9/v1 does not answer (ConnectError)" in capsys.readouterr().err
+    assert time.monotonic() - started < 20
+    with ChatServer(faults=lambda request: Fault(reset=True)) as server:  # it was there, and goes
+        changes = ["captioners.mllm.tries=1", f"captioners.mllm.base_url={server.url}"]
+        assert build(recipe, tmp_path / "set", "--set", *changes) == 1
     assert "left 5 rows in a row without an answer" in capsys.readouterr().err
     with ChatServer(faults=lambda request: Fault(status=401, body='{"error": "no such key"}')) as server:
         assert build(recipe, tmp_path / "set", "--set", f"captioners.mllm.base_url={server.url}") == 1
@@ -268,6 +275,55 @@ def test_a_captioner_that_is_gone_stops_the_build(tiles, write_recipe, tmp_path,
     with ChatServer() as server:  # the same folder goes on where it was left
         assert build(recipe, tmp_path / "set", "--set", f"captioners.mllm.base_url={server.url}") == 0
     assert len(rows_of(tmp_path / "set")) == 24 and not entries(tmp_path / "set", "failed")
+
+
+def test_equal_requests_under_way_together_are_asked_once(tmp_path, write_recipe):
+    """Rows with one image and one caption, of which the second asks nothing while the first waits for its answer."""
+    picture(0).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "short_text": short_caption(index % 3)} for index in range(12)]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    expand = source("expand", {"kind": "table", "path": str(tmp_path / "captions.jsonl")})
+    with ChatServer(delay=0.05) as server:
+        assert build(write_recipe([expand], server.url, lookahead=12), tmp_path / "set") == 0
+        assert len(server.requests) == len({json.dumps(request.body) for request, _ in server.requests}) == 3
+    assert len({row["long_text"] for row in rows_of(tmp_path / "set")}) == 3 and len(rows_of(tmp_path / "set")) == 12
+    with ChatServer(faults=lambda request: Fault(status=400), delay=0.05) as server:  # a failure is shared as well
+        recipe = write_recipe([expand], server.url, lookahead=12, max_failed_fraction=1)
+        assert build(recipe, tmp_path / "failed") == 0
+        assert len(server.requests) == 3 and len(entries(tmp_path / "failed", "failed")) == 12
+
+
+def test_failed_rows_are_asked_again(tiles, write_recipe, tmp_path, monkeypatch, capsys):
+    """New seeds for a text that was refused, one request for one that had no answer, none for the others."""
+    sources = [source("expand", {"kind": "table", "path": str(tiles / "captions.jsonl"), "limit": 8})]
+    faulty = {"number 2 ": Fault(text="I cannot see the image."), "number 5 ": Fault(status=400)}
+
+    def fault(request):
+        return next((fault for mark, fault in faulty.items() if mark in request.text), None)
+
+    folder = tmp_path / "set"
+    with ChatServer(faults=fault) as server:
+        recipe = write_recipe(sources, server.url, max_failed_fraction=0.5)
+        assert build(recipe, folder) == 0
+        before = {row["id"]: row for row in rows_of(folder)}
+        assert len(before) == 6 and len(server.requests) == 6 + 3 + 1
+        assert build(recipe, folder, "--retry-failed", "--set", "seed=1") == 1  # of another recipe: nothing is lost
+        assert "another recipe" in capsys.readouterr().err and len(rows_of(folder)) == 6
+        assert build(recipe, folder, "--retry-failed") == 0
+        assert len(entries(folder, "failed")) == 2 and len(server.requests) == 10 + 3 + 1
+        assert len({attempt["seed"] for attempt in entries(folder, "failed")[0]["attempts"]}) == 6
+        faulty.clear()
+        monkeypatch.setattr(Build, "run", interrupted)  # the order is kept, whenever the process ends
+        assert build(recipe, folder, "--retry-failed") == 1
+        monkeypatch.undo()
+        assert build(recipe, folder) == 0
+    assert len(server.requests) == 14 + 2 and not entries(folder, "failed")
+    rows = {row["id"]: row for row in rows_of(folder)}
+    assert len(rows) == 8 and before.items() <= rows.items()
+
+
+async def interrupted(self):
+    raise KeyboardInterrupt
 
 
 def test_another_way_of_asking_has_answers_of_its_own(tiles, write_recipe, tmp_path):
@@ -410,6 +466,6 @@ def test_formats_hold_the_same_rows(tiles, write_recipe, tmp_path, form, images)
         loaded = datasets.load_dataset(
             "webdataset", data_dir=str(tmp_path / "set" / "data"), cache_dir=str(tmp_path / "cache")
         )
-        assert (
-            loaded["train"][0]["json"]["long_text"].startswith("The image shows") and "png" in loaded["train"].features
-        )
+        first = loaded["train"][0]
+        assert first["json"]["long_text"].startswith("The image shows") and "png" in loaded["train"].features
+        assert first["txt"] == first["json"]["short_text"]  # what readers of image-text pairs take
