@@ -176,7 +176,7 @@ def _absent_evaluation_sets(recipe: Recipe, root: Path) -> list[str]:
 
 def describe(recipe: Recipe, prompts: Prompts, root: Path, folder: Path) -> tuple[list[str], list[str]]:
     """
-    What a build would do, from the first rows of every source and a word with every captioner; nothing is written.
+    Describe a build, from the first rows of every source and a word with every captioner; nothing is written.
 
     Args:
         recipe: what to build.
@@ -222,7 +222,7 @@ def _route(recipe: Recipe, source: SourceConfig) -> str:
 
 
 def _tell(recipe: Recipe, source: SourceConfig, prompts: Prompts, root: Path, look: Look) -> list[str]:
-    """What became of the first records, up to the questions that captioners would be asked."""
+    """Tell how the first records fare, up to the questions that captioners would be asked."""
     lines = list(look.notes)
     writer = Writer(recipe, source, {}, prompts[source.name], None, len)
     labels = LabelReader(source.labels, root) if source.labels else None

@@ -150,7 +150,7 @@ class OpenAICaptioner:
             self._released.set()
 
     async def ping(self) -> list[Pong]:
-        """What every server says when it is asked for its models."""
+        """Ask every server for its models; none of them is an error here."""
         return list(await asyncio.gather(*(self._ping_one(server) for server in self._servers)))
 
     async def _ping_one(self, server: _Server) -> Pong:

@@ -42,6 +42,9 @@ def read_source(source: SourceConfig, root: Path, stored: Iterable[TableRow] | N
         root: where its relative paths start.
         stored: rows as [`stored_rows`] has them; by default all of them.
 
+    Returns:
+        Records, their images not yet opened.
+
     Raises:
         `ValueError`: for a path that is not there, a missing column, or a file that cannot be read.
     """
@@ -74,6 +77,9 @@ def read_rows(read: ReadConfig, root: Path, stored: Iterable[TableRow] | None = 
         read: the place they are read from.
         root: where its relative paths start.
         stored: rows as [`stored_rows`] has them; by default all of them.
+
+    Returns:
+        The rows, one after another.
 
     Raises:
         `ValueError`: for a column that is not there, and where no row fits.
