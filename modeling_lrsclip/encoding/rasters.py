@@ -39,6 +39,8 @@ SAMPLE_TILES, SAMPLE_TILE = 8, 256  # without overviews: so many pieces in each 
 NAMING = "name three of them with bands (for example 4,3,2), or "  # for commands that have this option
 COLOURS = ("red", "green", "blue")
 SENTINEL2 = (("b04", "b4", "band 4"), ("b03", "b3", "band 3"), ("b02", "b2", "band 2"))
+# Plain pictures are no mistake. `warnings.catch_warnings` would not do: several threads open rasters at a time.
+warnings.filterwarnings("ignore", category=NotGeoreferencedWarning, module=__name__.replace(".", r"\."))
 LOOKED_UP = ("uint8", "int8", "uint16", "int16")  # values few enough for a table
 
 
@@ -411,8 +413,7 @@ def _open(path: str) -> Any:
             raise RasterError(f"{path} is an empty file.")
         if magic == b"PK\3\4":
             raise RasterError(f"{path} is a zip archive: unpack it first.")
-        with warnings.catch_warnings(), rasterio.Env():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with rasterio.Env():
             return DatasetReader(path, driver=list(DRIVERS))  # rasterio.open takes one driver only
 
 

@@ -139,11 +139,11 @@ def measure_memory(options: argparse.Namespace, folder: Path) -> dict:
     command = [sys.executable, "-m", "geosearch", "index", str(folder / "scene.tif"), "--model", str(folder / "model")]
     command += ["--output", str(folder / "index"), "--window", str(options.window), "--device", "cpu"]
     started = time.perf_counter()
-    told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    report = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     size = os.path.getsize(folder / "scene.tif") / 2**20
     seconds = time.perf_counter() - started
-    return {"peak_MB": round(peak), "file_MB": round(size), "seconds": round(seconds, 1), "told": told.split(": ")[-1]}
+    return {"peak_MB": round(peak), "file_MB": round(size), "seconds": round(seconds, 1), "report": report.split(": ")[-1]}
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ How well and how fast `geosearch locate` finds what a text describes, beside the
 Both sides get the same drawn landscapes (`evaluation.benchmarks.scene_mosaics`), texts and model; the seconds of both
 include the texts. Ours reads vectors that were encoded once, which is timed apart. Rsu, Ras (lower is better), Rda and Rmi
 are SeLo's measures; AP is the average precision of the map's cells against the described regions, every eighth pixel.
-Choose a window on other landscapes (another `--seed`) than those whose figures are told.
+Choose a window on other landscapes (another `--seed`) than those whose figures are reported.
 """
 
 import argparse
