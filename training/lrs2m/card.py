@@ -3,8 +3,9 @@ The card of a built data set (README.md), filled from its manifest and statistic
 
     python -m training.lrs2m.card DIR
 
-fills the template of `model_cards/`, measuring the statistics first where they are missing. A README.md that somebody
-wrote or changed is not replaced without `--replace`.
+fills the template of `model_cards/`, measuring the statistics first where they are missing, and lists the sources'
+licences in LICENSE.md, which the card links to. What somebody wrote or changed of the two is not replaced without
+`--replace`.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from .shards import SUFFIXES
 from .statistics import STATISTICS, data_hash, read_manifest, write
 
 
-CARD = "README.md"
+CARD, LICENCES = "README.md", "LICENSE.md"  # the latter is what `license_link` on the Hub may name
 TEMPLATE = Path(__file__).parents[2] / "model_cards" / "lrs2m_dataset_card_template.md"  # read as a file, not imported
 ROUTES = {"merge": 1, "compress": 2, "expand": 3, "anchor": 4}
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
@@ -81,6 +82,12 @@ def build_card(statistics: dict[str, Any], manifest: dict[str, Any], figures: Se
     return str(card)
 
 
+def build_licences(statistics: dict[str, Any]) -> str:
+    """Text of `LICENSE.md`: the terms of every source."""
+    lines = ["# Licences of the sources", "", "Each row names its source and licence. No other licence is given.", ""]
+    return "\n".join([*lines, *(f"- {one['name']}: {_source(one)['licence']}" for one in statistics["sources"])])
+
+
 def _metadata(statistics: dict[str, Any], manifest: dict[str, Any]) -> DatasetCardData:
     fixed = DatasetCard.load(TEMPLATE).data.to_dict()
     size = next((name for most, name in SIZES if statistics["rows"] < most), "n>10M")
@@ -124,7 +131,7 @@ def _short(value: Any) -> Any:
 
 def write_card(folder: Path, replace: bool = False) -> Path:
     """
-    Writes a data set's card beside its manifest.
+    Writes a data set's card and the list of its licences beside its manifest.
 
     Raises:
         `ValueError`: for an unfinished data set, a source without licence, or a README.md of somebody else's, unless
@@ -138,11 +145,16 @@ def write_card(folder: Path, replace: bool = False) -> Path:
     card = build_card(
         statistics, manifest, [name for name in ("token_lengths.png", "map.png") if (folder / name).is_file()]
     )
-    path = folder / CARD
-    if path.is_file() and not replace and not is_own(path.read_text(encoding="utf-8")):
-        raise ValueError(f"{path} was written or changed by somebody; add --replace, or keep it and leave this out.")
-    path.write_text(f"{card.rstrip()}\n\n<!-- made by training.lrs2m.card {_digest(card)} -->\n", encoding="utf-8")
-    return path
+    written = {folder / CARD: card, folder / LICENCES: build_licences(statistics)}
+    for path, text in written.items():
+        if path.is_file() and not replace and not is_own(path.read_text(encoding="utf-8")):
+            if path.name == CARD:
+                raise ValueError(
+                    f"{path} was written or changed by somebody; add --replace, or keep it and leave this out."
+                )
+            continue
+        path.write_text(f"{text.rstrip()}\n\n<!-- made by training.lrs2m.card {_digest(text)} -->\n", encoding="utf-8")
+    return folder / CARD
 
 
 def is_own(text: str) -> bool:

@@ -22,7 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from modeling_lrsclip.files.hashing import file_sha256, git_blob_id
 
-from .card import CARD, is_own, write_card
+from .card import CARD, LICENCES, is_own, write_card
 from .output import DATA, LISTS, MANIFEST
 from .statistics import STATISTICS, TABLES, read_manifest
 
@@ -59,7 +59,7 @@ def check_files(folder: Path) -> tuple[list[File], list[File]]:
         if not path.is_file() or path.stat().st_size != file["bytes"] or file_sha256(path) != file["sha256"]:
             what = "is not what was built" if path.is_file() else "is missing"
             raise ValueError(f"{path} {what}; build the data set again. Nothing was sent.")
-    beside = [CARD, STATISTICS, TABLES, *PICTURES, *(f"{name}.jsonl" for name in LISTS), MANIFEST]
+    beside = [CARD, LICENCES, STATISTICS, TABLES, *PICTURES, *(f"{name}.jsonl" for name in LISTS), MANIFEST]
     last = [name for name in beside if (folder / name).is_file() and (folder / name).stat().st_size]
     described = [File(file["path"], file["bytes"], file["sha256"]) for file in shards]
     return described, [File(name, (folder / name).stat().st_size, file_sha256(folder / name)) for name in last]

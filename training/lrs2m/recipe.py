@@ -32,7 +32,7 @@ class KeyConfig:
 
     basename: bool = False  # without folders
     stem: bool = False  # without suffix
-    lower: bool = False
+    lower: bool = False  # in small letters; names that then are alike stop the build
     replace: list[tuple[str, str]] = Field(default_factory=list)  # regular expression, replacement; applied last
 
 
@@ -77,6 +77,7 @@ class MatchConfig:
 class ReadConfig:
     """The place that rows are read from. Every path may be relative to the root and may hold ~ and environment variables."""
 
+    # A folder of images, one with a folder a class, tables (parquet, CSV, TSV, JSON, JSON lines), tars, a Hub data set.
     kind: Literal["images", "class_folders", "table", "webdataset", "hub"]
     path: str  # folder; file or glob of files; glob of tars; Hub id
     images: str | None = None  # folder that a table's image paths start at; by default the table's own
@@ -96,7 +97,7 @@ class ReadConfig:
 class LabelsConfig:
     """Vector labels, boxes or masks that become anchors (route 4)."""
 
-    kind: Literal["class_name", "objects", "coco", "geojson", "shapefile", "masks"]
+    kind: Literal["class_name", "objects", "coco", "geojson", "shapefile", "masks"]  # class_name, objects: of a column
     path: str | None = None  # file, or folder with one file an image of the same stem
     field: str | None = None  # property that holds the label; of an object in a column, "kind" or "label"
     attribute: str | None = None  # property that is put before the label, such as a colour
@@ -127,15 +128,17 @@ class TextConfig:
 
 @dataclass(config=STRICT)
 class SourceConfig:
+    """One data set, or a part of one, and how its rows get their two texts."""
+
     name: str  # the subset, as in Table I
-    route: Route
+    route: Route  # how the long and the short text come about, see the table of routes
     licence: str  # of images and given captions; an SPDX name, or the terms in a sentence
-    read: ReadConfig
-    licence_url: str | None = None
+    read: ReadConfig  # where images and given captions are
+    licence_url: str | None = None  # where the terms are
     join: ReadConfig | None = None  # merge: the table that the other caption comes from, where it is not in `read`
-    long: TextConfig = Field(default_factory=TextConfig)
-    short: TextConfig = Field(default_factory=TextConfig)
-    labels: LabelsConfig | None = None
+    long: TextConfig = Field(default_factory=TextConfig)  # the long text's origin; empty: given
+    short: TextConfig = Field(default_factory=TextConfig)  # the short text's origin; empty: given
+    labels: LabelsConfig | None = None  # anchor needs them; other routes may take them for a template
     images: Literal["embed", "omit"] | None = None  # by default the recipe's
     against: list[str] | None = None  # evaluation sets of this source; by default the recipe's
     paper_source: str | None = None  # the row of Table I it stands for, where its name is another
@@ -168,10 +171,12 @@ class SourceConfig:
 
 @dataclass(config=STRICT)
 class CaptionerConfig:
-    kind: Literal["openai", "transformers"]
+    """A model that writes captions, behind a server or in this process."""
+
+    kind: Literal["openai", "transformers"]  # any compatible server, or a model loaded here
     model: str  # name at the endpoint; folder or Hub id
-    temperature: float = Field(0.7, ge=0)
-    top_p: float = Field(0.9, gt=0, le=1)
+    temperature: float = Field(0.7, ge=0)  # 0: the likeliest token each time
+    top_p: float = Field(0.9, gt=0, le=1)  # share of the probability that tokens are drawn from
     max_tokens: int = Field(512, ge=1)  # of the model's own tokenizer, of an answer
     max_image_side: int = Field(1024, ge=28)  # pixels; larger images are sent smaller
     # openai
@@ -181,12 +186,11 @@ class CaptionerConfig:
     timeout: float = Field(120, gt=0)  # seconds for one answer
     tries: int = Field(8, ge=1)  # of one request that the network or the server failed
     extra: dict[str, Any] = Field(default_factory=dict)  # further fields of a request's body
-    # transformers
-    batch_size: int = Field(8, ge=1)
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
-    device_map: str = "auto"
-    revision: str | None = None  # of a Hub id
-    trust_remote_code: bool = False
+    batch_size: int = Field(8, ge=1)  # transformers: requests of one pass, at most
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"  # transformers
+    device_map: str = "auto"  # transformers: as its from_pretrained takes it
+    revision: str | None = None  # transformers: of a Hub id
+    trust_remote_code: bool = False  # transformers: run code that comes with the model
 
     @model_validator(mode="after")
     def _endpoint(self):
@@ -207,6 +211,8 @@ class CaptionerConfig:
 
 @dataclass(config=STRICT)
 class DuplicatesConfig:
+    """Near-duplicates, which are left out and listed."""
+
     inside: bool = True  # the set itself: of near-equal images the first is kept; rows of one image file all are
     against: list[str] = Field(
         default_factory=list
@@ -217,6 +223,8 @@ class DuplicatesConfig:
 
 @dataclass(config=STRICT)
 class CandidatesConfig:
+    """How the best of several good answers is chosen."""
+
     model: str  # CLIP or LRSCLIP checkpoint that scores candidate captions
     rotations: int = Field(4, ge=1, le=4)  # quarter turns over which a caption's similarity is to be stable
     stability: float = Field(1.0, ge=0)  # weight of the deviation over the turns against the mean similarity
@@ -224,12 +232,14 @@ class CandidatesConfig:
 
 @dataclass(config=STRICT)
 class Recipe:
-    name: str
-    sources: list[SourceConfig]
-    captioners: dict[str, CaptionerConfig] = Field(default_factory=dict)
-    seed: int = Field(0, ge=0)
-    validation_fraction: float = Field(0.01, ge=0, lt=1)
-    format: Literal["parquet", "webdataset"] = "parquet"
+    """A whole recipe: one YAML file, or several together."""
+
+    name: str  # of the data set, as its card has it
+    sources: list[SourceConfig]  # one after another
+    captioners: dict[str, CaptionerConfig] = Field(default_factory=dict)  # by the name that texts ask for
+    seed: int = Field(0, ge=0)  # of the split and of every request's own seed
+    validation_fraction: float = Field(0.01, ge=0, lt=1)  # of the images
+    format: Literal["parquet", "webdataset"] = "parquet"  # of the shards
     images: Literal["embed", "omit"] = "embed"  # omit: captions with keys and hashes, without pixels
     tokenizer: str = "openai/clip-vit-base-patch16"  # folder or Hub id that token lengths are counted with
     shard_rows: int = Field(5000, ge=1)  # of a file, at most
@@ -241,8 +251,8 @@ class Recipe:
     long_tokens: tuple[int, int] = (40, 248)  # CLIP tokens of a written long text
     short_words: int = Field(20, ge=1)  # of a written short text, at most
     lookahead: int | None = Field(None, ge=1)  # rows worked on at a time; by default by the captioners
-    duplicates: DuplicatesConfig = Field(default_factory=DuplicatesConfig)
-    candidates: CandidatesConfig | None = None
+    duplicates: DuplicatesConfig = Field(default_factory=DuplicatesConfig)  # what is left out as known
+    candidates: CandidatesConfig | None = None  # needed where a text asks for several candidates
 
     @model_validator(mode="after")
     def _numbers_fit(self):

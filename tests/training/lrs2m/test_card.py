@@ -26,6 +26,9 @@ def test_a_card_that_loads_as_it_was_written(folder, capsys):
     card = DatasetCard.load(folder / "README.md")
     data = card.data.to_dict()
     assert data["license"] == "other" and data["pretty_name"] == "test" and data["size_categories"] == ["n<1K"]
+    assert data["license_name"] == "licences-of-the-sources" and data["license_link"] == "LICENSE.md"
+    licences = (folder / "LICENSE.md").read_text()  # the file of the repository that the Hub then shows
+    assert "- UCMerced: CC-BY-4.0 ([terms](https://example.org/terms))" in licences and "- mine: CC0-1.0" in licences
     (config,) = data["configs"]
     assert {"split": "train", "path": "data/train-*.parquet"} in config["data_files"]
     told = statistics(folder)
@@ -42,6 +45,8 @@ def test_a_card_that_loads_as_it_was_written(folder, capsys):
 def test_a_card_changed_by_hand_is_kept(folder, capsys):
     assert main([str(folder)]) == main([str(folder)]) == 0  # its own may be written again
     path = folder / "README.md"
+    (folder / "LICENSE.md").write_text("Terms of my own.")
+    assert main([str(folder)]) == 0 and (folder / "LICENSE.md").read_text() == "Terms of my own."
     written = path.read_text()
     path.write_text(written.replace("## Limits", "## My limits"))
     assert main([str(folder)]) == 2 and "written or changed by somebody" in capsys.readouterr().err
