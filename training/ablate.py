@@ -147,13 +147,13 @@ def draw_data(
     mosaics = folder / f"mosaics-{options.mosaics}"
     if not (scenes / "scenes.json").is_file():
         say(f"drawing {options.scenes:,} scenes to train on and {options.test_scenes:,} to measure on")
-        write_dataset(scenes, options.scenes, options.test_scenes, 0, SCENE_SEED, IMAGE_SIZE)
+        write_dataset(scenes, {"train": options.scenes, "test": options.test_scenes}, SCENE_SEED, IMAGE_SIZE)
     if not general.is_dir():
         say(
             f"drawing {2 * options.scenes:,} scenes to pre-train on, of which those of {', '.join(GENERAL_CLASSES)} stay"
         )
         growing = folder / f".{general.name}"
-        write_dataset(growing, 2 * options.scenes, 0, 0, GENERAL_SEED, IMAGE_SIZE)
+        write_dataset(growing, {"train": 2 * options.scenes}, GENERAL_SEED, IMAGE_SIZE)
         rows = pyarrow.parquet.read_table(growing / "train.parquet")
         rows = rows.filter(pa.compute.is_in(rows["class_name"], value_set=pa.array(GENERAL_CLASSES)))
         pyarrow.parquet.write_table(rows, growing / "train.parquet", compression="zstd")

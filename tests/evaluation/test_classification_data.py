@@ -351,7 +351,8 @@ def test_the_class_column_of_a_caption_file(tmp_path, images):
 
 
 def test_the_drawn_scenes_have_their_classes(tmp_path):
-    write_dataset(tmp_path / "scenes", scenes=4, test_scenes=12, canvases=1, seed=0, image_size=48, workers=1)
+    counts = {"train": 4, "test": 12, "localization": 1}
+    write_dataset(tmp_path / "scenes", counts, seed=0, image_size=48, workers=1)
     for source in (tmp_path / "scenes", tmp_path / "scenes/test.parquet"):
         data = load_classification(source)
         assert data.dataset.key == "aerial_scenes" and len(data.images) == 12  # the held-out ones

@@ -76,7 +76,7 @@ def test_json_lines(folder):
 
 
 def test_the_embedded_landscapes(tmp_path):
-    write_dataset(tmp_path / "scenes", 1, 0, canvases=2, seed=0, image_size=32, workers=1)
+    write_dataset(tmp_path / "scenes", {"train": 1, "localization": 2}, seed=0, image_size=32, workers=1)
     data = load_localization(tmp_path / "scenes")
     assert data.name == "scenes" and data.sizes == [(128, 128)] * 2 and len(data.texts) == 16
     assert data.images[1].size == (128, 128) and data.text_to_image == [0] * 8 + [1] * 8
@@ -159,7 +159,7 @@ def test_a_later_line_without_regions_is_an_error(folder):
 
 
 def test_other_columns_missing_files_and_broken_images_are_named(folder, tmp_path):
-    write_dataset(tmp_path / "scenes", 1, 0, canvases=0, seed=0, image_size=32, workers=1)
+    write_dataset(tmp_path / "scenes", {"train": 1}, seed=0, image_size=32, workers=1)
     for source, problem in (
         (tmp_path / "scenes", r"holds none of annotations/anno\.json, anno\.json, localization\.jsonl"),
         (tmp_path / "scenes" / "train.parquet", "must have the columns image and queries; it has image, class_name"),

@@ -4,7 +4,7 @@
 
 writes into OUT
 
-- `train.parquet`, `test.parquet`: `image` (PNG), `class_name`, `short_text`, `long_text`, `objects` (kind, colour and
+- `train.parquet`, `validation.parquet`, `test.parquet`: `image` (PNG), `class_name`, `short_text`, `long_text`, `objects` (kind, colour and
   box x0, y0, x1, y1 in pixels, x1 and y1 exclusive);
 - `localization.parquet`: landscapes of 4 x 4 scenes with `class_names` (row by row) and `queries` (text, polygons as
   lists of [x, y] in pixels);
@@ -25,7 +25,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +52,14 @@ __all__ = ["CLASS_NAMES", "main", "scene_row", "write_dataset"]
 CHUNK = 250  # scenes that a worker draws at a time
 CANVAS_CHUNK = 2
 TOKENIZER_CAPTIONS = 8000  # of the training scenes; more change nothing in the tokenizer
-FILES = ("train.parquet", "test.parquet", "localization.parquet", "tokenizer", "scenes.json")
+# The command's option for the number of each split's scenes (landscapes for localization).
+SPLITS = {
+    "train": "--scenes",
+    "validation": "--validation-scenes",
+    "test": "--test-scenes",
+    "localization": "--canvases",
+}
+FILES = (*(f"{split}.parquet" for split in SPLITS), "tokenizer", "scenes.json")
 
 Row = dict[str, Any]
 
@@ -63,7 +70,7 @@ def plan_and_texts(seed: int, split: str, index: int) -> tuple[Scene, ShortText,
 
     Args:
         seed: of the data set.
-        split: `train` or `test`.
+        split: `train`, `validation` or `test`.
         index: number of the scene in its split.
 
     Returns:
@@ -76,11 +83,11 @@ def plan_and_texts(seed: int, split: str, index: int) -> tuple[Scene, ShortText,
 
 def scene_row(seed: int, split: str, index: int, image_size: int) -> Row:
     """
-    One row of train.parquet or test.parquet; the same arguments always give the same bytes.
+    One row of train.parquet, validation.parquet or test.parquet; the same arguments always give the same bytes.
 
     Args:
         seed: of the data set.
-        split: `train` or `test`.
+        split: `train`, `validation` or `test`.
         index: number of the scene in its split.
         image_size: pixels of a side.
 
@@ -187,7 +194,7 @@ def _write_parquet(path: Path, schema: pyarrow.Schema, tables: Iterator[pyarrow.
 def _check(counts: dict[str, int], image_size: int, workers: int | None) -> None:
     if counts["train"] < 1:
         raise ValueError(f"--scenes is {counts['train']}; at least 1 training scene is needed.")
-    for split, option in (("test", "--test-scenes"), ("localization", "--canvases")):
+    for split, option in SPLITS.items():
         if counts[split] < 0:
             raise ValueError(f"{option} is {counts[split]}; it must be 0 (no file) or more.")
     if not MIN_IMAGE_SIZE <= image_size <= MAX_IMAGE_SIZE:
@@ -240,9 +247,7 @@ def _move_into(folder: Path, out: Path) -> None:
 
 def write_dataset(
     out: str | os.PathLike[str],
-    scenes: int,
-    test_scenes: int,
-    canvases: int,
+    counts: Mapping[str, int],
     seed: int,
     image_size: int = 64,
     workers: int | None = None,
@@ -251,7 +256,8 @@ def write_dataset(
 
     Args:
         out: folder, made if missing; nothing in it changes before everything is drawn.
-        scenes: number of training scenes; test_scenes: held-out scenes; canvases: landscapes for localization.
+        counts: number of scenes by split, `train`, `validation`, `test`, and of landscapes for `localization`; one
+            that is left out is 0.
         seed: every scene is drawn from (seed, split, index) alone.
         image_size: side of a scene in pixels; a canvas is four times as wide.
         workers: processes; by default one per core. The result does not depend on it.
@@ -262,13 +268,13 @@ def write_dataset(
     Raises:
         ValueError: a count is negative, or the image size or the number of workers is impossible.
     """
-    counts = {"train": scenes, "test": test_scenes, "localization": canvases}
+    counts = {split: counts.get(split, 0) for split in SPLITS}
     _check(counts, image_size, workers)
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; the data set needs a folder.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    drawn = scenes + test_scenes + GRID * GRID * canvases
+    drawn = sum(counts.values()) + (GRID * GRID - 1) * counts["localization"]
     workers = min(workers or os.cpu_count() or 1, math.ceil(drawn / CHUNK))  # few scenes are drawn at once here
 
     from modeling_lrsclip.train_tokenizer import train_tokenizer  # slow to import; the workers do without
@@ -281,14 +287,15 @@ def write_dataset(
         record = {
             "generator_version": GENERATOR_VERSION,
             "seed": seed,
-            "scenes": scenes,
-            "test_scenes": test_scenes,
-            "canvases": canvases,
+            "scenes": counts["train"],
+            "validation_scenes": counts["validation"],
+            "test_scenes": counts["test"],
+            "canvases": counts["localization"],
             "image_size": image_size,
             "class_names": list(CLASS_NAMES),
         }
-        if test_scenes:
-            record |= describe_texts(tokenizer, seed, "test", test_scenes)
+        if counts["test"]:
+            record |= describe_texts(tokenizer, seed, "test", counts["test"])
         (folder / "scenes.json").write_text(json.dumps(record, indent=2) + "\n")
         _move_into(folder, out)
     finally:
@@ -302,7 +309,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     parser.add_argument("--scenes", type=int, required=True, help="number of training scenes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--test-scenes", type=int, default=2048, help="number of held-out scenes")
+    parser.add_argument(
+        "--validation-scenes", type=int, default=512, help="number of scenes to choose settings by (512)"
+    )
+    parser.add_argument("--test-scenes", type=int, default=2048, help="number of scenes to report on (2048)")
     parser.add_argument("--canvases", type=int, default=8, help="number of landscapes for localization")
     parser.add_argument("--image-size", type=int, default=64, help="side of a scene in pixels")
     parser.add_argument("--workers", type=int, help="processes; default: one per core")
@@ -313,21 +323,23 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     arguments = _parse(argv)
     started = time.perf_counter()
+    counts = {split: getattr(arguments, option[2:].replace("-", "_")) for split, option in SPLITS.items()}
     try:
-        record = write_dataset(**vars(arguments))
+        record = write_dataset(arguments.out, counts, arguments.seed, arguments.image_size, arguments.workers)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     seconds = time.perf_counter() - started
     print(
-        f"{record['scenes']:,} training and {record['test_scenes']:,} held-out scenes of {len(CLASS_NAMES)} classes, "
+        f"{record['scenes']:,} training, {record['validation_scenes']:,} validation and {record['test_scenes']:,} test "
+        f"scenes of {len(CLASS_NAMES)} classes, "
         f"{record['canvases']} canvases -> {arguments.out} in {seconds:.1f} s"
     )
     if arguments.test_scenes:
         tokens, best = record["mean_tokens"], record["short_text_ceiling"]
         print(f"mean tokens: long texts {tokens['long_text']:.0f}, short texts {tokens['short_text']:.0f}")
         print(
-            "short texts are ambiguous on purpose: a perfect model finds the held-out scene with "
+            "short texts are ambiguous on purpose: a perfect model finds the test scene with "
             + ", ".join(f"{name} {value:.1f}" for name, value in best.items())
         )
     return 0

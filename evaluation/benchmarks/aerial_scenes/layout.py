@@ -135,7 +135,7 @@ def scene_random(seed: int, split: str, index: int, purpose: str) -> random.Rand
 
     Args:
         seed: of the data set.
-        split: `train` or `test`.
+        split: `train`, `validation` or `test`.
         index: number of the scene in its split.
         purpose: what the numbers are for.
 

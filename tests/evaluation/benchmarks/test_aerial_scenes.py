@@ -19,14 +19,15 @@ from evaluation.benchmarks.aerial_scenes.layout import CLASS_OF, CLASSES, COLOUR
 
 
 SIDE = 64
-SCENES, TEST_SCENES, CANVASES = 260, 40, 2  # more training scenes than a worker draws at a time
+SCENES, VALIDATION_SCENES, TEST_SCENES, CANVASES = 260, 20, 40, 2  # more training scenes than a worker draws at a time
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """The command's output, drawn by two processes."""
     out = tmp_path_factory.mktemp("scenes") / "data"
-    counts = ["--scenes", str(SCENES), "--test-scenes", str(TEST_SCENES), "--canvases", str(CANVASES)]
+    counts = ["--scenes", str(SCENES), "--validation-scenes", str(VALIDATION_SCENES)]
+    counts += ["--test-scenes", str(TEST_SCENES), "--canvases", str(CANVASES)]
     assert aerial_scenes.main([str(out), "--seed", "3", "--workers", "2", *counts]) == 0
     return out
 
@@ -79,13 +80,17 @@ def test_record_and_tokenizer(data, rows):
     assert 10 < np.mean(short_lengths) < 20 and max(short_lengths) < 30
 
 
-def test_train_and_test_are_disjoint(rows):
+def test_splits_are_disjoint_and_none_depends_on_another(data, rows):
     test = [aerial_scenes.scene_row(3, "test", index, SIDE) for index in range(TEST_SCENES)]
+    validation = [aerial_scenes.scene_row(3, "validation", index, SIDE) for index in range(VALIDATION_SCENES)]
+    for split, drawn in (("test", test), ("validation", validation)):
+        assert pyarrow.parquet.read_table(data / f"{split}.parquet").to_pylist() == drawn
     other_seed = [aerial_scenes.scene_row(4, "train", index, SIDE) for index in range(TEST_SCENES)]
     for column in (lambda row: row["image"]["bytes"], lambda row: row["long_text"]):
         known = {column(row) for row in rows}
         assert len(known) == len(rows)
-        assert not known & {column(row) for row in test + other_seed}
+        assert not known & {column(row) for row in test + validation + other_seed}
+        assert not {column(row) for row in test} & {column(row) for row in validation}
 
 
 def test_the_main_kind_fills_cells_of_one_colour_and_never_distracts(rows):
@@ -208,15 +213,16 @@ def test_ceiling_of_ambiguous_texts():
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"scenes": 0}, "--scenes is 0"),
-        ({"test_scenes": -1}, "--test-scenes is -1"),
-        ({"canvases": -2}, "--canvases is -2"),
+        ({"counts": {"train": 0}}, "--scenes is 0"),
+        ({"counts": {"train": 2, "validation": -1}}, "--validation-scenes is -1"),
+        ({"counts": {"train": 2, "test": -1}}, "--test-scenes is -1"),
+        ({"counts": {"train": 2, "localization": -2}}, "--canvases is -2"),
         ({"image_size": 8}, "--image-size is 8"),
         ({"workers": 0}, "--workers is 0"),
     ],
 )
 def test_impossible_values(tmp_path, changed, named):
-    wanted = {"scenes": 2, "test_scenes": 1, "canvases": 0, "seed": 0} | changed
+    wanted = {"counts": {"train": 2, "test": 1}, "seed": 0} | changed
     with pytest.raises(ValueError, match=named):
         aerial_scenes.write_dataset(tmp_path / "out", **wanted)
     assert not (tmp_path / "out").exists()
@@ -229,7 +235,7 @@ def test_errors_of_the_command_are_one_line(tmp_path, capsys):
 
 def test_a_second_run_replaces_the_first_and_a_failed_one_does_not(tmp_path, monkeypatch):
     out = tmp_path / "out"
-    aerial_scenes.write_dataset(out, scenes=3, test_scenes=2, canvases=1, seed=0, image_size=40)
+    aerial_scenes.write_dataset(out, {"train": 3, "test": 2, "localization": 1}, seed=0, image_size=40)
     (out / "notes.txt").write_text("mine")
 
     def fail(*_):
@@ -238,10 +244,10 @@ def test_a_second_run_replaces_the_first_and_a_failed_one_does_not(tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(aerial_scenes, "encode_png", fail)
         with pytest.raises(RuntimeError):
-            aerial_scenes.write_dataset(out, scenes=4, test_scenes=2, canvases=1, seed=0, image_size=40)
+            aerial_scenes.write_dataset(out, {"train": 4, "test": 2, "localization": 1}, seed=0, image_size=40)
     assert json.loads((out / "scenes.json").read_text())["scenes"] == 3
     assert pyarrow.parquet.read_metadata(out / "train.parquet").num_rows == 3
 
-    aerial_scenes.write_dataset(out, scenes=5, test_scenes=0, canvases=0, seed=0, image_size=40)
+    aerial_scenes.write_dataset(out, {"train": 5}, seed=0, image_size=40)
     assert sorted(path.name for path in out.iterdir()) == ["notes.txt", "scenes.json", "tokenizer", "train.parquet"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
