@@ -25,7 +25,7 @@ DIGITS = {"Rsu": 4, "Ras": 4, "Rda": 4, "Rmi": 4}  # others are percent
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m evaluation.compare", description=__doc__)
     parser.add_argument("first", metavar="A.json", help="results.json of evaluation.run")
-    parser.add_argument("second", metavar="B.json", nargs="?", help="another one; default: two models of A.json")
+    parser.add_argument("second", metavar="B.json", nargs="?", help="another one; default: the two models of A.json")
     parser.add_argument("--a", metavar="LABEL", help="model of A.json; default: each that B.json has too, or the only")
     parser.add_argument("--b", metavar="LABEL", help="model of B.json")
     parser.add_argument("--resamples", type=int, default=RESAMPLES, help=f"of the bootstrap ({RESAMPLES})")
@@ -98,7 +98,8 @@ def pair_labels(
     first: dict[str, Any], second: dict[str, Any], label_a: str | None = None, label_b: str | None = None
 ) -> list[tuple[str, str]]:
     """
-    Labels of the models to compare: those asked for, else the labels of both files, else the only model of each.
+    Labels of the models to compare: those asked for, else the only two of one file, the labels of both files, the only
+    model of each.
 
     Args:
         first, second: documents of [`read_results`].
@@ -117,6 +118,8 @@ def pair_labels(
     chosen = [[label] if label else known for label, known in zip((label_a, label_b), labels, strict=True)]
     if len(chosen[0]) == len(chosen[1]) == 1 and not (first is second and chosen[0] == chosen[1]):
         return [(chosen[0][0], chosen[1][0])]
+    if first is second and label_a is label_b is None and len(labels[0]) == 2:
+        return [(labels[0][0], labels[0][1])]
     both = [label for label in chosen[0] if label in chosen[1]]
     if first is second or not both:
         raise ValueError(

@@ -21,8 +21,9 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from modeling_lrsclip.commands import say_once_that_the_hub_is_away
 from modeling_lrsclip.encoding import load_encoder
-from modeling_lrsclip.files.atomic import replace_json, replace_text
+from modeling_lrsclip.files.atomic import make_folder, replace_json, replace_text
 from modeling_lrsclip.files.cache_folder import cache_folder
 from modeling_lrsclip.published.registry import label_models, resolve
 
@@ -85,6 +86,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; bad input is one sentence on standard error and exit status 2."""
     options = parse_arguments(arguments)
+    say_once_that_the_hub_is_away()
     transformers_logging.disable_progress_bar()
     try:
         evaluate(options)
@@ -202,9 +204,8 @@ def check_device(name: str) -> str:
 
 def prepare_output(path: str) -> Path:
     """Makes the folder and tries to write to it."""
-    output = Path(path)
+    output = make_folder(path)
     try:
-        output.mkdir(parents=True, exist_ok=True)
         probe = output / f".probe.{os.getpid()}"
         probe.touch()
         probe.unlink()

@@ -27,7 +27,7 @@ if not __package__:  # run as a file: siblings and modeling_lrsclip are found fr
 from model_cards.checkpoint import ModelFacts, published_model, read_checkpoint
 from model_cards.redaction import command_for, without_paths
 from model_cards.result_tables import eval_results, paper_tables, results_section, select_model, tokens_section
-from modeling_lrsclip.files.atomic import replacing
+from modeling_lrsclip.files.atomic import make_folder, replacing
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -340,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output = options.output or (options.checkpoint and options.checkpoint / "README.md")
         if output is None:
             raise ValueError("--output FILE is needed where no --checkpoint is given.")
-        with replacing(output) as growing:
+        with replacing(make_folder(output.parent) / output.name) as growing:
             card.save(growing)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

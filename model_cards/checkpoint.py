@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from modeling_lrsclip import LRSCLIPConfig, LRSCLIPModel
 from modeling_lrsclip.files.hashing import weights_sha256
-from modeling_lrsclip.published.registry import MODELS
+from modeling_lrsclip.published.registry import MODELS, no_model_in
 
 
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
@@ -50,7 +50,7 @@ def read_checkpoint(folder: Path) -> ModelFacts:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} holds no config.json; give a model folder as save_pretrained writes it.")
+        raise ValueError(no_model_in(folder) if folder.is_dir() else f"{folder} is no folder; give a model folder.")
     model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     if model_type != LRSCLIPConfig.model_type:
         raise ValueError(

@@ -25,9 +25,10 @@ from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
-from modeling_lrsclip.files.atomic import growing_folder, publish_folder
+from modeling_lrsclip.files.atomic import growing_folder, make_folder, publish_folder
 from modeling_lrsclip.files.hashing import file_sha256
 
+from .commands import say_once_that_the_hub_is_away
 from .configuration_lrsclip import LRSCLIPConfig
 from .image_processing_lrsclip import LRSCLIPImageProcessor
 from .modeling_lrsclip import LRSCLIPModel
@@ -71,12 +72,13 @@ def convert(source: str | Path, output_dir: str | Path, layout: str = "lrsclip",
         raise ValueError(f"layout {layout!r} is unknown; there are {', '.join(WRITERS)}.")
     output_dir = Path(output_dir).resolve()
     _check_output(output_dir, source, options.get("tokenizer"))
+    make_folder(output_dir.parent)
     prepared = prepare(source, **options)
     size = sum(tensor.nbytes for tensor in prepared.tensors.values())
     _say("writing", f"{output_dir}: {size / 1e6:,.0f} MB, {_types(prepared.tensors)}")
     growing = growing_folder(output_dir)
     shutil.rmtree(growing, ignore_errors=True)
-    growing.mkdir(parents=True)
+    growing.mkdir()
     try:
         WRITERS[layout](prepared.skeleton, prepared.tensors, prepared.processor, growing)
         record = _record(source, prepared) | {"layout": layout}
@@ -198,11 +200,7 @@ def prepare(
 def _folder_or_hub_id(source: str | Path) -> str:
     if os.path.isdir(source):
         if not os.path.isfile(os.path.join(source, "config.json")):
-            files = [
-                path.name for path in Path(source).iterdir() if path.suffix in (".pt", ".pth", ".bin", ".safetensors")
-            ]
-            hint = f"give the file itself, {files[0]}" if files else "it is no model in HuggingFace format"
-            raise ValueError(f"{source} holds no config.json; {hint}.")
+            raise ValueError(registry.no_model_in(Path(source)))
     elif not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(source)) or str(source).endswith(
         (".pt", ".pth", ".safetensors")
     ):
@@ -361,6 +359,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("kept_positions", "stretch_ratio"):
         if getattr(options, name) is not None:
             stretching[name] = getattr(options, name)
+    say_once_that_the_hub_is_away()
     transformers_logging.disable_progress_bar()
     handler = logging.StreamHandler(sys.stderr)
     logger.addHandler(handler)

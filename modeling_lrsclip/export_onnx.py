@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from .convert import load_published
-from .files.atomic import growing_folder, publish_folder
+from .files.atomic import growing_folder, make_folder, publish_folder
 from .modeling_lrsclip import LRSCLIPModel
 from .processing_lrsclip import LRSCLIPProcessor
 from .published.plain_clip import plain_config, plain_processor
@@ -85,6 +85,7 @@ def export_onnx(source: str | Path, output_dir: str | Path, int8: bool = False) 
     output_dir = Path(output_dir).resolve()
     if output_dir.exists() and (not (output_dir / RECORD).is_file() or output_dir == Path(source).resolve()):
         raise ValueError(f"{output_dir} holds something else than an earlier export; give a new folder.")
+    make_folder(output_dir.parent)
     model, processor = load_published(source, dtype=torch.float32)
     model.config._attn_implementation = "eager"  # its operations have names in every opset
     growing = growing_folder(output_dir)

@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection, PreTrainedConfig
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+    PreTrainedConfig,
+)
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput, image_text_contrastive_loss
@@ -82,7 +88,8 @@ def _check_text(input_ids: torch.Tensor | None, config: LRSCLIPTextConfig, argum
         rows = lacking.nonzero().flatten().tolist()
         raise ValueError(
             f"{len(rows)} of {len(lacking)} rows of {argument} lack the end-of-text token {config.eos_token_id} where "
-            f"the text tower pools (first row: {rows[0]}); when cutting token ids by hand, put it back as the last one."
+            f"the text tower pools (first row: {rows[0]}): the tokenizer is another model's, or ids were cut by hand "
+            "without putting it back as the last one."
         )
 
 
@@ -150,6 +157,11 @@ class LRSCLIPModel(_CLIPInitialization, CLIPModel):
             check_layers(
                 *((fields.get(tower) or {}).get("num_hidden_layers") for tower in ("text_config", "vision_config"))
             )
+            if fields.get("model_type") not in (CLIPConfig.model_type, LRSCLIPConfig.model_type):
+                raise ValueError(
+                    f"{clip} is {fields.get('model_type') or 'no'} model in HuggingFace format; from_clip takes a CLIP. A "
+                    "checkpoint file or open_clip folder is made one by python -m modeling_lrsclip.convert FILE OUT."
+                )
             clip = (cls if fields.get("model_type") == LRSCLIPConfig.model_type else CLIPModel).from_pretrained(
                 clip, **kwargs
             )

@@ -21,7 +21,7 @@ from modeling_lrsclip import LRSCLIPModel, LRSCLIPProcessor
 from modeling_lrsclip.files.atomic import OLD, PARTIAL, growing_folder, publish_folder, replace_json, restore_folder
 from modeling_lrsclip.files.hashing import file_sha256
 
-from .distributed import check_checkpoint, is_sharded, runs_deepspeed
+from .distributed import MistakeError, check_checkpoint, is_sharded, runs_deepspeed
 from .model import has_adapters, merged
 
 
@@ -225,7 +225,7 @@ def load_newest_state(
         outcome = [*_newest_whole(run_folder, say)]
     folder, problem = broadcast_object_list(outcome)
     if problem is not None:
-        raise ValueError(problem)
+        raise MistakeError(problem)
     if folder is None:
         return None
     check_checkpoint(accelerator, Path(folder))

@@ -253,6 +253,12 @@ class Trainer:
             self.state.load_state_dict(states["progress"])
             self.scheduler.load_state_dict(states["schedule"])
             self.report.say(f"resumed after step {self.state.step} of {self.steps}")
+            planned = states.get("steps", self.steps)
+            if self.steps > planned:
+                self.report.say(
+                    f"note: the run was to have {planned} steps and goes on as one of {self.steps} from here on: learning "
+                    f"rate (schedule {self.config.optim.schedule}) and a curriculum of the loss follow the longer run"
+                )
         else:
             self.report.say(f"starting at step 0: no checkpoint to resume in {self.folder}")
 
@@ -265,7 +271,7 @@ class Trainer:
             numbers = {"step": self.state.step, "largest_weight": largest}
             raise not_finite(self.accelerator, self.folder, "largest_weight", numbers, batch.get("ids", []))
         progress, schedule = self.state.state_dict(), self.scheduler.state_dict()
-        states = {"progress": progress, "schedule": schedule, "data": self.data}
+        states = {"progress": progress, "schedule": schedule, "data": self.data, "steps": self.steps}
         save_state(self.accelerator, self.folder, states, self.state.step, self.config.loop.keep_checkpoints)
 
     def _interrupted(self, signal_number: int) -> Interrupted:

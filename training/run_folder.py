@@ -5,6 +5,7 @@ trained on and how, beside its weights, for its card and for whoever repeats the
 
 import datetime
 import importlib.metadata
+import math
 import os
 import platform
 import re
@@ -21,7 +22,7 @@ from accelerate import Accelerator
 
 from modeling_lrsclip import LRSCLIPModel
 from modeling_lrsclip.encoding.imagery import survey_lines
-from modeling_lrsclip.files.atomic import replace_json, replace_text
+from modeling_lrsclip.files.atomic import make_folder, replace_json, replace_text
 from modeling_lrsclip.files.configuration import read_yaml
 from modeling_lrsclip.files.documents import read_json
 from modeling_lrsclip.files.hashing import weights_sha256
@@ -52,12 +53,14 @@ FREE = {
 }
 FREE |= {f"loop.{name}" for name in ("log_every", "log_ids", "trackers", "validate_every", "patience")}
 FREE |= {f"loop.{name}" for name in ("save_every", "keep_checkpoints")}
+LENGTHS = ("loop.steps", "loop.epochs")  # may become more
 FREE |= {"push_to_hub", *(f"push.{name}" for name in ("repo", "private", "every", "license", "measure"))}
 
 
 def check_run_folder(folder: Path, config: dict[str, Any], resume: bool) -> None:
     """
-    Check that a run may have a folder; how often to log, validate and save may change when it is resumed.
+    Check that a run may have a folder; how often to log, validate and save may change when it is resumed, and it may
+    become longer.
 
     Args:
         folder: may not exist yet.
@@ -77,6 +80,7 @@ def check_run_folder(folder: Path, config: dict[str, Any], resume: bool) -> None
         raise ValueError(f"{folder / CONFIG} is empty; write back what it was, or set another output_dir.")
     before, now = flatten(values), flatten(config)
     changed = [name for name in now | before if name not in FREE and before.get(name) != now.get(name)]
+    changed = [name for name in changed if name not in LENGTHS or (now.get(name) or 0) <= (before.get(name) or math.inf)]
     if changed:
         changes = ", ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)
         raise ValueError(f"{folder} cannot be resumed with another configuration: {changes}; set another output_dir.")
@@ -100,7 +104,7 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
     Raises:
         `ValueError`: when another run has it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with (folder / LOCK).open("a+") as file:
         try:
             # Of the process, unlike flock: processes that read data do not inherit it, nor keep it when the run is killed.

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from modeling_lrsclip import LRSCLIPModel, LRSCLIPProcessor
+from modeling_lrsclip.commands import say_once_that_the_hub_is_away
 from modeling_lrsclip.files.configuration import plain_values
 
 from . import end_with_the_launcher
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     end_with_the_launcher()
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `training` leaves it while all is imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    say_once_that_the_hub_is_away()
     disable_progress_bars()
     try:
         run(parse_config(argv))

@@ -289,7 +289,10 @@ def _read_rows(source: str, dataset: Dataset | None, parquet: list[Path]) -> _Fo
         raise ValueError(f"{table.origin} has no rows.")
     labels = [_label(value, table.label_names) for value in table.values]
     odd = [table.place(row) for row, label in enumerate(labels) if not label]
-    complain(odd, len(table), f"{table.row_name}s of {table.origin} have no class name")
+    numbered = any(isinstance(value, int) for value in table.values) and not table.label_names
+    advice = " (labels are numbers without names; add a column class_name, or store them as a ClassLabel of datasets)"
+    what = f"{table.row_name}s of {table.origin} have no class name"
+    complain(odd, len(table), what, advice if numbered else "")
     images, owners, beside = table_images(table, merge_embedded=False)  # a copy of an image is an image of its own
     own: dict[int, str] = {}
     for image, label in zip(owners, labels, strict=True):

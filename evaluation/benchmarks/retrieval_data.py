@@ -280,12 +280,15 @@ def _read_line_pairs(path: Path, text_column: str) -> Table:
 
 
 def _captions(table: Table, text_column: str) -> list[list[str]]:
-    captions, empty = [], []
+    captions, empty, numbers = [], [], []
     for row, value in enumerate(table.values):
         own = list(value) if isinstance(value, list | tuple) else [value]
         own = [text.get("raw") if isinstance(text, dict) else text for text in own]  # a sentence of Karpathy's
-        if not own or not all(isinstance(text, str) and text.strip() for text in own):
+        if any(isinstance(text, int | float) for text in own):
+            numbers.append(f"{table.place(row)} ({own[0]})")
+        elif not own or not all(isinstance(text, str) and text.strip() for text in own):
             empty.append(table.place(row))
         captions.append(own)
+    complain(numbers, len(table), f"{table.row_name}s of {table.origin} have a number as {text_column}, not a text")
     complain(empty, len(table), f"{table.row_name}s of {table.origin} have no {text_column}, or an empty one")
     return captions

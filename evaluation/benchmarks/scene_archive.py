@@ -159,7 +159,9 @@ def write_archive(
     if side < SLOT:
         raise ValueError(f"--side is {side}; at least {SLOT} pixels are needed.")
     out = Path(out)
-    (out / "scenes").mkdir(parents=True, exist_ok=True)
+    from modeling_lrsclip.files.atomic import make_folder  # slow to import; the workers do without
+
+    make_folder(out / "scenes")
     (out / "places.jsonl").unlink(missing_ok=True)
     tasks = [(out, seed, number, side) for number in range(scenes)]
     workers = min(workers or os.cpu_count() or 1, scenes)

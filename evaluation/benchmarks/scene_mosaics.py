@@ -213,7 +213,9 @@ def write_mosaics(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; the data set needs a folder.")
-    out.mkdir(parents=True, exist_ok=True)
+    from modeling_lrsclip.files.atomic import make_folder  # slow to import; the workers do without
+
+    make_folder(out)
     temporary = Path(tempfile.mkdtemp(prefix=".mosaics-", dir=out))
     try:
         lines, folder = [], temporary / "mosaics"

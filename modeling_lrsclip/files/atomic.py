@@ -61,6 +61,21 @@ def replace_json(path: str | Path, value: Any, allow_nan: bool = True) -> None:
     replace_text(path, NUMBERS.sub(lambda match: "[" + " ".join(match[0][1:-1].split()) + "]", text) + "\n")
 
 
+def make_folder(folder: str | Path) -> Path:
+    """
+    Make a folder to write into, and those above it.
+
+    Raises:
+        `ValueError`: one sentence where that is not possible.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"{folder} cannot be made ({reason}); give a folder that can be written to.") from error
+    return Path(folder)
+
+
 def growing_folder(folder: Path) -> Path:
     """The path under which the successor of a folder is written, for [`publish_folder`]; nothing is made."""
     return folder.with_name(f".{folder.name}.{PARTIAL}")

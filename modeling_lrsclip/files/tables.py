@@ -53,11 +53,11 @@ def iter_rows(path: Path, encoding: str | None = None, columns: Sequence[str] | 
     Raises:
         `ValueError`: one sentence naming the file, for a format, an encoding or a damage that leaves no rows to read.
     """
+    if path.suffix not in TABLE_SUFFIXES:
+        raise ValueError(f"{path} is not a table; its name must end in one of {', '.join(TABLE_SUFFIXES)}.")
     if path.suffix == ".parquet":
         yield from _parquet_rows(path, columns)
         return
-    if path.suffix not in TABLE_SUFFIXES:
-        raise ValueError(f"{path} is not a table; its name must end in one of {', '.join(TABLE_SUFFIXES)}.")
     with path.open(encoding=encoding or text_encoding(path), errors="replace", newline="") as stream:
         if path.suffix == ".jsonl":
             yield from _json_lines(stream)
@@ -100,7 +100,7 @@ def text_encoding(path: Path) -> str:
             return encoding
         except UnicodeDecodeError:
             continue
-    raise ValueError(f"{path} is neither UTF-8 nor GB18030 text.")
+    raise ValueError(f"{path} is neither UTF-8 nor GB18030 text; save it as UTF-8.")
 
 
 def garbled(text: str) -> bool:
@@ -165,6 +165,8 @@ def json_list_name(path: Path, encoding: str | None = None) -> str | None:
                     return name
         except ijson.JSONError as error:
             raise ValueError(f"{path} is not valid JSON: {' '.join(str(error).split())}") from error
+    if not start:
+        raise ValueError(f"{path} is empty; it must hold a list of objects.")
     return "" if start == "[" else None
 
 

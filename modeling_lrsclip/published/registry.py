@@ -209,12 +209,26 @@ def _local(given: str, model: PublishedModel | None) -> ModelSource:
     path = Path(given).expanduser()
     if path.is_dir():
         if not any((path / name).is_file() for name in ("config.json", "modules.json")):  # of sentence-transformers
-            raise ValueError(f"model folder {given} has no config.json; save_pretrained writes one.")
+            raise ValueError(no_model_in(path))
     elif not path.is_file():
         raise ValueError(f"{given} does not exist; give the checkpoint file or folder of {model.name}.")
     elif path.suffix.lower() not in WEIGHT_FILES:
         raise ValueError(f"{given} is no checkpoint file; wanted {', '.join(WEIGHT_FILES)}, or a model folder.")
     return ModelSource(str(path), model or _known_by_file_name(path))
+
+
+def no_model_in(folder: Path) -> str:
+    """Return a sentence on a folder without `config.json`: what it holds instead, and what to give."""
+    trained = [name for name in ("final", "best") if (folder / name / "config.json").is_file()]
+    files = sorted(path.name for path in folder.iterdir() if path.suffix in WEIGHT_FILES)
+    if trained:
+        advice = f"it is the folder of a training run, give its model: {folder / trained[0]}"
+    elif files:
+        kind = "an open_clip folder" if (folder / "open_clip_config.json").is_file() else "a checkpoint file"
+        advice = f"it holds {kind}, {files[0]}: python -m modeling_lrsclip.convert {folder / files[0]} OUT makes a folder of it"
+    else:
+        advice = "give a model folder as save_pretrained writes it"
+    return f"{folder} has no config.json; {advice}."
 
 
 def _known_by_file_name(path: Path) -> PublishedModel | None:

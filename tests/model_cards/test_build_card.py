@@ -267,7 +267,7 @@ def test_mistakes_are_one_sentence(tiny_checkpoint, tiny_clip, tmp_path):
     damaged = shutil.copytree(tiny_checkpoint, tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes(b"broken")
     for folder, problem in (
-        (tmp_path, "holds no config.json"),
+        (tmp_path, "has no config.json"),
         (tmp_path / "clip", "is a clip model; cards are for lrsclip"),
         (tmp_path / "bare", "holds neither model.safetensors nor"),
         (damaged, "cannot be read"),

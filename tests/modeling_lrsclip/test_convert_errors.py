@@ -129,9 +129,9 @@ class TestNotACheckpoint:
 
     def test_a_folder(self, refused, tmp_path):
         (tmp_path / "folder").mkdir()
-        assert "holds no config.json" in refused(tmp_path / "folder")
+        assert "has no config.json" in refused(tmp_path / "folder")
         write_source("zip", published_state(700), tmp_path / "folder")
-        assert "give the file itself, zip.bin" in refused(tmp_path / "folder")
+        assert "a checkpoint file, zip.bin: python -m modeling_lrsclip.convert" in refused(tmp_path / "folder")
         (tmp_path / "folder" / "config.json").write_text(json.dumps({"model_type": "siglip"}))
         assert "holds a model of type siglip" in refused(tmp_path / "folder")
 

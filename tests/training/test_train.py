@@ -105,6 +105,19 @@ def test_resumed_equals_uninterrupted_to_the_bit(run_arguments, tmp_path, monkey
     assert AutoModel.from_pretrained(tmp_path / "parts/final").config.long_weight == 0.1
 
 
+def test_a_run_lengthened_equals_one_that_was_longer_from_the_start(run_arguments, tmp_path, capsys):
+    constant = [*run_arguments, "--optim.schedule", "constant", "--loop.save_every", "2"]
+    train.main([*constant, "--loop.steps", "6", "--output_dir", str(tmp_path / "long")])
+    for steps in ("4", "6"):
+        train.main([*constant, "--loop.steps", steps, "--output_dir", str(tmp_path / "grown"), "--resume"])
+    assert "the run was to have 4 steps and goes on as one of 6 from here on: learning rate" in capsys.readouterr().out
+    long, grown = weights_of(tmp_path / "long/final"), weights_of(tmp_path / "grown/final")
+    assert all(torch.equal(tensor, grown[name]) for name, tensor in long.items())
+    assert [record["step"] for record in log_of(tmp_path / "grown")] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(SystemExit, match="loop.steps was 6 and is 5; set another output_dir"):
+        train.main([*constant, "--loop.steps", "5", "--output_dir", str(tmp_path / "grown"), "--resume"])
+
+
 def launch(arguments: list[str], processes: int) -> str:
     """On the CPU by torchrun: there, `accelerate launch --num_processes 2` starts one process without a word."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from modeling_lrsclip.files.hashing import bytes_sha256, file_sha256, json_sha256
 
+from ..distributed import MistakeError
 from .line_index import kept_index
 from .pairs import Pairs
 from .rows import LineRows, ParquetRows, Rows, TableRows
@@ -54,9 +55,9 @@ def changes(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str
 
 
 def refuse_changes(folder: Path, changed: list[str]) -> None:
-    """Raise `ValueError` where the data of the run in `folder` have changed, as [`changes`] says."""
+    """Raise [`MistakeError`] where the data of the run in `folder` have changed, as [`changes`] says on all processes."""
     if changed:
-        raise ValueError(
+        raise MistakeError(
             f"The training data of {folder} have changed since: {'; '.join(changed)}. Bring back what they were, set "
             "another output_dir, or go on with the new ones by --allow-changed-data."
         )

@@ -12,7 +12,7 @@ from modeling_lrsclip.encoding.imagery import SURVEYED, ImageError, read_image, 
 from modeling_lrsclip.files.hashing import bytes_sha256, file_sha256
 
 from .pairs import Pairs
-from .rows import Row, filled, text_list
+from .rows import Row, caption_fault, filled, text_list
 from .sources import DataConfig
 
 
@@ -75,7 +75,11 @@ def token_lengths(pairs: Pairs, processor: LRSCLIPProcessor, config: DataConfig)
     for kind in pairs.kinds:
         texts = [text_list(stored)[0] for stored in pairs.texts(kind, each)]
         if not texts:
-            raise ValueError(f"The first {each} rows have no {kind} caption at all; look at the data.")
+            first = next(pairs.parts[0].texts(kind), None)
+            raise ValueError(
+                f"The first {each} rows have no {kind} caption at all (the first is {caption_fault(first)}); name the "
+                f"column of captions with data.{kind}_column."
+            )
         lengths = processor.count_tokens(texts)
         cut = sum(length > positions for length in lengths) / len(lengths)
         name = config.columns([kind])[kind]

@@ -12,7 +12,7 @@ from modeling_lrsclip import LRSCLIPProcessor
 from modeling_lrsclip.encoding.imagery import augment, read_image
 
 from ..distributed import USER_ERRORS
-from .rows import CHUNK_ROWS, Row, Rows, Stored, even_chunks, filled, text_list
+from .rows import CHUNK_ROWS, Row, Rows, Stored, caption_fault, even_chunks, filled, text_list
 from .skipped import skipped_row
 from .sources import DataConfig, SourceConfig, find_files, open_source
 from .visiting_order import EpochOrder, Mixture, VisitSampler
@@ -188,8 +188,8 @@ def check_row(row: Row, kinds: Sequence[str]) -> None:
     if row.fault:
         raise ValueError(f"{row.fault[:1].upper()}{row.fault[1:]}.")
     for kind in kinds:
-        if not filled(getattr(row, kind)):
-            raise ValueError(f"The {kind} caption is missing or empty.")
+        if fault := caption_fault(getattr(row, kind)):
+            raise ValueError(f"The {kind} caption is {fault}.")
 
 
 class CaptionedImages(Dataset):

@@ -35,8 +35,16 @@ def text_list(stored: Stored) -> list[str]:
 
 def filled(stored: Any) -> bool:
     """Whether a row's texts are there and none is blank."""
+    return caption_fault(stored) is None
+
+
+def caption_fault(stored: Any) -> str | None:
+    """Say in words that follow "the caption is" why a row's texts cannot be used; None where they can."""
     texts = text_list(stored)
-    return bool(texts) and all(isinstance(text, str) and text.strip() for text in texts)
+    other = [text for text in texts if text is not None and not isinstance(text, str)]
+    if other:
+        return f"{type(other[0]).__name__}, not text"
+    return None if texts and all(text is not None and text.strip() for text in texts) else "missing or empty"
 
 
 @dataclass
@@ -223,7 +231,9 @@ class LineRows:
             try:
                 header = self._line(0).decode("utf-8")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}: its first line, the columns' names, is not UTF-8 ({error}).") from error
+                raise ValueError(
+                    f"{path}: its first line, the columns' names, is not UTF-8 ({error}); save it as UTF-8."
+                ) from error
             self.dialect = csv_dialect(header.splitlines()[0])
             self.header, self.spans = self._fields(header), self.spans[1:]
         self.chunks = even_chunks(len(self.spans))
@@ -248,7 +258,10 @@ class LineRows:
         line = self._line(number)
         if not self.header:
             return parse_object(line.removeprefix(BOM))
-        return csv_values(self.header, self._fields(line.decode("utf-8")))
+        try:
+            return csv_values(self.header, self._fields(line.decode("utf-8")))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"it is not UTF-8: {error}; save the file as UTF-8") from error
 
     def _fields(self, row: str) -> list[str]:
         return next(csv.reader(io.StringIO(row, newline=""), **self.dialect))

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset, load_dataset_builder
 from datasets import Image as ImageFeature
 from fsspec.core import url_to_fs
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from modeling_lrsclip.encoding.imagery import Augmentation
 from modeling_lrsclip.files.tables import TABLE_SUFFIXES, read_rows
 
-from .rows import GroupCache, LineRows, ParquetRows, Rows, TableRows, filled
+from .rows import GroupCache, LineRows, ParquetRows, Rows, TableRows, caption_fault, filled
 from .tars import TAR_IMAGES, TarRows
 
 
@@ -155,7 +154,7 @@ def open_source(
     if streaming and suffix != ".json":  # which is one value, and comes memory-mapped
         return _checked(source.path, [LineRows(file, columns) for file in files], lambda rows: list(rows.values(0)))
     if suffix == ".parquet":
-        counts = [(file.name, pq.read_metadata(file).num_rows) for file in files]
+        counts = [(file.name, sum(ParquetRows(str(file), {}, GroupCache()).chunks.tolist())) for file in files]
         tables = [(load_dataset("parquet", data_files=[str(file) for file in files], split="train"), counts, files[0])]
     else:
         tables = [(_read_table(file), None, file) for file in files]
@@ -270,9 +269,12 @@ def _read_table(path: Path) -> Dataset:
 def _open_table(
     source: str, table: Dataset, columns: Mapping[str, str], config: DataConfig, files: list, folder: Path | None
 ) -> TableRows:
+    if not len(table):
+        raise ValueError(f"{source} has no rows.")
     check_columns(source, columns, table.column_names)
     for kind, name in columns.items():
         if kind != "image":
+            refuse_other_values(source, kind, name, table[:1][name] + table[-1:][name])
             empty = _empty_rows(table, name)
             if len(empty) > config.max_skipped_fraction * len(table):  # fewer are left out when their turn comes
                 refuse(source, f"rows with an empty {name}", empty)
@@ -293,6 +295,24 @@ def _open_table(
     elif not pa.types.is_binary(table.features.arrow_schema.field(image).type):
         raise ValueError(f"Column {image!r} of {source} holds neither images nor their paths; set data.image_column.")
     return TableRows(table, columns, files, folder)
+
+
+def refuse_other_values(source: str, kind: str, name: str, stored: Sequence[Any]) -> None:
+    """
+    Raises `ValueError` where a column of captions holds numbers or the like instead of texts.
+
+    Args:
+        source: for the error.
+        kind: of texts, "long" or "short".
+        name: of the column.
+        stored: some of its values.
+    """
+    others = [value for value in stored if (caption_fault(value) or "").endswith("not text")]
+    if others:
+        raise ValueError(
+            f"{source}: {name} holds {others[0]!r}, which is {caption_fault(others[0])}; name the column of captions "
+            f"with data.{kind}_column, or write its values as texts."
+        )
 
 
 def _empty_rows(table: Dataset, name: str) -> list[int]:

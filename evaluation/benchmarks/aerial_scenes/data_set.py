@@ -273,12 +273,13 @@ def write_dataset(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; the data set needs a folder.")
-    out.parent.mkdir(parents=True, exist_ok=True)
     drawn = sum(counts.values()) + (GRID * GRID - 1) * counts["localization"]
     workers = min(workers or os.cpu_count() or 1, math.ceil(drawn / CHUNK))  # few scenes are drawn at once here
 
-    from modeling_lrsclip.train_tokenizer import train_tokenizer  # slow to import; the workers do without
+    from modeling_lrsclip.files.atomic import make_folder  # slow to import; the workers do without
+    from modeling_lrsclip.train_tokenizer import train_tokenizer
 
+    make_folder(out.parent)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         captions = _draw_all(folder, counts, seed, image_size, workers)
