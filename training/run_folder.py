@@ -80,7 +80,9 @@ def check_run_folder(folder: Path, config: dict[str, Any], resume: bool) -> None
         raise ValueError(f"{folder / CONFIG} is empty; write back what it was, or set another output_dir.")
     before, now = flatten(values), flatten(config)
     changed = [name for name in now | before if name not in FREE and before.get(name) != now.get(name)]
-    changed = [name for name in changed if name not in LENGTHS or (now.get(name) or 0) <= (before.get(name) or math.inf)]
+    changed = [
+        name for name in changed if name not in LENGTHS or (now.get(name) or 0) <= (before.get(name) or math.inf)
+    ]
     if changed:
         changes = ", ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)
         raise ValueError(f"{folder} cannot be resumed with another configuration: {changes}; set another output_dir.")

@@ -104,7 +104,7 @@ def test_missing_images_are_counted_and_the_first_named(folder, rows):
         load_retrieval(write_lines(folder / "captions.jsonl", rows), "long_text")
 
 
-@pytest.mark.parametrize("value", ["", "  ", None, [], ["fine", ""], 3])
+@pytest.mark.parametrize("value", ["", "  ", None, [], ["fine", ""]])
 def test_empty_captions_are_counted_and_the_first_named(folder, rows, value):
     rows[2]["long_text"] = value
     with pytest.raises(ValueError, match=r"^1 of 4 lines of .* have no long_text, or an empty one, first: line 3$"):
