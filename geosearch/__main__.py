@@ -142,9 +142,9 @@ def _range(text: str):
 
 
 def _shard(text: str) -> tuple[int, int]:
-    from .shards import parse_shard
+    from modeling_lrsclip.files.parts import parse_part
 
-    return _checked(lambda: parse_shard(text))
+    return _checked(lambda: parse_part(text, "shard"))
 
 
 def _checked(parse):

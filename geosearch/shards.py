@@ -8,13 +8,13 @@ import dataclasses
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from modeling_lrsclip.files.atomic import replace_text
+from modeling_lrsclip.files.parts import run_on_ray
 
 from .block_encoder import check_skipped, encode_blocks
 from .index import BLOCKS, SHARDS, IndexJob, finish_index, locked, tell_plan
@@ -24,26 +24,7 @@ from .plan import Plan
 
 
 DONE = "done.json"
-RETRIES = 5  # of a Ray task whose worker or machine dies
-SHARDS_PER_WORKER = 4  # so that nobody waits long for the slowest
 POLL_SECONDS = 0.5
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """
-    `3/16` -> (3, 16).
-
-    Raises:
-        `ValueError`: for anything else, or a number outside 1 to n.
-    """
-    first, _, second = text.partition("/")
-    try:
-        shard, shards = int(first), int(second)
-    except ValueError as error:
-        raise ValueError(f"shard {text!r}: write which of how many, for example 3/16.") from error
-    if not 1 <= shard <= shards:
-        raise ValueError(f"shard {text!r}: the first number goes from 1 to the second.")
-    return shard, shards
 
 
 def run_shard(job: IndexJob, shard: int, shards: int) -> dict[str, Any]:
@@ -204,41 +185,12 @@ def build_on_ray(job: IndexJob, address: str | None = None, shards: int | None =
     Raises:
         `ValueError`: naming the shards that failed for good, after the others are done.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise ValueError("--on ray needs Ray: pip install '.[ray]' in the clone.") from error
     here = dataclasses.replace(
         job,
         scenes=[os.path.abspath(scene) for scene in job.scenes],
         output=job.output.absolute(),
         model=os.path.abspath(job.model) if job.model and os.path.exists(job.model) else job.model,
     )
-    started = not ray.is_initialized()
-    if started:
-        try:
-            ray.init(address=address, include_dashboard=False, log_to_driver=False)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ValueError(f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}).") from error
-    try:
-        resources = ray.cluster_resources()
-        gpus = int(resources.get("GPU", 0))
-        shards = shards or SHARDS_PER_WORKER * max(1, gpus or int(resources.get("CPU", 1)))
-        task = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=RETRIES)(run_shard)
-        numbers = {task.remote(here, number, shards): number for number in range(1, shards + 1)}
-        failed, encoded, begun = {}, 0, time.perf_counter()
-        while numbers:
-            ready, _ = ray.wait(list(numbers), num_returns=1)
-            number = numbers.pop(ready[0])
-            try:
-                encoded += ray.get(ready[0])["encoded"]
-                print(f"shard {number} of {shards} is done", file=sys.stderr, flush=True)
-            except ray.exceptions.RayError as error:
-                failed[number] = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
-    finally:
-        if started:
-            ray.shutdown()
-    if failed:
-        number, reason = next(iter(failed.items()))
-        raise ValueError(f"{len(failed)} of {shards} shards failed, run the command again; shard {number}: {reason}")
+    begun = time.perf_counter()
+    encoded = sum(came["encoded"] for came in run_on_ray(run_shard, here, address, shards, "shard"))
     return {**merge_shards(here.output), "encoded": encoded, "seconds": time.perf_counter() - begun}

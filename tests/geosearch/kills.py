@@ -22,9 +22,10 @@ SCALES = ("64", "96")
 def child(scenes: Path, output: Path, model: str, log: Path, fatal_step: int | None, shard: str | None = None) -> None:
     """Indexes, notes every batch that is encoded, and dies by SIGKILL at the given step of writing."""
     from geosearch import block_encoder, index, windows
-    from geosearch.shards import parse_shard, run_shard
+    from geosearch.shards import run_shard
     from geosearch.windows import WindowSize
     from modeling_lrsclip.files import atomic
+    from modeling_lrsclip.files.parts import parse_part
 
     windows.BLOCK_WINDOWS = BLOCK_WINDOWS
     embed, steps = block_encoder.embed_batches, []
@@ -48,7 +49,7 @@ def child(scenes: Path, output: Path, model: str, log: Path, fatal_step: int | N
     os.replace, atomic.sync = counted(os.replace), counted(atomic.sync)
     job = index.IndexJob([str(scenes)], output, model, {"sizes": tuple(map(WindowSize.parse, SCALES))}, device="cpu")
     if shard:
-        run_shard(job, *parse_shard(shard))
+        run_shard(job, *parse_part(shard))
     else:
         index.build_index(job)
 

@@ -13,8 +13,9 @@ import pytest
 
 from geosearch.index import IndexJob
 from geosearch.index_store import IndexProblem, open_index
-from geosearch.shards import build_on_ray, merge_shards, parse_shard, run_shard
+from geosearch.shards import build_on_ray, merge_shards, run_shard
 from geosearch.windows import WindowSize
+from modeling_lrsclip.files.parts import parse_part
 from tests.geosearch.kills import kill_and_compare
 from tests.geosearch.small_scenes import noise, write_scene
 
@@ -92,8 +93,8 @@ def test_shards_of_different_commands_are_not_united(job, checkpoint):
 @pytest.mark.parametrize("text", ["3", "0/2", "3/2", "a/b", "1/0", "-1/2", "1/2/3"])
 def test_shards_that_are_none(text):
     with pytest.raises(ValueError, match="shard"):
-        parse_shard(text)
-    assert parse_shard("2/5") == (2, 5)
+        parse_part(text, "shard")
+    assert parse_part("2/5") == (2, 5)
 
 
 def test_kills_change_nothing(scenes, tmp_path, checkpoint):

@@ -6,6 +6,9 @@ Builds a data set in which every image has a long and a short caption, as a reci
 DIR then holds `data/` (parquet shards or WebDataset tars), `manifest.json` (written last: where it stands, the rest is
 complete), and lists of what was left out: `failed.jsonl`, `skipped.jsonl`, `duplicates.jsonl`, `unmatched.jsonl`. An
 interrupted build goes on when the same command is run again; no answer of a captioner is asked for twice.
+
+With `--part 3/16` only that part is built, in DIR/3-of-16; `python -m training.lrs2m.join` makes the whole of all parts.
+`--on ray` does both on a cluster.
 """
 
 import argparse
@@ -24,13 +27,15 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from modeling_lrsclip.files.atomic import replace_json
-from modeling_lrsclip.files.configuration import plain_values
+from modeling_lrsclip.files.configuration import plain_values, validate
+from modeling_lrsclip.files.parts import parse_part, run_on_ray
 from training.run_folder import git_state, versions
 
 from .captioners.captioner import AnswerStore, Captioner, CaptionerDown, Gate
 from .captioners.prompts import load_prompts
 from .data_row import Record, split_of
-from .output import LISTS, MANIFEST, PROGRESS, WORK, Output, Progress, load_progress, save_progress, totals
+from .output import BATCH, LISTS, MANIFEST, PROGRESS, WORK, Output, Progress, load_progress, save_progress, totals
+from .part import JOURNAL, Part, part_folder
 from .pipeline import Duplicate, Outcome, Pipeline, Written
 from .preflight import check_sources, describe
 from .recipe import CaptionerConfig, Recipe, SourceConfig, public_recipe, read_recipe, recipe_hash, resolve
@@ -44,7 +49,6 @@ from .sources.records import read_source
 
 # After so many rows, so many times the cap, or half of the rows where that is less, stop a build before a source's end.
 EARLY_ROWS, EARLY_FACTOR = 1000, 10
-BATCH = 128  # rows whose tokens are counted together
 
 
 class Build:
@@ -55,24 +59,33 @@ class Build:
         recipe: what to build.
         folder: the data set's.
         root: where relative paths of the recipe start.
+        part: which part of how many, from 1; near-duplicates in the set itself are left to the join of the parts.
         retry_failed: begin from the first row, with as many new attempts for every text that had no good answer.
 
     Raises:
         `ValueError`: for anything in the recipe that cannot be found or does not fit; nothing has been asked by then.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, root: Path, retry_failed: bool = False):
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        root: Path,
+        part: tuple[int, int] | None = None,
+        retry_failed: bool = False,
+    ):
         self.recipe, self.folder, self.root = recipe, folder, root
+        self.part = Part(*part) if part else None
         self.prompts = load_prompts(recipe, root)
         self.hash = recipe_hash(recipe, self.prompts)
-        progress = load_progress(folder) or Progress(self.hash)
-        if progress.recipe_hash != self.hash:
+        progress = load_progress(folder) or Progress(self.hash, part=[*(part or (1, 1))])
+        if (progress.recipe_hash, tuple(progress.part)) != (self.hash, part or (1, 1)):
             raise ValueError(
                 f"{folder} was begun with another recipe or other prompts; take another --output, or begin again with "
                 "--restart, which keeps the captioners' answers."
             )
         if retry_failed:  # on disk at once: after a kill the plain command goes on with it
-            progress = Progress(self.hash, retries=progress.retries + 1)
+            progress = Progress(self.hash, retries=progress.retries + 1, part=progress.part)
             save_progress(folder, progress)
         self.finished = progress.complete and (folder / MANIFEST).exists()
         if self.finished:
@@ -84,7 +97,11 @@ class Build:
         self.finder = self._build_finder()
         self.choose = self._build_chooser()
         self.answers = AnswerStore(folder / WORK / "answers.sqlite", self.gate)
-        self.output = Output(folder, recipe.format, (recipe.shard_rows, recipe.shard_bytes), progress)
+        limits = recipe.shard_rows, recipe.shard_bytes
+        if self.part:  # what stands between a part and the whole is parquet
+            self.output = Output(folder, "parquet", limits, progress, JOURNAL)
+        else:
+            self.output = Output(folder, recipe.format, limits, progress)
         self.silent = 0  # rows in a row that got no answer
 
     async def run(self) -> dict[str, Any]:
@@ -112,8 +129,10 @@ class Build:
         if source.join is not None:
             join = JoinedCaptions(source, self.root, self.folder / WORK / f"join-{number}.sqlite")
         records: Iterator[Record | Unmatched] = join.records() if join else read_source(source, self.root)
+        records = self.part.choose(records) if self.part else records
         for _ in islice(records, done):
-            pass
+            if self.part:
+                self.part.skip()
         index, batch = done, []
         maker = RowMaker(self.recipe, source, self._writer(source), self.counter)
         outcomes = self._pipeline(source, maker.writer).outcomes(records)
@@ -127,6 +146,9 @@ class Build:
                         self._count_refused(source, outcome)
                     else:
                         self._leave_out(source, outcome)
+                    if self.part:
+                        split = self._split(outcome.item.picture.sha256) if isinstance(outcome, Written) else None
+                        self.output.end_event(self.part.event(number, outcome, split))
                     if len(batch) >= min(BATCH, self.output.room):
                         self._add(maker, batch)
                         batch = []
@@ -144,7 +166,10 @@ class Build:
 
     def _add(self, maker: RowMaker, batch: list[Written]) -> None:
         for row in maker.rows(batch):
-            self.output.add(row, split_of(row["image_sha256"], self.recipe.seed, self.recipe.validation_fraction))
+            self.output.add(row, self._split(row["image_sha256"]))
+
+    def _split(self, image_sha256: str) -> str:
+        return split_of(image_sha256, self.recipe.seed, self.recipe.validation_fraction)
 
     def _leave_out(self, source: SourceConfig, outcome: Outcome) -> None:
         """Lists and counts what does not become a row; stops a build that has gone wrong."""
@@ -214,6 +239,8 @@ class Build:
             "versions": versions(),
             "code": git_state(Path(__file__).parent),
         }
+        if self.part:
+            manifest["part"] = [self.part.number, self.part.count]
         self.output.finish(manifest)
         for index in (self.folder / WORK).glob("join-*.sqlite"):
             index.unlink()
@@ -250,7 +277,8 @@ class Build:
         from .duplicates.finder import DuplicateFinder
 
         store = self.folder / WORK / "duplicates.sqlite"
-        return DuplicateFinder(against, config.inside, config.distance, config.crops, store)
+        inside = config.inside and not self.part
+        return DuplicateFinder(against, inside, config.distance, config.crops, store)
 
     def _build_chooser(self) -> Any:
         if self.recipe.candidates is None:
@@ -273,8 +301,10 @@ class Build:
             against = self._against(source)
 
             def check(item: Item) -> Any:
-                name = item.record.image_key or item.picture.sha256
-                return self.finder.check(item.record.id, item.picture.image, f"{source.name}/{name}", against)
+                name = f"{source.name}/{item.record.image_key or item.picture.sha256}"
+                if self.part:
+                    self.part.names[item.record.id] = name
+                return self.finder.check(item.record.id, item.picture.image, name, against)
 
         return Pipeline(writer, labels, check, self.recipe.min_side, self._lookahead(source), self.gate)
 
@@ -307,7 +337,7 @@ def rows_seen(counts: dict[str, int]) -> int:
 
 def forget(folder: Path) -> None:
     """Takes a build back to its first row; the captioners' answers and the evaluation images' hashes stay."""
-    for name in (MANIFEST, f"{WORK}/{PROGRESS}", *(f"{name}.jsonl" for name in LISTS)):
+    for name in (MANIFEST, f"{WORK}/{PROGRESS}", *(f"{name}.jsonl" for name in (*LISTS, JOURNAL))):
         (folder / name).unlink(missing_ok=True)
     for name in ("data", f"{WORK}/parts"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -346,24 +376,41 @@ def main(argv: Iterable[str] | None = None) -> int:
     again.add_argument(
         "--retry-failed", action="store_true", help="ask again, with new seeds, for the texts of failed.jsonl"
     )
+    parser.add_argument("--part", help="build only this part, such as 3/16; training.lrs2m.join unites them")
+    parser.add_argument("--on", choices=("ray",), help="build the parts as tasks of a Ray cluster, and join them")
+    parser.add_argument("--ray-address", help="of a running cluster (a new one on this machine)")
+    parser.add_argument("--parts", type=int, help="with --on ray: into how many parts the work is cut")
     arguments = parser.parse_args(argv)
+    folder, root = arguments.output, arguments.root or Path.cwd()
     try:
         recipe = read_recipe(arguments.config, arguments.set)
         if arguments.check:
-            return _check(recipe, arguments.output, arguments.root or Path.cwd())
-        (arguments.output / WORK).mkdir(parents=True, exist_ok=True)
-        with FileLock(arguments.output / WORK / "lock", timeout=0):
-            if arguments.restart:
-                forget(arguments.output)
-            manifest = _build(recipe, arguments.output, arguments.root or Path.cwd(), arguments.retry_failed)
+            return _check(recipe, folder, root)
+        if arguments.on:
+            if arguments.part or arguments.restart or arguments.retry_failed:
+                raise ValueError(
+                    "--on ray makes its own parts and goes on with those there are; --part, --restart and --retry-failed "
+                    "are for a build without it."
+                )
+            return _end(_build_on_ray(recipe, folder, root, arguments), folder)
+        if arguments.ray_address or arguments.parts:
+            raise ValueError("--ray-address and --parts need --on ray.")
+        part = parse_part(arguments.part) if arguments.part else None
+        folder = part_folder(folder, part) if part else folder
+        again = "restart" if arguments.restart else "retry" if arguments.retry_failed else None
+        manifest = _build_locked(recipe, folder, root, part, again)
     except Timeout:
-        return _complain(f"another build is at work in {arguments.output}; wait for it, or take another --output.")
+        return _complain(f"another build is at work in {folder}; wait for it, or take another --output.")
     except (CaptionerDown, ValueError, OSError) as error:
         return _complain(str(error))
     except KeyboardInterrupt:
         return _complain("interrupted; run the same command again to go on.")
+    return _end(manifest, folder)
+
+
+def _end(manifest: dict[str, Any], folder: Path) -> int:
     print(report(manifest))
-    print(f"Data set: {arguments.output / 'data'}")
+    print(f"Data set: {folder / 'data'}")
     return 0
 
 
@@ -375,13 +422,41 @@ def _check(recipe: Recipe, folder: Path, root: Path) -> int:
     return 1 if mistakes else 0
 
 
-def _build(recipe: Recipe, folder: Path, root: Path, retry_failed: bool) -> dict[str, Any]:
-    build = Build(recipe, folder, root, retry_failed)
-    if build.finished:
-        print(f"{folder} is complete; --restart would build it again with the answers it has.")
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    replace_json(folder / WORK / "recipe.json", plain_values(recipe))
-    return asyncio.run(build.run())
+def _build_locked(
+    recipe: Recipe, folder: Path, root: Path, part: tuple[int, int] | None = None, again: str | None = None
+) -> dict[str, Any]:
+    """Build in a folder that no other process builds in, and return the manifest."""
+    (folder / WORK).mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / WORK / "lock", timeout=0):
+        if again == "restart":
+            forget(folder)
+        build = Build(recipe, folder, root, part, again == "retry")
+        if build.finished:
+            print(f"{folder} is complete; --restart would build it again with the answers it has.")
+            return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        replace_json(folder / WORK / "recipe.json", plain_values(recipe))
+        return asyncio.run(build.run())
+
+
+def build_part(job: tuple[dict[str, Any], Path, Path], part: int, parts: int) -> None:
+    """A task of Ray: one part of a recipe's values, below a folder, with relative paths from a root."""
+    values, folder, root = job
+    _build_locked(validate(Recipe, values), part_folder(folder, (part, parts)), root, (part, parts))
+
+
+def _build_on_ray(recipe: Recipe, folder: Path, root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    from .join import join
+
+    inner = (folder / "parts").absolute()
+    begun = {path.name.rpartition("-")[2] for path in inner.glob("*-of-*")}
+    parts = int(begun.pop()) if begun else arguments.parts  # those that are there hold answers
+    if not (folder / MANIFEST).exists():
+        gpus = any(captioner.kind == "transformers" for captioner in recipe.captioners.values())
+        job = plain_values(recipe), inner, root.absolute()
+        run_on_ray(build_part, job, arguments.ray_address, parts, gpus=gpus)
+    manifest = join([inner], folder)
+    shutil.rmtree(inner)
+    return manifest
 
 
 def _complain(message: str) -> int:

@@ -17,6 +17,7 @@ from .shards import SUFFIXES, ShardWriter, open_shard, read_shard
 
 MANIFEST, PROGRESS, WORK, DATA = "manifest.json", "progress.json", "work", "data"
 LISTS = ("failed", "unmatched", "skipped", "duplicates")  # each a JSON lines file
+BATCH = 128  # rows that are added together
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Progress:
     parts: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     lists: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LISTS, 0))  # bytes
     counts: dict[str, dict[str, int]] = field(default_factory=dict)  # by source
+    part: list[int] = field(default_factory=lambda: [1, 1])  # which of how many
     complete: bool = False  # all rows are in parts
     retries: int = 0  # times that `--retry-failed` was given
 
@@ -41,7 +43,9 @@ class Output:
     `progress.json` in one step. After a kill, what came after the last checkpoint is cut off and made again.
     """
 
-    def __init__(self, folder: Path, form: str, limits: tuple[int, int], progress: Progress):
+    def __init__(
+        self, folder: Path, form: str, limits: tuple[int, int], progress: Progress, journal: str | None = None
+    ):
         self.folder, self.form, self.progress = folder, form, progress
         self.shard_rows, self.shard_bytes = limits
         self._writers: dict[str, ShardWriter] = {}
@@ -54,7 +58,10 @@ class Output:
         for stale in self._parts.iterdir():
             if stale.name not in known:
                 stale.unlink()
-        self._lists = {name: _open_at(folder / f"{name}.jsonl", progress.lists[name]) for name in LISTS}
+        self.journal = journal  # name of a further list, of all that is counted and listed
+        self._event: dict[str, list] = {"counts": [], "entries": []}
+        names = (*LISTS, journal) if journal else LISTS
+        self._lists = {name: _open_at(folder / f"{name}.jsonl", progress.lists.get(name, 0)) for name in names}
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
@@ -69,6 +76,11 @@ class Output:
             what: the counter.
             times: is added.
         """
+        self._count(source, what, times)
+        if self.journal:
+            self._event["counts"].append([what, times])
+
+    def _count(self, source: str, what: str, times: int = 1) -> None:
         counts = self.progress.counts.setdefault(source, {})
         counts[what] = counts.get(what, 0) + times
 
@@ -77,9 +89,20 @@ class Output:
             number = len(self.progress.parts[split])
             self._writers[split] = open_shard(self._parts / f"{split}-{number:05d}{SUFFIXES[self.form]}")
         self._writers[split].add(row)
-        self.count(row["source"], split)
+        self._count(row["source"], split)
 
     def list_entry(self, name: str, entry: dict[str, Any]) -> None:
+        self._write(name, entry)
+        if self.journal:
+            self._event["entries"].append([name, entry])
+
+    def end_event(self, event: dict[str, Any]) -> None:
+        """Write a line of the journal: the event with what was counted and listed since the last one."""
+        assert self.journal
+        self._write(self.journal, event | self._event)
+        self._event = {"counts": [], "entries": []}
+
+    def _write(self, name: str, entry: dict[str, Any]) -> None:
         self._lists[name].write(json.dumps(entry, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
 
     @property

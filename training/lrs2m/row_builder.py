@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from modeling_lrsclip.processing_lrsclip import clean_text
 
-from .data_row import Row
+from .data_row import SCHEMA, Row
 from .pipeline import Written
 from .recipe import Recipe, SourceConfig, resolve
 from .routes import Text, Writer
@@ -53,7 +53,8 @@ class RowMaker:
         long_tokens = self._tokens([one.long for one in batch])
         short_tokens = self._tokens([one.short for one in batch])
         for one, long_count, short_count in zip(batch, long_tokens, short_tokens, strict=True):
-            yield self._row(one) | {"long_tokens": long_count, "short_tokens": short_count}
+            row = self._row(one) | {"long_tokens": long_count, "short_tokens": short_count}
+            yield {name: row[name] for name in SCHEMA.names}  # in one order, however a shard stores it
 
     def _tokens(self, texts: list[Text]) -> list[int]:
         """CLIP tokens of each text: those that its check has counted, the others counted together."""

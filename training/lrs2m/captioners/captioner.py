@@ -171,6 +171,13 @@ class AnswerStore:
             self.sync()
         return Answer(text, answer.finished) if new else self.find(key)
 
+    def take(self, other: Path) -> None:
+        """Copy the answers of another file."""
+        with self._readable():
+            self.database.execute("ATTACH ? AS other", (str(other),))
+            self.database.execute("INSERT OR IGNORE INTO answers SELECT * FROM other.answers")
+            self.database.execute("DETACH other")
+
     def sync(self) -> None:
         """Force what was stored to disk."""
         with self._readable():

@@ -130,18 +130,34 @@ class DuplicateFinder:
         Returns:
             [`Match`] with the most correlated image, or None.
         """
+        return self.check_thumbnail(row_id, thumbnail(image), key, against)
+
+    def check_thumbnail(
+        self, row_id: str, thumb: np.ndarray | None, key: str | None = None, against: Sequence[str] | None = None
+    ) -> Match | None:
+        """
+        Tell the same from a thumbnail.
+
+        Args:
+            row_id, key, against: as of [`check`].
+            thumb: the image's; None: of one without anything to compare.
+
+        Returns:
+            As [`check`].
+        """
         name = row_id if key is None else key
         known = self._store.execute("SELECT match FROM images WHERE owner = ? AND id = ?", (INSIDE, name)).fetchone()
         if known:
             return known[0] and Match(**json.loads(known[0]) | {"id": row_id})
-        thumb = thumbnail(image)
-        if is_flat(thumb):
+        if thumb is None or is_flat(thumb):
             self._remember(INSIDE, name, None, thumb)
             return None
         allowed = {index + 1 for index, source in enumerate(self.against) if against is None or source in against}
-        allowed |= {0} if self.inside else set()
         turns = coefficients(turned(thumb))  # (8, P, 64)
+        # Evaluation images first and by themselves: whether an image is near one does not hang on the set.
         match = self._find(row_id, thumb, turns, allowed) if allowed else None
+        if match is None and self.inside:
+            match = self._find(row_id, thumb, turns, {0})
         self._remember(INSIDE, name, turns[0], thumb, match)
         return match
 
@@ -197,7 +213,12 @@ class DuplicateFinder:
     # ------------------------------------------------------------------------------------------------- remembering
 
     def _remember(
-        self, owner: str, name: str, fingerprint: np.ndarray | None, thumb: np.ndarray, match: Match | None = None
+        self,
+        owner: str,
+        name: str,
+        fingerprint: np.ndarray | None,
+        thumb: np.ndarray | None,
+        match: Match | None = None,
     ) -> None:
         """Keeps an answer, and the fingerprint (`own`: (P, 64) coefficients) of an image that others may match."""
         codes = None if fingerprint is None or match else hashes(fingerprint)
@@ -266,6 +287,23 @@ class DuplicateFinder:
             "SELECT COUNT(*) FROM images WHERE owner = ? AND hashes IS NULL AND match IS NULL", (INSIDE,)
         ).fetchone()[0]
         return {"images": shown, "matches": kinds, "evaluation_images": sets, "flat": flat}
+
+
+class StoredThumbnails:
+    """Thumbnails of the images that a finder was shown, from its store."""
+
+    def __init__(self, store: str | Path):
+        self._store = sqlite3.connect(f"file:{Path(store).absolute()}?mode=ro", uri=True)
+
+    def of(self, name: str) -> np.ndarray | None:
+        """The thumbnail kept under an image's name; None of one without anything to compare."""
+        row = self._store.execute("SELECT thumb FROM images WHERE owner = ? AND id = ?", (INSIDE, name)).fetchone()
+        if row is None:
+            raise ValueError(f"the store of a part knows no image {name}; build the part again.")
+        return row[0] and np.frombuffer(row[0], np.uint8).reshape(SIDE, SIDE)
+
+    def close(self) -> None:
+        self._store.close()
 
 
 def _lay(known: np.ndarray, other: np.ndarray, part: int, contains: bool) -> tuple[float, str]:

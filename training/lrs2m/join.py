@@ -1,0 +1,247 @@
+"""
+Makes one data set of the parts of a build.
+
+    python -m training.lrs2m.join sets/fmow/* --output sets/fmow-whole
+
+Each argument is a part's folder (such as 3-of-16) or a folder that holds some; copied from other machines or seen over a
+shared disk. Near-duplicates are searched over all parts, manifest and statistics are written, and the files are those that
+an undivided build would have written, to the byte. An interrupted join goes on when the same command is run again; the
+parts are only read.
+"""
+
+import argparse
+import heapq
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from modeling_lrsclip.files.configuration import validate
+
+from .captioners.captioner import AnswerStore
+from .data_row import Row
+from .output import BATCH, MANIFEST, WORK, Output, Progress, load_progress, totals
+from .part import JOURNAL
+from .recipe import Recipe
+from .shards import read_shard
+from .statistics import write
+
+
+@dataclass
+class FinishedPart:
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def number(self) -> int:
+        return self.manifest["part"][0]
+
+    def events(self) -> Iterator[tuple[dict[str, Any], int]]:
+        """Lines of the journal with the part's number, in the order of the sources."""
+        with (self.folder / f"{JOURNAL}.jsonl").open(encoding="utf-8") as lines:
+            for line in lines:
+                yield json.loads(line), self.number
+
+    def rows(self, split: str) -> Iterator[Row]:
+        """Rows of a split, in the same order."""
+        for file in self.manifest["splits"][split]["files"]:
+            yield from read_shard(self.folder / file["path"])
+
+
+def find_parts(folders: Sequence[Path]) -> list[FinishedPart]:
+    """
+    Every part of one build in and below some folders, by number.
+
+    Raises:
+        `ValueError`: where parts are missing, unfinished, given twice or of different builds.
+    """
+    inner = [path for root in folders for path in [root, *sorted(root.glob("*-of-*"))]]
+    parts = []
+    for folder in dict.fromkeys(path.resolve() for path in inner):
+        manifest = folder / MANIFEST
+        content = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+        if "part" in content:
+            parts.append(FinishedPart(folder, content))
+        elif (folder / WORK).is_dir():
+            raise ValueError(f"{folder} is no finished part of a build; run its command again until it ends well.")
+    if not parts:
+        raise ValueError(f"{', '.join(map(str, folders))}: no finished part of a build is there; see build --part.")
+    first = parts[0]
+    for part in parts:
+        if (part.manifest["recipe_hash"], part.manifest["part"][1]) != (
+            first.manifest["recipe_hash"],
+            first.manifest["part"][1],
+        ):
+            raise ValueError(f"{first.folder} and {part.folder} are not parts of one build; give those of one.")
+    by_number: dict[int, FinishedPart] = {}
+    for part in parts:
+        if part.number in by_number:
+            raise ValueError(f"{by_number[part.number].folder} and {part.folder} are the same part; give one of them.")
+        by_number[part.number] = part
+    count = first.manifest["part"][1]
+    missing = [str(number) for number in range(1, count + 1) if number not in by_number]
+    if missing:
+        raise ValueError(f"of {count} parts {', '.join(missing[:10])} are missing; build them, or name their folders.")
+    return [by_number[number] for number in range(1, count + 1)]
+
+
+class Join:
+    """
+    One run of a join.
+
+    Args:
+        parts: all of one build.
+        folder: the whole data set's.
+    """
+
+    def __init__(self, parts: list[FinishedPart], folder: Path):
+        self.parts, self.folder = parts, folder
+        recipe = json.loads((parts[0].folder / WORK / "recipe.json").read_text(encoding="utf-8"))
+        self.recipe = validate(Recipe, recipe)
+        self.hash = parts[0].manifest["recipe_hash"]
+        progress = load_progress(folder) or Progress(self.hash)
+        if progress.recipe_hash != self.hash:
+            raise ValueError(f"{folder} was begun with another recipe; take another --output.")
+        (folder / WORK).mkdir(parents=True, exist_ok=True)
+        self.finder, self.thumbnails = None, {}
+        if self.recipe.duplicates.inside:
+            from .duplicates.finder import DuplicateFinder, StoredThumbnails
+
+            config = self.recipe.duplicates
+            store = folder / WORK / "duplicates.sqlite"
+            self.finder = DuplicateFinder((), True, config.distance, config.crops, store)
+            self.thumbnails = {
+                part.number: StoredThumbnails(part.folder / WORK / "duplicates.sqlite") for part in parts
+            }
+        limits = self.recipe.shard_rows, self.recipe.shard_bytes
+        self.output = Output(folder, self.recipe.format, limits, progress)
+
+    def run(self) -> dict[str, Any]:
+        """Take what is left of the parts, finish the folder and return the manifest."""
+        try:
+            if not self.output.progress.complete:
+                self._take_all()
+            return self._finish()
+        finally:
+            self.output.close()
+            for one in (self.finder, *self.thumbnails.values()):
+                if one is not None:
+                    one.close()
+
+    def _take_all(self) -> None:
+        """Every event of the parts in the order of the sources, with the checkpoints of an undivided build."""
+        rows = {(part.number, split): part.rows(split) for part in self.parts for split in part.manifest["splits"]}
+        events = heapq.merge(
+            *(part.events() for part in self.parts), key=lambda one: (one[0]["source"], one[0]["place"])
+        )
+        done, source, count, batch = self.output.progress.index, 0, 0, []
+        for count, (event, number) in enumerate(tqdm(events, "join", unit=" rows", disable=None), start=1):
+            row = next(rows[number, event["split"]]) if event["split"] else None
+            if count <= done:
+                source = event["source"]
+                continue
+            if event["source"] != source:  # an undivided build ends its shards with every source
+                batch = self._add(batch)
+                self.output.checkpoint(0, count - 1)
+                source = event["source"]
+            if self._take(event, number) and row is not None:
+                batch.append((row, event["split"]))
+            if len(batch) >= min(BATCH, self.output.room):
+                batch = self._add(batch)
+                if self.output.full:
+                    self.output.checkpoint(0, count)
+        self._add(batch)
+        self.output.checkpoint(1, max(count, done))
+
+    def _add(self, batch: list[tuple[Row, str]]) -> list[tuple[Row, str]]:
+        for row, split in batch:
+            self.output.add(row, split)
+        return []
+
+    def _take(self, event: dict[str, Any], number: int) -> bool:
+        """Count and list what became of a record; False where its image is nearly that of an earlier one."""
+        source = self.recipe.sources[event["source"]].name
+        match = None
+        if self.finder is not None and event["checked"] is not None:
+            thumb = self.thumbnails[number].of(event["checked"])
+            match = self.finder.check_thumbnail(event["id"], thumb, event["checked"], [])
+        if match is not None:
+            entry = {"id": event["id"], "source": source, "image_key": event["image_key"]}
+            self.output.list_entry("duplicates", entry | vars(match))
+            self.output.count(source, "duplicates")
+            return False
+        for what, times in event["counts"]:
+            self.output.count(source, what, times)
+        for name, entry in event["entries"]:
+            self.output.list_entry(name, entry)
+        return True
+
+    def _finish(self) -> dict[str, Any]:
+        counts = self.output.counts
+        manifest = {
+            name: value for name, value in self.parts[0].manifest.items() if name not in ("part", "splits", "lists")
+        }
+        self.output.finish(manifest | {"format": self.recipe.format, "counts": counts, "totals": totals(counts)})
+        with closing(AnswerStore(self.folder / WORK / "answers.sqlite")) as answers:  # for a build that goes on here
+            for part in self.parts:
+                answers.take(part.folder / WORK / "answers.sqlite")
+        return json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+
+
+def join(folders: Sequence[Path], output: Path) -> dict[str, Any]:
+    """
+    Unite the parts of a build in `output`, statistics included, and return the manifest.
+
+    Raises:
+        `ValueError`: one sentence for what cannot be done.
+    """
+    parts = find_parts(folders)
+    finished = output / MANIFEST
+    if finished.is_file():
+        manifest = json.loads(finished.read_text(encoding="utf-8"))
+        if manifest["recipe_hash"] != parts[0].manifest["recipe_hash"]:
+            raise ValueError(f"{output} holds another data set; take another --output.")
+    else:
+        manifest = Join(parts, output).run()
+        shutil.copyfile(parts[0].folder / WORK / "recipe.json", output / WORK / "recipe.json")
+    if manifest["totals"].get("train", 0) + manifest["totals"].get("validation", 0):
+        write(output)
+    return manifest
+
+
+def main(argv: Iterable[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="training.lrs2m.join", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="parts, or folders that hold them")
+    parser.add_argument("--output", required=True, type=Path, help="folder of the data set")
+    arguments = parser.parse_args(argv)
+    try:
+        (arguments.output / WORK).mkdir(parents=True, exist_ok=True)
+        with FileLock(arguments.output / WORK / "lock", timeout=0):
+            manifest = join(arguments.folders, arguments.output)
+    except Timeout:
+        return _complain(f"another command is at work in {arguments.output}; wait for it, or take another --output.")
+    except (ValueError, OSError) as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        return _complain("interrupted; run the same command again to go on.")
+    print(", ".join(f"{name} {times:,}" for name, times in manifest["totals"].items()))
+    print(f"Data set: {arguments.output / 'data'}")
+    return 0
+
+
+def _complain(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
