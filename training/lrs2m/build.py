@@ -439,7 +439,13 @@ def _build_locked(
 
 
 def build_part(job: tuple[dict[str, Any], Path, Path], part: int, parts: int) -> None:
-    """A task of Ray: one part of a recipe's values, below a folder, with relative paths from a root."""
+    """
+    Build one part, as a task of Ray.
+
+    Args:
+        job: the recipe's values, the folder below which parts lie, and the root of relative paths.
+        part, parts: which of how many, from 1.
+    """
     values, folder, root = job
     _build_locked(validate(Recipe, values), part_folder(folder, (part, parts)), root, (part, parts))
 
