@@ -53,7 +53,7 @@ COMMANDS = list(
 SMALL = [
     "--model.text", "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}",
     "--model.vision", "{image_size: 32, patch_size: 8, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}",
-    "--model.vocab_size", "600", "--loop.batch_size", "4", "--loop.steps", "2", "--loop.log_every", "1",
+    "--model.vocab_size", "600", "--loop.batch_size", "2", "--loop.steps", "2", "--loop.log_every", "1",
 ]  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def test_fine_tuning_a_clip(workplace, tiny_clip, tiny_processor, capsys):
     tiny_processor.save_pretrained("clip")
     arguments = command("training.train", "finetune.yaml")
     # The Hub is out of reach here: a small CLIP in a folder takes the place of openai/clip-vit-base-patch16.
-    offline = ["--model.init", "clip", "--loop.batch_size", "4", "--loop.steps", "2", "--data.workers", "1"]
+    offline = ["--model.init", "clip", "--loop.batch_size", "2", "--loop.steps", "2", "--data.workers", "1"]
     train.main([*arguments[arguments.index("training.train") + 1 :], *offline])
     assert LRSCLIPModel.from_pretrained("runs/mine/final").config.text_config.max_position_embeddings == 248
 

@@ -144,7 +144,7 @@ class TrainConfig:
             raise ValueError("push_to_hub is set and push.repo is not; name a repository, as owner/name")
         if self.push_to_hub and not self.data.validation and (self.push.measure or self.push.every == "validation"):
             raise ValueError("push.measure and push.every: validation need data.validation; set it, or leave them out")
-        if self.push_to_hub and self.push.measure and not isinstance(self.data.validation, str):
+        if self.push_to_hub and self.push.measure and isinstance(self.data.validation, list):
             raise ValueError(
                 "push.measure takes one data.validation, not a list of sources; name one, or leave it out"
             )

@@ -176,6 +176,12 @@ def describe_data(sources: str | list[dict[str, Any]]) -> dict[str, Any]:
     return {"name": names, "kind": "hub" if kinds == {"hub"} else "local", "sources": each}
 
 
+def describe_validation(data: dict[str, Any]) -> dict[str, Any]:
+    """Name of held-out data as [`describe_data`] has it, with the `share` of the training images where that is asked for."""
+    share = data["validation"]
+    return describe_data(data["train"]) | {"share": share} if isinstance(share, float) else describe_data(share)
+
+
 def read_record(folder: str | Path) -> dict[str, Any] | None:
     """
     Read the record in a model folder, if it has one.
@@ -304,7 +310,7 @@ class RunRecord:
             "init": describe_init(init) if init != SCRATCH else None,
             "init_run": self.init_run,
             "data": describe_data(data["train"]) | self.data,
-            "validation": measured and describe_data(data["validation"]) | {"pairs": measured},
+            "validation": measured and describe_validation(data) | {"pairs": measured},
             "best": measured and {"step": state.best_step, "mR": state.best_recall},
             "steps": self.steps,
             "seconds": state.seconds,

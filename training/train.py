@@ -24,9 +24,11 @@ from . import end_with_the_launcher
 from .checkpoint import NotFiniteError, NotSavedError, TrainState
 from .config import parse_config
 from .data.batches import count_workers, explain_lost_workers
+from .data.held_out import HELD_OUT, hold_out, write_held_out
 from .data.inspection import inspect_pairs
 from .data.pairs import CaptionedImages, Pairs, open_data, resized_side
 from .data.skipped import SKIPPED
+from .data.visiting_order import VisitSampler
 from .distributed import USER_ERRORS, MistakeError, first_process_first, start_processes
 from .loop import TrainConfig, Trainer
 from .model import build_model, build_processor, open_start
@@ -96,7 +98,11 @@ def train(config: TrainConfig, folder: Path) -> Path:
         steps, data = config.loop.count_steps(len(pairs)), inspect_pairs(pairs, processor, config.data)
         measured = validation and validation.rows
         record = RunRecord(folder, plain_values(config), accelerator, steps, data, measured)
-        record.introduce(model, pairs.locations & (held_out.locations if held_out else set()))
+        both = set() if config.data.share or held_out is None else pairs.locations & held_out.locations
+        record.introduce(model, both)
+        if config.data.share:
+            write_held_out(held_out, folder / HELD_OUT)
+            print(f"held out by image: {len(held_out)} rows, in {folder / HELD_OUT} for evaluation.run --data")
         if config.push_to_hub:
             look_for_a_token(print)
 
@@ -124,7 +130,8 @@ def train(config: TrainConfig, folder: Path) -> Path:
     if record is not None:
         record.finish(state)
         if config.push_to_hub:
-            measured_on = config.data.validation if config.push.measure else None
+            measured_on = str(folder / HELD_OUT) if config.data.share else config.data.validation
+            measured_on = measured_on if config.push.measure else None
             push(config.push, folder / "final", state.step, print, measured_on)
         if state.skipped:
             print(
@@ -142,6 +149,11 @@ def load(config: TrainConfig, accelerator: Accelerator) -> tuple[Pairs, Pairs | 
     pairs, held_out = open_data(
         config.data, config.loss.kinds, batch_size=loop.batch_size, seed=config.seed, processes=processes
     )
+    if config.data.share:
+        pairs, held_out = hold_out(pairs, config.data.share)
+        VisitSampler(
+            pairs.order(config.seed), loop.batch_size, steps=1, share=(0, processes)
+        )  # are there enough left?
     start = open_start(config.model)
     processor = build_processor(start, pairs.all_texts())
     model = build_model(start, processor)

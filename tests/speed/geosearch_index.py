@@ -143,7 +143,12 @@ def measure_memory(options: argparse.Namespace, folder: Path) -> dict:
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     size = os.path.getsize(folder / "scene.tif") / 2**20
     seconds = time.perf_counter() - started
-    return {"peak_MB": round(peak), "file_MB": round(size), "seconds": round(seconds, 1), "report": report.split(": ")[-1]}
+    return {
+        "peak_MB": round(peak),
+        "file_MB": round(size),
+        "seconds": round(seconds, 1),
+        "report": report.split(": ")[-1],
+    }
 
 
 def main() -> None:

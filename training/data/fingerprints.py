@@ -14,7 +14,7 @@ from modeling_lrsclip.files.hashing import bytes_sha256, file_sha256, json_sha25
 from ..distributed import MistakeError
 from .line_index import kept_index
 from .pairs import Pairs
-from .rows import LineRows, ParquetRows, Rows, TableRows
+from .rows import ChosenRows, LineRows, ParquetRows, Rows, TableRows
 from .tars import TarRows
 
 
@@ -65,6 +65,8 @@ def refuse_changes(folder: Path, changed: list[str]) -> None:
 
 def content_hash(part: Rows) -> str:
     """Return the hash of a file's rows; of a local file that must be read for it, kept until the file changes."""
+    if isinstance(part, ChosenRows):
+        return json_sha256([content_hash(part.part), bytes_sha256(part.numbers.astype("<i8").tobytes())])
     if isinstance(part, TableRows):
         tables = part.table.with_format("arrow").iter(_ROWS_AT_A_TIME)
         return _hash_texts(tables)

@@ -126,7 +126,7 @@ def load_pairs(config: DataConfig, kinds: Sequence[str], held_out: bool = False)
 
 def _sources(config: DataConfig, held_out: bool) -> tuple[list[SourceConfig], str]:
     """The training or the held-out sources, and the split of those that do not name their own."""
-    sources = config.validation if held_out else config.train
+    sources = config.train if not held_out else None if config.share else config.validation
     split = config.validation_split if held_out else config.train_split
     return [SourceConfig(path=sources)] if isinstance(sources, str) else sources or [], split
 

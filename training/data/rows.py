@@ -123,6 +123,29 @@ class TableRows:
         return f"{name}:{number - (self.ends[file] - rows)}"
 
 
+class ChosenRows:
+    """
+    Some rows of a file; they keep their ids.
+
+    Args:
+        part: rows of a file.
+        numbers: of those that are chosen, ascending.
+    """
+
+    def __init__(self, part: Rows, numbers: np.ndarray):
+        self.part, self.numbers, self.columns, self.one_by_one = part, numbers, part.columns, part.one_by_one
+        self.name, self.location = part.name, part.location
+        chunks = np.searchsorted(numbers, np.append(0, np.cumsum(part.chunks)))
+        self.chunks = np.diff(chunks)[np.diff(chunks) > 0]  # of the file's own, what is left of them
+
+    def read(self, numbers: list[int]) -> list[Row]:
+        return self.part.read(self.numbers[numbers].tolist())
+
+    def texts(self, kind: str) -> Iterator[Stored]:
+        chosen = set(self.numbers.tolist())
+        yield from (texts for number, texts in enumerate(self.part.texts(kind)) if number in chosen)
+
+
 class GroupCache:
     """
     The row groups read last, at most `rows` rows of them (and always one), shared by the files of a run.

@@ -60,7 +60,8 @@ class SourceConfig:
 class DataConfig:
     train: str | list[SourceConfig]  # file (jsonl, json, csv, parquet, tar), pattern, folder, Hub data set, or several
     train_split: str = "train"  # of a Hub data set or a folder
-    validation: str | list[SourceConfig] | None = None  # likewise; recall on it picks the best model
+    # Likewise, or the share of the training images that is held out, such as 0.1; recall on it picks the best model.
+    validation: float | str | list[SourceConfig] | None = None
     validation_split: str = "test"
     validation_pairs: int | None = Field(None, ge=1)  # only the first so many
     image_column: str = "image"  # a path (relative to the file) or the image itself
@@ -80,6 +81,8 @@ class DataConfig:
     @field_validator("train", "validation", mode="before")
     @classmethod
     def _sources(cls, given: Any) -> Any:
+        if isinstance(given, (int, float)) and not 0 < given < 1:
+            raise ValueError(f"a share of the training images lies between 0 and 1, as 0.1 does; {given} does not")
         if not isinstance(given, (list, tuple)):
             return given
         if not given:
@@ -92,6 +95,11 @@ class DataConfig:
         if len({source.weight is None for source in sources}) > 1:
             raise ValueError("either all sources have a weight or none has")
         return sources
+
+    @property
+    def share(self) -> float | None:
+        """The share of the training images that is held out; None where held-out data are named, or none."""
+        return self.validation if isinstance(self.validation, float) else None
 
     def paths(self) -> list[str]:
         """Names of the training sources."""
@@ -292,9 +300,16 @@ def _open_table(
         refuse(source, "rows without an image path", unnamed)
         if len(absent) > config.max_skipped_fraction * len(table):
             refuse(source, "images that do not exist", absent)
-    elif not pa.types.is_binary(table.features.arrow_schema.field(image).type):
+    elif not _holds_images(table.features.arrow_schema.field(image).type):
         raise ValueError(f"Column {image!r} of {source} holds neither images nor their paths; set data.image_column.")
     return TableRows(table, columns, files, folder)
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    """Whether a column's values are the bytes of images, or structures of `bytes` and `path`."""
+    return pa.types.is_binary(kind) or (
+        pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}
+    )
 
 
 def refuse_other_values(source: str, kind: str, name: str, stored: Sequence[Any]) -> None:
