@@ -15,61 +15,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import random
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from evaluation.benchmarks.aerial_scenes.canvas import Polygon, Query
-from evaluation.benchmarks.aerial_scenes.captions import sentence, true_facts, with_article, write_short_text
-from evaluation.benchmarks.aerial_scenes.drawing import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, draw_ground, draw_objects
-from evaluation.benchmarks.aerial_scenes.layout import (
-    CLASS_NAMES,
-    CLASS_OF,
-    LINES,
-    ORIENTATIONS,
-    Scene,
-    pick,
-    plan_scene,
-    scene_random,
-)
-from evaluation.benchmarks.aerial_scenes.sprites import BORDER_GRAIN, draw_line, smooth_noise
+from evaluation.benchmarks.aerial_scenes.canvas import District, Query, Scenes, draw_landscape, write_queries
+from evaluation.benchmarks.aerial_scenes.drawing import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
+from evaluation.benchmarks.aerial_scenes.layout import CLASS_NAMES, CLASS_OF, pick, plan_scene, scene_random
 
 
 TILES, TILE_PIXELS = 8, 256  # scenes along each side of a mosaic, and pixels along each side of a scene
 LARGEST_DISTRICT = 3  # scenes along a side
 CLASS_QUERIES, SCENE_QUERIES = 2, 2  # of a mosaic
-SWAY, SOFT = 2.5, 4  # of the borders between scenes, in 64ths of a scene: how far they waver, how wide they are
-
-
-class District(NamedTuple):
-    """A rectangle of scenes of one class, in scenes."""
-
-    top: int
-    bottom: int
-    left: int
-    right: int
-
-    def touches(self, other: District) -> bool:
-        """Whether the two share a border or a corner."""
-        across = self.left <= other.right and other.left <= self.right
-        return across and self.top <= other.bottom and other.top <= self.bottom
-
-    def polygon(self, side: int) -> Polygon:
-        """Its outline, for scenes of `side` pixels."""
-        top, bottom, left, right = (edge * side for edge in self)
-        return [[left, top], [right, top], [right, bottom], [left, bottom]]
-
-
-# ----------------------------------------------------------------------------------------------------------------- plan
 
 
 def _cut(rng: random.Random, whole: District) -> Iterator[District]:
@@ -87,7 +50,7 @@ def _cut(rng: random.Random, whole: District) -> Iterator[District]:
         yield from _cut(rng, whole._replace(left=middle))
 
 
-def plan_mosaic(rng: random.Random, tiles: int) -> tuple[list[District], list[str], dict[tuple[int, int], Scene]]:
+def plan_mosaic(rng: random.Random, tiles: int) -> tuple[list[District], list[str], Scenes]:
     """Districts, the class of each, and the scene at every (row, column); no scene has a road or river of its own."""
     districts = list(_cut(rng, District(0, tiles, 0, tiles)))
     names: list[str] = []
@@ -104,60 +67,6 @@ def plan_mosaic(rng: random.Random, tiles: int) -> tuple[list[District], list[st
     return districts, names, scenes
 
 
-def _queries(
-    rng: random.Random, districts: list[District], names: list[str], scenes: dict[tuple[int, int], Scene], side: int
-) -> list[Query]:
-    queries = []
-    for name in rng.sample(sorted(set(names)), min(CLASS_QUERIES, len(set(names)))):
-        a_class = with_article(name)
-        text = pick(rng, (f"{a_class}.", f"{a_class} seen from above.", f"this is {a_class}."))
-        own = [district for district, other in zip(districts, names, strict=True) if other == name]
-        queries.append(Query(sentence(text), [district.polygon(side) for district in own]))
-    facts = {place: true_facts(scene) for place, scene in scenes.items()}
-    for place in rng.sample(sorted(scenes), min(SCENE_QUERIES, len(scenes))):
-        short = write_short_text(rng, scenes[place])
-        own = [
-            District(row, row + 1, column, column + 1)
-            for (row, column), known in sorted(facts.items())
-            if known.issuperset(short.facts)
-        ]
-        queries.append(Query(short.text, [tile.polygon(side) for tile in own]))
-    rng.shuffle(queries)
-    return queries
-
-
-# -------------------------------------------------------------------------------------------------------------- drawing
-
-
-def _ground(rng: random.Random, scenes: dict[tuple[int, int], Scene], tiles: int, side: int) -> np.ndarray:
-    """The grounds of all scenes, running into each other along wavering borders: (tiles * side, tiles * side, 3)."""
-    total, scale = tiles * side, side / 64
-    noise = np.random.default_rng(rng.getrandbits(64))
-    x, y = (
-        np.arange(total, dtype=np.float32)[axis]
-        + 0.5
-        + SWAY * scale * smooth_noise(noise, total, BORDER_GRAIN * scale)
-        for axis in (np.s_[None, :], np.s_[:, None])
-    )  # each (total, total): the place that a pixel's ground is taken for
-    soft, reach = SOFT * scale, math.ceil((4 * SWAY + SOFT) * scale)
-    pixels = np.zeros((total, total, 3), np.float32)
-    weights = np.full((total, total, 1), 1e-6, np.float32)
-    for (row, column), scene in sorted(scenes.items()):
-        rows, columns = (
-            slice(max(place * side - reach, 0), min((place + 1) * side + reach, total)) for place in (row, column)
-        )
-        middle_x, middle_y = (column + 0.5) * side, (row + 0.5) * side
-        own_x, own_y = x[rows, columns], y[rows, columns]
-        # the outer scenes reach beyond the mosaic, so that its rim is covered as well
-        far_x = np.maximum(own_x - middle_x if column < tiles - 1 else 0, middle_x - own_x if column else 0)
-        far_y = np.maximum(own_y - middle_y if row < tiles - 1 else 0, middle_y - own_y if row else 0)
-        inside = np.clip((side / 2 - np.maximum(far_x, far_y)) / soft + 0.5, 0, 1)[..., None]
-        ground = draw_ground(rng, scene.ground, side + 2 * reach, scale)
-        pixels[rows, columns] += inside * ground[: inside.shape[0], : inside.shape[1]]
-        weights[rows, columns] += inside
-    return (pixels / weights).astype(np.uint8)
-
-
 def draw_mosaic(
     rng: random.Random, tiles: int = TILES, side: int = TILE_PIXELS
 ) -> tuple[Image.Image, list[District], list[Query]]:
@@ -172,16 +81,11 @@ def draw_mosaic(
     Returns:
         The picture, its districts, and its queries with their regions.
     """
-    districts, names, scenes = plan_mosaic(rng, tiles)
-    image = Image.fromarray(_ground(rng, scenes, tiles, side))
-    for orientation in ORIENTATIONS:  # roads and rivers run between the scenes
-        for border in rng.sample(range(1, tiles), min(2, tiles - 1)):
-            noise = np.random.default_rng(rng.getrandbits(64))
-            pixels, opacity = draw_line(pick(rng, LINES), orientation, border * side, image.size, side / 64, noise)
-            image.paste(pixels, (0, 0), opacity)
-    for (row, column), scene in sorted(scenes.items()):
-        draw_objects(image, scene, side, (column * side, row * side))
-    return image, districts, _queries(rng, districts, names, scenes, side)
+    districts, _, scenes = plan_mosaic(rng, tiles)
+    image = draw_landscape(rng, scenes, tiles, side, whole=False)
+    queries = write_queries(rng, scenes, districts, side, CLASS_QUERIES, SCENE_QUERIES)
+    rng.shuffle(queries)
+    return image, districts, queries
 
 
 def write_mosaics(

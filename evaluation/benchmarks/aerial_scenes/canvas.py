@@ -1,9 +1,11 @@
-"""Large landscapes of several drawn scenes, with queries and the polygons where each query is true."""
+"""Landscapes of drawn scenes side by side, with queries and the polygons where each query is true."""
 
 from __future__ import annotations
 
+import math
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -15,88 +17,149 @@ from evaluation.benchmarks.aerial_scenes.sprites import BORDER_GRAIN, draw_line,
 
 
 Polygon = list[list[int]]  # [[x, y], ...] in pixels
+Scenes = dict[tuple[int, int], Scene]  # by row and column
 
 GRID = 4  # scenes along each side of a canvas
 SCENE_QUERIES = 4  # queries made of a scene's short caption
 CLASS_QUERIES = 4  # queries that name a class
+SWAY, SOFT = 2.5, 4  # of the borders between scenes, in 64ths of a scene: how far they waver, how wide they are
 
 
-@dataclass(frozen=True)
-class Query:
+class Query(NamedTuple):
     """A text and the polygons of the places where it is true."""
 
     text: str
     polygons: list[Polygon]
 
 
-def plan_canvas(rng: random.Random) -> list[Scene]:
-    """GRID x GRID scenes, row by row; neighbours are of different classes, and no scene has a road or river."""
-    names: list[str] = []
-    for place in range(GRID * GRID):
-        taken = {names[place - 1]} if place % GRID else set()
-        if place >= GRID:
-            taken.add(names[place - GRID])
-        names.append(pick(rng, [name for name in CLASS_NAMES if name not in taken]))
-    return [plan_scene(rng, name, with_line=False) for name in names]
+class District(NamedTuple):
+    """A rectangle of scenes of one class, in scenes."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    def touches(self, other: District) -> bool:
+        """Whether the two share a border or a corner."""
+        across = self.left <= other.right and other.left <= self.right
+        return across and self.top <= other.bottom and other.top <= self.bottom
+
+    def polygon(self, side: int) -> Polygon:
+        """Its outline, for scenes of `side` pixels."""
+        top, bottom, left, right = (edge * side for edge in self)
+        return [[left, top], [right, top], [right, bottom], [left, bottom]]
 
 
-def _blended_ground(rng: random.Random, scenes: list[Scene], side: int) -> np.ndarray:
-    """The grounds of all scenes, running into each other along wavering borders: (GRID * side, GRID * side, 3)."""
-    total = GRID * side
-    scale = side / 64
+def district_of_one(row: int, column: int) -> District:
+    """The district of a single scene."""
+    return District(row, row + 1, column, column + 1)
+
+
+def plan_canvas(rng: random.Random) -> Scenes:
+    """GRID x GRID scenes; neighbours are of different classes, and no scene has a road or river."""
+    names: dict[tuple[int, int], str] = {}
+    for row in range(GRID):
+        for column in range(GRID):
+            taken = {names.get((row, column - 1)), names.get((row - 1, column))}
+            names[row, column] = pick(rng, [name for name in CLASS_NAMES if name not in taken])
+    return {cell: plan_scene(rng, name, with_line=False) for cell, name in names.items()}
+
+
+def _blended_ground(rng: random.Random, scenes: Scenes, tiles: int, side: int, whole: bool) -> np.ndarray:
+    """
+    The grounds of all scenes, running into each other along wavering borders: (tiles * side, tiles * side, 3). Each is
+    drawn over the `whole` landscape, or as far as its borders waver.
+    """
+    total, scale = tiles * side, side / 64
     noise = np.random.default_rng(rng.getrandbits(64))
     x, y = (
-        np.arange(total, dtype=np.float32)[axis] + 0.5 + 2.5 * scale * smooth_noise(noise, total, BORDER_GRAIN * scale)
+        np.arange(total, dtype=np.float32)[axis]
+        + 0.5
+        + SWAY * scale * smooth_noise(noise, total, BORDER_GRAIN * scale)
         for axis in (np.s_[None, :], np.s_[:, None])
-    )  # each (total, total)
-    soft = 4 * scale  # width of the border in pixels
+    )  # each (total, total): the place that a pixel's ground is taken for
+    soft, reach = SOFT * scale, total if whole else math.ceil((4 * SWAY + SOFT) * scale)
     pixels = np.zeros((total, total, 3), np.float32)
     weights = np.full((total, total, 1), 1e-6, np.float32)
-    for place, scene in enumerate(scenes):
-        middle_x, middle_y = ((place % GRID + 0.5) * side, (place // GRID + 0.5) * side)
-        # the outer scenes reach beyond the canvas, so that its rim is covered as well
-        far_x = np.maximum(x - middle_x if place % GRID < GRID - 1 else 0, middle_x - x if place % GRID else 0)
-        far_y = np.maximum(y - middle_y if place // GRID < GRID - 1 else 0, middle_y - y if place // GRID else 0)
+    for (row, column), scene in sorted(scenes.items()):
+        rows, columns = (
+            slice(max(cell * side - reach, 0), min((cell + 1) * side + reach, total)) for cell in (row, column)
+        )
+        middle_x, middle_y = (column + 0.5) * side, (row + 0.5) * side
+        near_x, near_y = x[rows, columns], y[rows, columns]
+        # the outer scenes reach beyond the landscape, so that its rim is covered as well
+        far_x = np.maximum(near_x - middle_x if column < tiles - 1 else 0, middle_x - near_x if column else 0)
+        far_y = np.maximum(near_y - middle_y if row < tiles - 1 else 0, middle_y - near_y if row else 0)
         inside = np.clip((side / 2 - np.maximum(far_x, far_y)) / soft + 0.5, 0, 1)[..., None]
-        pixels += inside * draw_ground(rng, scene.ground, total, scale)
-        weights += inside
+        ground = draw_ground(rng, scene.ground, min(side + 2 * reach, total), scale)
+        pixels[rows, columns] += inside * ground[: inside.shape[0], : inside.shape[1]]
+        weights[rows, columns] += inside
     return (pixels / weights).astype(np.uint8)
 
 
-def tile_polygon(place: int, side: int) -> Polygon:
-    """The outline of the scene at a place of the grid."""
-    x, y = place % GRID * side, place // GRID * side
-    return [[x, y], [x + side, y], [x + side, y + side], [x, y + side]]
+def draw_landscape(rng: random.Random, scenes: Scenes, tiles: int, side: int, whole: bool) -> Image.Image:
+    """
+    Draw scenes side by side; roads and rivers run between them, along the borders of the grid.
+
+    Args:
+        rng: chooses.
+        scenes: `tiles` x `tiles` of them.
+        tiles: scenes along a side.
+        side: pixels of a scene.
+        whole: draws each scene's ground over all of the landscape first, which takes a time that grows with the square of
+            the number of scenes.
+
+    Returns:
+        The picture, of `tiles * side` pixels a side.
+    """
+    image = Image.fromarray(_blended_ground(rng, scenes, tiles, side, whole))
+    for orientation in ORIENTATIONS:
+        for border in rng.sample(range(1, tiles), min(2, tiles - 1)):
+            noise = np.random.default_rng(rng.getrandbits(64))
+            pixels, opacity = draw_line(pick(rng, LINES), orientation, border * side, image.size, side / 64, noise)
+            image.paste(pixels, (0, 0), opacity)
+    for (row, column), scene in sorted(scenes.items()):
+        draw_objects(image, scene, side, (column * side, row * side))
+    return image
 
 
-def _queries(rng: random.Random, scenes: list[Scene], side: int) -> list[Query]:
+def write_queries(
+    rng: random.Random, scenes: Scenes, districts: Sequence[District], side: int, classes: int, captions: int
+) -> list[Query]:
+    """
+    Ask for classes of districts, and for scenes by their short captions.
+
+    Args:
+        rng: chooses.
+        scenes: of a landscape.
+        districts: each of scenes of one class.
+        side: pixels of a scene.
+        classes: number of queries that name a class, at most.
+        captions: number of queries that are a scene's caption, at most.
+
+    Returns:
+        The queries, each with all the places where it is true.
+    """
     queries = []
-    names = sorted({scene.class_name for scene in scenes})
-    for name in rng.sample(names, min(CLASS_QUERIES, len(names))):
+    name_of = {district: scenes[district.top, district.left].class_name for district in districts}
+    names = sorted(set(name_of.values()))
+    for name in rng.sample(names, min(classes, len(names))):
         a_class = with_article(name)
         text = pick(rng, (f"{a_class}.", f"{a_class} seen from above.", f"this is {a_class}."))
-        places = [place for place, scene in enumerate(scenes) if scene.class_name == name]
-        queries.append(Query(sentence(text), [tile_polygon(place, side) for place in places]))
-    facts = [true_facts(scene) for scene in scenes]
-    for chosen in rng.sample(scenes, SCENE_QUERIES):
-        short = write_short_text(rng, chosen)
-        places = [place for place, known in enumerate(facts) if known.issuperset(short.facts)]
-        queries.append(Query(short.text, [tile_polygon(place, side) for place in places]))
+        polygons = [district.polygon(side) for district in districts if name_of[district] == name]
+        queries.append(Query(sentence(text), polygons))
+    facts = {cell: true_facts(scene) for cell, scene in sorted(scenes.items())}
+    for cell in rng.sample(sorted(scenes), min(captions, len(scenes))):
+        short = write_short_text(rng, scenes[cell])
+        cells = [other for other, known in facts.items() if known.issuperset(short.facts)]
+        queries.append(Query(short.text, [district_of_one(*other).polygon(side) for other in cells]))
     return queries
 
 
 def draw_canvas(rng: random.Random, side: int) -> tuple[Image.Image, list[Scene], list[Query]]:
-    """A landscape of GRID x GRID scenes of `side` pixels each, its scenes row by row, and its queries.
-
-    Roads and rivers run between the scenes, along the borders of the grid.
-    """
+    """A landscape of GRID x GRID scenes of `side` pixels each, its scenes row by row, and its queries."""
     scenes = plan_canvas(rng)
-    image = Image.fromarray(_blended_ground(rng, scenes, side))
-    for orientation in ORIENTATIONS:
-        for border in rng.sample(range(1, GRID), 2):
-            noise = np.random.default_rng(rng.getrandbits(64))
-            pixels, opacity = draw_line(pick(rng, LINES), orientation, border * side, image.size, side / 64, noise)
-            image.paste(pixels, (0, 0), opacity)
-    for place, scene in enumerate(scenes):
-        draw_objects(image, scene, side, (place % GRID * side, place // GRID * side))
-    return image, scenes, _queries(rng, scenes, side)
+    image = draw_landscape(rng, scenes, GRID, side, whole=True)
+    districts = [district_of_one(*cell) for cell in scenes]
+    return image, list(scenes.values()), write_queries(rng, scenes, districts, side, CLASS_QUERIES, SCENE_QUERIES)
