@@ -202,8 +202,8 @@ def build_page(page: SearchPage) -> gr.Blocks:
                     buttons=["download", "fullscreen"],
                 )
         text.change(page.tokens, text, tokens, show_progress="hidden", trigger_mode="always_last")
-        found = [hits, drawing, remark, table, scene, *files, picture, words]
-        ask.click(page.search, [text, example, exclude, top], found)
+        outputs = [hits, drawing, remark, table, scene, *files, picture, words]
+        ask.click(page.search, [text, example, exclude, top], outputs)
         scene.input(page.heat, [hits, scene], [drawing, files[2]])
         opacity.input(None, opacity, None, js="value => document.documentElement.style.setProperty('--heat', value)")
 

@@ -116,8 +116,8 @@ class _BlockWriter:
         self._written.add(identity)
         if block.unreadable:
             self._unreadable.setdefault(block.scene.facts.path, block.reason)
-            told = [{"scene": scene, "reason": reason} for scene, reason in self._unreadable.items()]
-            check_skipped([*self.plan.skipped, *told], self.max_skipped, None)
+            unreadable = [{"scene": scene, "reason": reason} for scene, reason in self._unreadable.items()]
+            check_skipped([*self.plan.skipped, *unreadable], self.max_skipped, None)
         while self._waiting:  # a kill loses the block in hand and at most the one before it
             self._waiting.pop(0).result()
         self._waiting.append(self._submit(block))

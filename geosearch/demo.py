@@ -83,11 +83,11 @@ def run(index_folder: Path, places_file: Path, output: Path) -> dict[str, int]:
             f"{place['text'][:SHOWN]}…",
         )
     Console().print(table)
-    found = [rank for rank in ranks if rank is not None]
+    hit_ranks = [rank for rank in ranks if rank is not None]
     counts = {
         "asked": len(asked),
-        "first": sum(rank == 1 for rank in found),
-        "among_five": sum(rank <= 5 for rank in found),
+        "first": sum(rank == 1 for rank in hit_ranks),
+        "among_five": sum(rank <= 5 for rank in hit_ranks),
     }
     print(
         f"Of {counts['asked']} descriptions, {counts['first']} were found at rank 1 and {counts['among_five']} within rank 5, "

@@ -214,12 +214,12 @@ def question_vector(
     Raises:
         [`SearchProblem`]: for neither text nor image, or an empty text.
     """
-    for name, given in (("text", text), ("exclude", exclude)):
-        if given is not None and not given.strip():
+    for name, words in (("text", text), ("exclude", exclude)):
+        if words is not None and not words.strip():
             raise SearchProblem(f"the {name} is empty: describe in words what is to be seen.")
     if text is None and image is None:
         raise SearchProblem("there is nothing to look for: give a text, an image or both.")
-    texts = [given for given in (text, exclude) if given is not None]
+    texts = [words for words in (text, exclude) if words is not None]
     model, processor = encoder.model, encoder.processor
     embedded = embed_texts(model, processor, texts, encoder.batch_size, dtype=encoder.dtype) if texts else []
     wanted = [embedded[0]] if text is not None else []
@@ -452,7 +452,7 @@ def nearest_places(
         for start in range(0, len(more_numbers), FIRST_RANKS):
             part = slice(start, start + FIRST_RANKS)
             table = index.rows(HIT_COLUMNS, more_numbers[part])
-            found = 0 if rows is None else len(rows)
+            count = 0 if rows is None else len(rows)
             rows = table if rows is None else pa.concat_tables([rows, table])
             numbers = np.concatenate([numbers, more_numbers[part]])
             values = np.concatenate([values, more_values[part]])
@@ -462,7 +462,7 @@ def nearest_places(
                 raise IndexProblem(
                     f"{index.folder} holds a damaged outline ({error}): index the scenes again."
                 ) from error
-            kept = distinct_places(outlines, _groups(index, rows), range(found))[:top]
+            kept = distinct_places(outlines, _groups(index, rows), range(count))[:top]
             rows, numbers, values = rows.take(kept), numbers[kept], values[kept]
             if len(kept) == top:
                 break

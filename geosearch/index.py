@@ -72,11 +72,11 @@ class IndexJob:
         """The model, on its device."""
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = self.dtype or ("float16" if device.startswith("cuda") else "float32")
-        given = self.model or self._metadata().get("model", {}).get("id")
-        if given is None:
+        model = self.model or self._metadata().get("model", {}).get("id")
+        if model is None:
             raise ValueError(f"{self.output} is a new index: name the --model that its windows are encoded with.")
         options = {"batch_size": self.batch_size, "dtype": DTYPES[dtype]}
-        return load_encoder(resolve(given), device, tokenizer=self.tokenizer, **options)
+        return load_encoder(resolve(model), device, tokenizer=self.tokenizer, **options)
 
     def plan(self, encoder: Encoder) -> Plan:
         """
@@ -86,13 +86,13 @@ class IndexJob:
             `ValueError`: for arguments that do not fit each other or the index.
         """
         index = self._metadata()
-        found = find_scenes(self.scenes, self.asset)
+        scenes = find_scenes(self.scenes, self.asset)
         model = describe_model(encoder, self.tokenizer)
         options = self._options(index, encoder)
         if index:
             open_index(self.output).check_model(model["weights_sha256"])
             model = index["model"]
-        plan = make_plan(found, options, model, index or None)
+        plan = make_plan(scenes, options, model, index or None)
         plan.dropped = plan.gone if self.drop_missing else []
         return plan
 
@@ -100,17 +100,19 @@ class IndexJob:
         return open_index(self.output).metadata if (self.output / METADATA).is_file() else {}
 
     def _options(self, index: dict[str, Any], encoder: Encoder) -> WindowOptions:
-        given = {name: value for name, value in (self.options or {}).items() if value is not None}
+        named = {name: value for name, value in (self.options or {}).items() if value is not None}
         if not index:
-            given.setdefault("sizes", (WindowSize(encoder.model.config.vision_config.image_size),))
-            return WindowOptions(**given)
+            named.setdefault("sizes", (WindowSize(encoder.model.config.vision_config.image_size),))
+            return WindowOptions(**named)
         known = WindowOptions.from_dict(index["windows"])
-        asked = WindowOptions(**{**{name: getattr(known, name) for name in known.__dataclass_fields__}, **given})
+        asked = WindowOptions(**{**{name: getattr(known, name) for name in known.__dataclass_fields__}, **named})
         if asked != known:
             before, after = known.to_dict(), asked.to_dict()
             names = [name for name in before if before[name] != after[name]]
-            told = ", ".join(f"{name} {before[name]} and not {after[name]}" for name in names)
-            raise IndexProblem(f"{self.output} was made with {told}: leave the option out, or use another --output.")
+            differences = ", ".join(f"{name} {before[name]} and not {after[name]}" for name in names)
+            raise IndexProblem(
+                f"{self.output} was made with {differences}: leave the option out, or use another --output."
+            )
         return known
 
 

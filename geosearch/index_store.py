@@ -351,9 +351,9 @@ def open_index(folder: str | Path) -> Index:
     for part, file in zip(metadata["parts"], index.part_files):
         size = file.stat().st_size if file.is_file() else None
         if size != part["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes"
+            state = "is missing" if size is None else f"has {size} bytes"
             raise IndexProblem(
-                f"{file} {found} where {METADATA} says {part['bytes']} bytes: the index is being written, or was "
+                f"{file} {state} where {METADATA} says {part['bytes']} bytes: the index is being written, or was "
                 f"interrupted or changed; run geosearch index with the same scenes again."
             )
     if not len(index):

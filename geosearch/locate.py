@@ -196,22 +196,22 @@ def places_of(heat: SimilarityMap) -> pa.Table:
         Empty for a map that is the same everywhere.
     """
     inside = np.nan_to_num(heat.values, nan=-np.inf) > heat.level
-    found = []
+    parts = []
     if float(np.nanmax(heat.values)) - heat.level > FLAT:
         outlines = [shapely.geometry.shape(outline) for outline, _ in shapes(inside.view(np.uint8), mask=inside)]
         labels = rasterize(zip(outlines, range(1, len(outlines) + 1)), inside.shape, dtype=np.int32)
         for label, outline in enumerate(outlines, 1):
             cells = heat.values[labels == label]
-            found.append((float(cells.max()), float(cells.mean()), len(cells), _to_wgs84(outline, heat)))
-    found.sort(key=lambda place: -place[0])
+            parts.append((float(cells.max()), float(cells.mean()), len(cells), _to_wgs84(outline, heat)))
+    parts.sort(key=lambda part: -part[0])
     columns = {
-        "rank": (range(1, len(found) + 1), pa.int32()),
-        "similarity": ([round(best, 6) for best, *_ in found], pa.float64()),
-        "mean_similarity": ([round(mean, 6) for _, mean, *_ in found], pa.float64()),
-        "level": ([round(heat.level, 6)] * len(found), pa.float64()),
-        "cells": ([cells for _, _, cells, _ in found], pa.int32()),
-        "scene": ([heat.scene] * len(found), pa.string()),
-        "geometry": ([shapely.to_wkb(outline) for *_, outline in found], pa.binary()),
+        "rank": (range(1, len(parts) + 1), pa.int32()),
+        "similarity": ([round(best, 6) for best, *_ in parts], pa.float64()),
+        "mean_similarity": ([round(mean, 6) for _, mean, *_ in parts], pa.float64()),
+        "level": ([round(heat.level, 6)] * len(parts), pa.float64()),
+        "cells": ([cells for _, _, cells, _ in parts], pa.int32()),
+        "scene": ([heat.scene] * len(parts), pa.string()),
+        "geometry": ([shapely.to_wkb(outline) for *_, outline in parts], pa.binary()),
     }
     return pa.table({name: pa.array(values, kind) for name, (values, kind) in columns.items()})
 

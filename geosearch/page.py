@@ -141,8 +141,8 @@ def _image(picture: Image.Image, ring: Ring, quality: int | None) -> str:
 
 
 def _label(text: str, point: np.ndarray, scale: float) -> str:
-    place = f'transform="translate({_numbers(point)}) scale({scale:.6g})"'
-    return f'<g class="label" {place}><circle r="11"/><text dy="4.5">{html.escape(text)}</text></g>'
+    transform = f'transform="translate({_numbers(point)}) scale({scale:.6g})"'
+    return f'<g class="label" {transform}><circle r="11"/><text dy="4.5">{html.escape(text)}</text></g>'
 
 
 def _mercator(lat: np.ndarray) -> np.ndarray:
@@ -176,8 +176,8 @@ def _graticule(frame: MapFrame, view: tuple[float, float, float, float]) -> str:
 
 
 def _degree(text: str, x: float, y: float, scale: float) -> str:
-    place = f"translate({_numbers((x, y))}) scale({scale:.6g})"
-    return f'<g class="label" transform="{place}"><text class="degree" x="4" y="-4">{text}</text></g>'
+    transform = f"translate({_numbers((x, y))}) scale({scale:.6g})"
+    return f'<g class="label" transform="{transform}"><text class="degree" x="4" y="-4">{text}</text></g>'
 
 
 def _numbers(values: Sequence[float]) -> str:

@@ -144,13 +144,13 @@ _PLAIN = ("model", "coordinates", "skipped", "sources", "changed", "gone", "drop
 
 
 def make_plan(
-    found: SceneList, options: WindowOptions, model: dict[str, Any], index: dict[str, Any] | None = None
+    listed: SceneList, options: WindowOptions, model: dict[str, Any], index: dict[str, Any] | None = None
 ) -> Plan:
     """
     Compares scenes with an index and opens those that are new or changed, their headers only.
 
     Args:
-        found: the scenes that were named.
+        listed: the scenes that were named.
         options: how they are cut and rendered.
         model: facts of the model.
         index: content of `index.json`, where scenes are to be added to an index.
@@ -163,9 +163,9 @@ def make_plan(
         [`~geosearch.index_store.IndexProblem`]: where scenes with and without coordinates would come together.
     """
     sources = dict(index["sources"]) if index else {}
-    plan = Plan(model, options, index["coordinates"] if index else "", skipped=list(found.skipped), sources=sources)
+    plan = Plan(model, options, index["coordinates"] if index else "", skipped=list(listed.skipped), sources=sources)
     plan.gone = sorted(path for path in sources if not os.path.exists(path))
-    to_open = [scene for scene in found.scenes if not _is_unchanged(scene, plan)]
+    to_open = [scene for scene in listed.scenes if not _is_unchanged(scene, plan)]
     with ThreadPoolExecutor(OPENING_THREADS) as pool:
         opened = list(pool.map(lambda scene: _open_scene(scene, options), to_open))
     usable = [result for result in opened if isinstance(result, tuple)]
@@ -184,7 +184,9 @@ def make_plan(
         plan.scenes.append(PlannedScene(facts, key, windows, blocks))
     if not plan.scenes and not plan.sources:
         first = plan.skipped[0]["reason"] if plan.skipped else "none was named"
-        raise ValueError(f"none of {len(found.scenes) + len(found.skipped)} scenes can be indexed; the first: {first}")
+        raise ValueError(
+            f"none of {len(listed.scenes) + len(listed.skipped)} scenes can be indexed; the first: {first}"
+        )
     return plan
 
 
@@ -225,9 +227,9 @@ def _choose_coordinates(plan: Plan, facts: Sequence[SceneFacts]) -> None:
         plan.coordinates = "wgs84" if any(fact.crs for fact in facts) or not facts else "pixels"
     elif facts and all((fact.crs is not None) != (plan.coordinates == "wgs84") for fact in facts):
         kinds = ("scenes on the Earth", "pictures without coordinates")
-        has, given = kinds if plan.coordinates == "wgs84" else kinds[::-1]
+        has, named = kinds if plan.coordinates == "wgs84" else kinds[::-1]
         raise IndexProblem(
-            f"the index holds {has}, and only {given} were named: index those into a folder of their own."
+            f"the index holds {has}, and only {named} were named: index those into a folder of their own."
         )
 
 

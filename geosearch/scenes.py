@@ -63,42 +63,42 @@ class SceneList:
         self.skipped.append({"scene": str(scene), "reason": reason})
 
 
-def find_scenes(given: Sequence[str | Path], asset: str | None = None) -> SceneList:
+def find_scenes(arguments: Sequence[str | Path], asset: str | None = None) -> SceneList:
     """
     Scenes that arguments stand for.
 
     Args:
-        given: files; folders, searched with all below for files of `SCENE_SUFFIXES`; patterns (`**` for any depth); STAC
+        arguments: files; folders, searched with all below for files of `SCENE_SUFFIXES`; patterns (`**` for any depth); STAC
             items, item collections, collections or catalogs (.json); tables with a column of paths (.csv, .parquet).
         asset: key of the asset to take from STAC items; None: `visual`, or the only image with data.
 
     Raises:
         `ValueError`: for an argument that stands for nothing.
     """
-    found = SceneList()
-    for argument in map(str, given):
-        before = len(found.scenes) + len(found.skipped) + found.repeated
+    scenes = SceneList()
+    for argument in map(str, arguments):
+        before = len(scenes.scenes) + len(scenes.skipped) + scenes.repeated
         if os.path.isdir(argument):
             for path in _files_below(argument):
-                found.add(path)
+                scenes.add(path)
         elif os.path.lexists(argument):
-            _add_file(Path(argument), found, asset)
+            _add_file(Path(argument), scenes, asset)
         elif glob.has_magic(argument):
             for path in sorted(glob.glob(argument, recursive=True)):
                 if os.path.isdir(path):
                     for below in _files_below(path):
-                        found.add(below)
+                        scenes.add(below)
                 else:
-                    _add_file(Path(path), found, asset)
+                    _add_file(Path(path), scenes, asset)
         elif urlparse(argument).scheme in ("http", "https", "s3", "gs"):
             raise ValueError(f"{argument} is not on this machine: download it, or mount it as a folder.")
         else:
             raise ValueError(
                 f"{argument} does not exist: give files, folders, patterns, STAC documents or tables of paths."
             )
-        if len(found.scenes) + len(found.skipped) + found.repeated == before:
+        if len(scenes.scenes) + len(scenes.skipped) + scenes.repeated == before:
             raise ValueError(f"{argument} holds no scenes: files ending in {', '.join(SCENE_SUFFIXES)} are taken.")
-    return found
+    return scenes
 
 
 def _files_below(folder: str) -> Iterator[str]:
@@ -116,20 +116,20 @@ def _files_below(folder: str) -> Iterator[str]:
                 yield os.path.join(parent, name)
 
 
-def _add_file(path: Path, found: SceneList, asset: str | None) -> None:
+def _add_file(path: Path, scenes: SceneList, asset: str | None) -> None:
     suffix = path.suffix.lower()
     if suffix in (".json", ".geojson"):
-        _add_stac(path, found, asset, set())
+        _add_stac(path, scenes, asset, set())
     elif suffix in (".csv", ".tsv", ".parquet", ".geoparquet"):
-        _add_table(path, found, asset)
+        _add_table(path, scenes, asset)
     else:
-        found.add(path)
+        scenes.add(path)
 
 
 # ------------------------------------------------------------------------------------------------------------- STAC
 
 
-def _add_stac(path: Path, found: SceneList, asset: str | None, seen: set[str]) -> None:
+def _add_stac(path: Path, scenes: SceneList, asset: str | None, seen: set[str]) -> None:
     if os.path.realpath(path) in seen:
         return
     seen.add(os.path.realpath(path))
@@ -138,40 +138,40 @@ def _add_stac(path: Path, found: SceneList, asset: str | None, seen: set[str]) -
         kind = document.get("type")
         items, links = (list(document.get(name) or []) for name in ("features", "links"))
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        found.skip(path, f"{path} is no STAC document ({error}).")
+        scenes.skip(path, f"{path} is no STAC document ({error}).")
         return
     if kind == "Feature":
-        _add_item(document, path, found, asset)
+        _add_item(document, path, scenes, asset)
     elif kind == "FeatureCollection":
         for item in items:
-            _add_item(item, path, found, asset)
+            _add_item(item, path, scenes, asset)
     elif kind in ("Collection", "Catalog"):
         for link in links:
             if isinstance(link, dict) and link.get("rel") in ("item", "items", "child"):
                 address = str(link.get("href", ""))
                 target = _local(address, path.parent)
                 if target is None:
-                    found.skip(address, f"{path} links to {address}, which is not on this machine.")
+                    scenes.skip(address, f"{path} links to {address}, which is not on this machine.")
                 else:
-                    _add_stac(target, found, asset, seen)
+                    _add_stac(target, scenes, asset, seen)
     else:
-        found.skip(path, f"{path} is no STAC item, collection, catalog or item collection (its type is {kind!r}).")
+        scenes.skip(path, f"{path} is no STAC item, collection, catalog or item collection (its type is {kind!r}).")
 
 
-def _add_item(item: dict[str, Any], source: Path, found: SceneList, asset: str | None) -> None:
+def _add_item(item: dict[str, Any], source: Path, scenes: SceneList, asset: str | None) -> None:
     """The scene of a STAC item; what is no item is skipped by the name of the file that it stands in."""
     try:
-        _add_asset(item, source, found, asset)
+        _add_asset(item, source, scenes, asset)
     except (AttributeError, TypeError, LookupError, ValueError) as error:
-        found.skip(source, f"{source} holds an item that is none of STAC ({type(error).__name__}: {error}).")
+        scenes.skip(source, f"{source} holds an item that is none of STAC ({type(error).__name__}: {error}).")
 
 
-def _add_asset(item: dict[str, Any], source: Path, found: SceneList, asset: str | None) -> None:
+def _add_asset(item: dict[str, Any], source: Path, scenes: SceneList, asset: str | None) -> None:
     name = f"{source}: item {item.get('id')}"
     assets = {key: value for key, value in (item.get("assets") or {}).items() if value and value.get("href")}
     if asset is not None:
         if asset not in assets:
-            found.skip(name, f"{name} has no asset {asset}; it has {', '.join(assets) or 'none'}.")
+            scenes.skip(name, f"{name} has no asset {asset}; it has {', '.join(assets) or 'none'}.")
             return
         chosen = asset
     else:
@@ -179,15 +179,15 @@ def _add_asset(item: dict[str, Any], source: Path, found: SceneList, asset: str 
         preferred = [key for key in images if key == "visual" or "visual" in (assets[key].get("roles") or [])]
         if not preferred and len(images) != 1:
             reason = f"{name} has several images ({', '.join(images)}): name one with --asset."
-            found.skip(name, reason if images else f"{name} has no asset that is an image.")
+            scenes.skip(name, reason if images else f"{name} has no asset that is an image.")
             return
         chosen = (preferred or images)[0]
     path = _local(assets[chosen]["href"], source.parent)
     if path is None:
-        found.skip(name, f"{name}: {assets[chosen]['href']} is not on this machine.")
+        scenes.skip(name, f"{name}: {assets[chosen]['href']} is not on this machine.")
         return
     properties = item.get("properties") or item
-    found.add(path, _time(properties.get("datetime") or properties.get("start_datetime")))
+    scenes.add(path, _time(properties.get("datetime") or properties.get("start_datetime")))
 
 
 def _is_image(asset: dict[str, Any]) -> bool:
@@ -210,7 +210,7 @@ def _local(href: str, folder: Path) -> Path | None:
 # ------------------------------------------------------------------------------------------------------------ tables
 
 
-def _add_table(path: Path, found: SceneList, asset: str | None) -> None:
+def _add_table(path: Path, scenes: SceneList, asset: str | None) -> None:
     try:
         rows = list(_table_rows(path))
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
@@ -219,7 +219,7 @@ def _add_table(path: Path, found: SceneList, asset: str | None) -> None:
         raise ValueError(f"{path} is a table without rows: one column must name the scenes' files.")
     if "assets" in rows[0]:  # stac-geoparquet
         for row in rows:
-            _add_item(row, path, found, asset)
+            _add_item(row, path, scenes, asset)
         return
     column = next((name for name in PATH_COLUMNS if name in rows[0]), None)
     if column is None:
@@ -228,11 +228,11 @@ def _add_table(path: Path, found: SceneList, asset: str | None) -> None:
     for number, row in enumerate(rows, start=1):
         target = _local(str(row[column] or ""), path.parent)
         if not row[column]:
-            found.skip(f"{path}, row {number}", f"{path}, row {number} names no file.")
+            scenes.skip(f"{path}, row {number}", f"{path}, row {number} names no file.")
         elif target is None:
-            found.skip(str(row[column]), f"{path}, row {number}: {row[column]} is not on this machine.")
+            scenes.skip(str(row[column]), f"{path}, row {number}: {row[column]} is not on this machine.")
         else:
-            found.add(target, _time(row[times]) if times else None)
+            scenes.add(target, _time(row[times]) if times else None)
 
 
 def _table_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -372,8 +372,8 @@ def _pixel_size(crs: str, transform: Affine, width: int, height: int) -> tuple[f
 def _acquired(dataset: Any) -> datetime.datetime | None:
     """When a scene was taken, as its own tags have it."""
     tags = [dataset.tags(ns="IMAGERY").get("ACQUISITIONDATETIME")]
-    own = dataset.tags()
+    general = dataset.tags()
     tags += [
-        own.get(name) for name in ("EXIF_DateTimeOriginal", "ACQUISITIONDATETIME", "datetime", "TIFFTAG_DATETIME")
+        general.get(name) for name in ("EXIF_DateTimeOriginal", "ACQUISITIONDATETIME", "datetime", "TIFFTAG_DATETIME")
     ]
     return next((time for time in map(_time, tags) if time), None)

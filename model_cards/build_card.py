@@ -8,7 +8,6 @@ A card shows no figure that is not in results.json, in the training record or in
 """
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -28,6 +27,7 @@ from model_cards.checkpoint import ModelFacts, published_model, read_checkpoint
 from model_cards.redaction import command_for, without_paths
 from model_cards.result_tables import eval_results, paper_tables, results_section, select_model, tokens_section
 from modeling_lrsclip.files.atomic import make_folder, replacing
+from modeling_lrsclip.files.documents import read_json
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -73,35 +73,22 @@ def build_card(
         raise ValueError("a card needs a checkpoint folder or the name of a published model.")
     if repo_id is not None:
         validate_repo_id(repo_id)
+    checkpoint = checkpoint and Path(checkpoint)
     description, facts = published_model(published) if published else (None, None)
     conversion = None
     if checkpoint is not None:
-        checkpoint = Path(checkpoint)
         facts = read_checkpoint(checkpoint)
-        conversion = _read_conversion(checkpoint)
-        training = training or _read_record(checkpoint)
-    if description and training:
-        raise ValueError(
-            f"{published} was trained by its authors, but a training record is given; leave one of them out."
-        )
-    if checkpoint is not None and description and (conversion or {}).get("source") != description["weights_file"]:
-        raise ValueError(
-            f"{checkpoint} is no conversion of {description['weights_file']} by its {CONVERSION}; --published is "
-            "for the authors' own weights, converted by modeling_lrsclip.convert."
-        )
-    if training:
-        _check_training(training, facts, checkpoint)
+        conversion, beside = (_read_beside(checkpoint, name) for name in (CONVERSION, RECORD))
+        training = training or beside
+    _check_origin(checkpoint, facts, conversion, training, description)
     measured, model_results = {}, []
     if results is not None:
         if checkpoint is None:
             raise ValueError("results belong to weights; give the checkpoint folder that was measured.")
         measured, model_results = select_model(results, facts.weights_sha256, checkpoint)
-        seen = {"seen": "it was trained on this very file"}
-        model_results = [
-            result
-            | (seen if any(_same_file(result.get("source"), data["name"]) for data in _trained_on(training)) else {})
-            for result in model_results
-        ]
+        for index, result in enumerate(model_results):
+            if any(_same_file(result.get("source"), data["name"]) for data in _trained_on(training)):
+                model_results[index] = result | {"seen": "it was trained on this very file"}
     address = repo_id or (_folder_name(checkpoint, address=True) if checkpoint else published)
     title = repo_id.split("/")[-1] if repo_id else _folder_name(checkpoint) if checkpoint else published
     data = card_data(title, model_results, training, description, license_id)
@@ -177,24 +164,32 @@ def card_data(
 # ---------------------------------------------------------------------------------------------------------------- origin
 
 
-def _read_record(checkpoint: Path) -> dict[str, Any] | None:
-    path = checkpoint / RECORD
-    return _read_json(path) if path.is_file() else None
+def _read_beside(checkpoint: Path, name: str) -> dict[str, Any] | None:
+    """A record that lies beside the weights, if there is one and it says anything."""
+    path = checkpoint / name
+    return (read_json(path, "remove it, or put back what was written there") or None) if path.is_file() else None
 
 
-def _read_conversion(checkpoint: Path) -> dict[str, Any] | None:
-    """The record that modeling_lrsclip.convert left beside the weights, if they are from there."""
-    path = checkpoint / CONVERSION
-    record = _read_json(path) if path.is_file() else {}
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} holds no JSON object; convert the model again, or remove the file.")
-    return record or None
-
-
-def _check_training(training: dict[str, Any], facts: ModelFacts, checkpoint: Path) -> None:
-    if not isinstance(training, dict) or not training.keys() >= RECORDED:
+def _check_origin(
+    checkpoint: Path | None,
+    facts: ModelFacts,
+    conversion: dict[str, Any] | None,
+    training: dict[str, Any] | None,
+    description: dict[str, Any] | None,
+) -> None:
+    """Raise `ValueError` where what is said of the weights' origin is of other weights."""
+    if description and training:
+        raise ValueError(
+            f"{description['key']} was trained by its authors, but a training record is given; leave one of them out."
+        )
+    if checkpoint is not None and description and (conversion or {}).get("source") != description["weights_file"]:
+        raise ValueError(
+            f"{checkpoint} is no conversion of {description['weights_file']} by its {CONVERSION}; --published is "
+            "for the authors' own weights, converted by modeling_lrsclip.convert."
+        )
+    if training and (not isinstance(training, dict) or not training.keys() >= RECORDED):
         raise ValueError("the training record lacks what run.json of training.train holds; give that file.")
-    if training["weights"]["sha256"] != facts.weights_sha256:
+    if training and training["weights"]["sha256"] != facts.weights_sha256:
         raise ValueError(
             f"the training record is that of other weights ({training['weights']['sha256'][:12]}) than those in "
             f"{checkpoint} ({facts.weights_sha256[:12]}); give the run.json that lies beside them."
@@ -313,13 +308,6 @@ def _listed(versions: dict[str, str | None]) -> str:
 # --------------------------------------------------------------------------------------------------------------- command
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; bad input is one sentence on standard error and exit status 2."""
     parser = argparse.ArgumentParser(prog="python model_cards/build_card.py", description="Builds a model card.")
@@ -334,7 +322,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="file to write (README.md in the checkpoint folder)")
     options = parser.parse_args(arguments)
     try:
-        results, training = (_read_json(path) if path else None for path in (options.results, options.training))
+        advice = "give results.json of evaluation.run, run.json of training.train"
+        results, training = (path and read_json(path, advice) for path in (options.results, options.training))
         chosen = {"published": options.published, "license_id": options.license}
         card = build_card(options.checkpoint, results, training, options.repo, **chosen)
         output = options.output or (options.checkpoint and options.checkpoint / "README.md")

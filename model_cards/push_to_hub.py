@@ -11,7 +11,6 @@ be seen there, or it says where to look; 4 what was put together does not do wha
 
 import argparse
 import functools
-import json
 import re
 import sys
 import tempfile
@@ -33,6 +32,7 @@ if not __package__:  # run as a file: siblings and modeling_lrsclip are found fr
 
 from model_cards.build_card import RECORD, UNKNOWN
 from model_cards.staging import OWN, OWN_NAMES, RESULTS, NotVerified, Staged, stage, stage_plain_clip, verify
+from modeling_lrsclip.files.documents import read_json
 from modeling_lrsclip.files.hashing import file_sha256, git_blob_id
 
 
@@ -319,7 +319,8 @@ def run(options: argparse.Namespace, api: HfApi) -> None:
                 f"--plain-clip {options.plain_clip} must be owner/name of another repository than --repo."
             )
     repos = [options.plain_clip, options.repo] if options.plain_clip else [options.repo]  # the linked one first
-    results, training = (_read(path) for path in (options.results, options.training))
+    advice = "give results.json of evaluation.run, run.json of training.train"
+    results, training = (path and read_json(path, advice) for path in (options.results, options.training))
     if not options.dry_run:  # rather now than after the work
         targets = [check_target(api, repo, options.revision, options.private) for repo in repos]
     with tempfile.TemporaryDirectory(prefix="push-to-hub-") as work:
@@ -349,13 +350,6 @@ def run(options: argparse.Namespace, api: HfApi) -> None:
             return
         for staged, target in zip(prepared, targets, strict=True):
             _say("done", push(api, staged, target, options.message, options.create_pr))
-
-
-def _read(path: Path | None) -> dict[str, Any] | None:
-    try:
-        return path and json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
 
 
 def main(arguments: Sequence[str] | None = None, api: HfApi | None = None) -> int:

@@ -322,20 +322,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--heads", type=int, nargs=2, metavar=("VISION", "TEXT"), help="of a checkpoint file, instead of the preset's"
     )
     form = parser.add_mutually_exclusive_group()
-    form.add_argument(
-        "--plain-clip",
-        action="store_const",
-        const="plain-clip",
-        dest="layout",
-        help="a stock CLIP, without remote code",
-    )
-    form.add_argument(
-        "--open-clip",
-        action="store_const",
-        const="open-clip",
-        dest="layout",
-        help="a folder for open_clip's local-dir:",
-    )
+    store = {"dest": "layout", "action": "store_const"}
+    form.add_argument("--plain-clip", const="plain-clip", help="a stock CLIP, without remote code", **store)
+    form.add_argument("--open-clip", const="open-clip", help="a folder for open_clip's local-dir:", **store)
     parser.add_argument("--stretch", action="store_true", help="stretch the text position table, 77 -> 248")
     parser.add_argument("--kept-positions", type=int, help="with --stretch: first rows kept as they are (20)")
     parser.add_argument("--stretch-ratio", type=int, help="with --stretch: rows that stand for each later one (4)")

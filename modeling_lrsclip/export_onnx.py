@@ -37,6 +37,9 @@ from .published.plain_clip import plain_config, plain_processor
 FOLDER = "onnx"  # where transformers.js looks
 QUANTIZED = "_quantized"  # ends the name of a tower in int8: transformers.js' "q8"
 TEXT, VISION = "text_model", "vision_model"  # huggingface/transformers.js src/models.js, CLIPTextModelWithProjection
+METHODS = {TEXT: "get_text_features", VISION: "get_image_features"}
+INPUTS = {TEXT: "input_ids", VISION: "pixel_values"}
+OUTPUTS = {TEXT: "text_embeds", VISION: "image_embeds"}
 RECORD = "export.json"
 TOLERANCE = 1e-4  # of the cosine distance to torch in fp32
 _PROBES = ["a lake", "A grey runway; four white aeroplanes wait at its end, ready and fuelled. " * 4]
@@ -44,24 +47,18 @@ _PROBES = ["a lake", "A grey runway; four white aeroplanes wait at its end, read
 logger = logging.getLogger("modeling_lrsclip.export_onnx")
 
 
-class _TextTower(nn.Module):
-    """`input_ids` alone: the tower is causal and pools at the first end-of-text token, so padding is never seen."""
+class _Tower(nn.Module):
+    """
+    One of a model's methods that embed. A text needs no attention mask: the tower is causal and pools at the first
+    end-of-text token, so padding is never seen.
+    """
 
-    def __init__(self, model: LRSCLIPModel):
+    def __init__(self, model: LRSCLIPModel, method: str):
         super().__init__()
-        self.model = model
+        self.model, self.method = model, method
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.model.get_text_features(input_ids=input_ids).pooler_output  # (N, D)
-
-
-class _ImageTower(nn.Module):
-    def __init__(self, model: LRSCLIPModel):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.model.get_image_features(pixel_values=pixel_values).pooler_output  # (B, D)
+    def forward(self, inputs: Tensor) -> Tensor:
+        return getattr(self.model, self.method)(inputs).pooler_output  # (N, D)
 
 
 def export_onnx(source: str | Path, output_dir: str | Path, int8: bool = False) -> dict[str, Any]:
@@ -93,24 +90,27 @@ def export_onnx(source: str | Path, output_dir: str | Path, int8: bool = False) 
     (growing / FOLDER).mkdir(parents=True)
     try:
         inputs = _probe(processor)
-        names = {TEXT: "input_ids", VISION: "pixel_values"}
-        for name, tower in ((TEXT, _TextTower(model)), (VISION, _ImageTower(model))):
-            _say("exporting", name)
-            _export(tower.eval(), inputs[names[name]], growing / FOLDER / f"{name}.onnx", model)
-        _write_settings(model, processor, growing)
+        for name in (TEXT, VISION):
+            logger.info("exporting  %s", name)
+            _export(model, name, inputs[INPUTS[name]], growing / FOLDER / f"{name}.onnx")
+        plain_config(model.config).save_pretrained(growing)
+        plain = plain_processor(processor)
+        plain.save_pretrained(growing)
+        plain.image_processor.save_pretrained(growing)  # preprocessor_config.json, which transformers.js reads
         differences = _compare(model, inputs, growing)
         if worst := [name for name, value in differences.items() if value > TOLERANCE]:
             raise ValueError(f"{worst[0]} differs from torch by a cosine distance of {differences[worst[0]]:.1e}.")
         if int8:
             for name in (TEXT, VISION):
-                _say("int8", name)
+                logger.info("int8       %s", name)
                 quantize(growing / FOLDER / f"{name}.onnx", growing / FOLDER / f"{name}{QUANTIZED}.onnx")
                 (growing / FOLDER / f"{name}.onnx").unlink()
             differences = _compare(model, inputs, growing)
         local = os.path.exists(source)
         record = {"source": Path(source).name if local else str(source), "cosine_distance": differences}
         record |= {"parameters": sum(weight.numel() for weight in model.parameters())}
-        record |= {"versions": {"torch": str(torch.__version__)}, "files": _sizes(growing)}
+        sizes = {str(path.relative_to(growing)): path.stat().st_size for path in growing.rglob("*") if path.is_file()}
+        record |= {"versions": {"torch": str(torch.__version__)}, "files": dict(sorted(sizes.items()))}
         (growing / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         publish_folder(growing, output_dir)
     finally:
@@ -125,24 +125,21 @@ def _probe(processor: LRSCLIPProcessor) -> dict[str, Tensor]:
     return dict(processor(text=_PROBES, images=[gradient, gradient.rotate(90)], return_tensors="pt"))
 
 
-def _export(tower: nn.Module, example: Tensor, path: Path, model: LRSCLIPModel) -> None:
+def _export(model: LRSCLIPModel, name: str, example: Tensor, path: Path) -> None:
     """By torch's own exporter, with batch and length left open."""
     axes: dict[int, Any] = {0: torch.export.Dim("batch_size", min=1, max=4096)}
-    name = "pixel_values"
-    if example.ndim == 2:
-        name = "input_ids"
+    if name == TEXT:
         axes[1] = torch.export.Dim("sequence_length", min=2, max=model.config.text_config.max_position_embeddings)
-    output = "text_embeds" if name == "input_ids" else "image_embeds"
     # The exporter reports that torchvision, which nothing here needs, is absent.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            tower,
+            _Tower(model, METHODS[name]).eval(),
             (example,),
             path,
-            input_names=[name],
-            output_names=[output],
+            input_names=[INPUTS[name]],
+            output_names=[OUTPUTS[name]],
             dynamic_shapes=(axes,),
             dynamo=True,
             external_data=False,
@@ -166,30 +163,17 @@ def quantize(source: Path, target: Path) -> None:
         root.setLevel(level)
 
 
-def _write_settings(model: LRSCLIPModel, processor: LRSCLIPProcessor, folder: Path) -> None:
-    plain_config(model.config).save_pretrained(folder)
-    plain = plain_processor(processor)
-    plain.save_pretrained(folder)
-    plain.image_processor.save_pretrained(folder)  # preprocessor_config.json, which transformers.js reads
-
-
 def _compare(model: LRSCLIPModel, inputs: dict[str, Tensor], folder: Path) -> dict[str, float]:
     """Largest cosine distance between onnxruntime and torch by tower."""
     towers = OnnxTowers(folder)
     with torch.no_grad():
-        expected = {
-            TEXT: model.get_text_features(input_ids=inputs["input_ids"]).pooler_output,
-            VISION: model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output,
-        }
-    found = {TEXT: towers.text(inputs["input_ids"]), VISION: towers.image(inputs["pixel_values"])}
+        expected = {name: _Tower(model, METHODS[name])(inputs[INPUTS[name]]) for name in (TEXT, VISION)}
+    computed = {TEXT: towers.text(inputs["input_ids"]), VISION: towers.image(inputs["pixel_values"])}
     distances = {
-        name: 1 - torch.nn.functional.cosine_similarity(found[name], expected[name]).min().item() for name in expected
+        name: 1 - torch.nn.functional.cosine_similarity(computed[name], expected[name]).min().item()
+        for name in expected
     }
     return {name: max(0.0, float(f"{value:.3g}")) for name, value in distances.items()}
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def tower_file(folder: str | Path, name: str) -> Path:
@@ -239,10 +223,6 @@ class OnnxTowers:
 
     def _run(self, name: str, inputs: dict[str, np.ndarray]) -> Tensor:
         return torch.from_numpy(self.sessions[name].run(None, inputs)[0])
-
-
-def _say(stage: str, text: str) -> None:
-    logger.info("%-9s  %s", stage, text)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -303,8 +303,8 @@ class LRSCLIPModel(_CLIPInitialization, CLIPModel):
 
 
 def _check_pairs(pixel_values, input_ids, short_input_ids) -> None:
-    given = {"pixel_values": pixel_values, "input_ids": input_ids, "short_input_ids": short_input_ids}
-    sizes = {name: len(value) for name, value in given.items() if value is not None}
+    inputs = {"pixel_values": pixel_values, "input_ids": input_ids, "short_input_ids": short_input_ids}
+    sizes = {name: len(value) for name, value in inputs.items() if value is not None}
     if pixel_values is None or len(sizes) < 2:
         raise ValueError(
             f"return_loss=True got only {', '.join(sizes)}; a contrastive loss takes pixel_values and at least one of "

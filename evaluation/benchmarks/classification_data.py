@@ -104,13 +104,13 @@ def find_sources(source: str | Path) -> list[str]:
     path = Path(source).expanduser()
     if not path.is_dir() or _is_dataset(path):
         return [str(source)]
-    found = [str(folder) for folder in _folders(path) if _is_dataset(folder)]
-    if not found and not _class_folders(path):
+    datasets = [str(folder) for folder in _folders(path) if _is_dataset(folder)]
+    if not datasets and not _class_folders(path):
         raise NotHere(
             f"{path} holds neither class folders with images ({', '.join(IMAGE_SUFFIXES)}), nor folders of that kind, "
             "nor parquet files with labels."
         )
-    return found or [str(source)]
+    return datasets or [str(source)]
 
 
 def _is_dataset(folder: Path) -> bool:
@@ -120,8 +120,8 @@ def _is_dataset(folder: Path) -> bool:
             return True
     except ValueError:
         return True  # loading it says what is wrong
-    found = _class_folders(folder) or _nested_class_folders(folder, _detect(folder))
-    return len({plain(class_folder.name) for class_folder in found}) > 1
+    class_folders = _class_folders(folder) or _nested_class_folders(folder, _detect(folder))
+    return len({plain(class_folder.name) for class_folder in class_folders}) > 1
 
 
 def load_classification(source: str | Path, allow_missing: int = 0) -> ClassificationData:
@@ -156,14 +156,14 @@ def load_classification(source: str | Path, allow_missing: int = 0) -> Classific
     path = Path(source).expanduser()
     dataset = dataset or _detect(path)
     parquet = _parquet_files(path, dataset) if path.is_dir() else []
-    found = _read_folders(path, dataset) if path.is_dir() and not parquet else _read_rows(source, dataset, parquet)
-    dataset = dataset or own_dataset(_own_name(path), sorted(set(found.labels)))
-    labels = _classes_of(found.labels, dataset, source)
+    content = _read_folders(path, dataset) if path.is_dir() and not parquet else _read_rows(source, dataset, parquet)
+    dataset = dataset or own_dataset(_own_name(path), sorted(set(content.labels)))
+    labels = _classes_of(content.labels, dataset, source)
     if len(dataset.classes) < 2:
         raise NotHere(f"{source} has one class only ({dataset.folders[0]}); two or more are needed to tell apart.")
-    kept, skipped = usable_images(found.images, allow_missing, source, found.beside)
-    images, labels = found.images.take(kept), [labels[index] for index in kept]
-    return ClassificationData(dataset, images, labels, found.how, tuple(skipped), found.left_out)
+    kept, skipped = usable_images(content.images, allow_missing, source, content.beside)
+    images, labels = content.images.take(kept), [labels[index] for index in kept]
+    return ClassificationData(dataset, images, labels, content.how, tuple(skipped), content.left_out)
 
 
 class _Found(NamedTuple):
@@ -219,11 +219,11 @@ def _class_folders(path: Path) -> list[Path]:
     """Folders with images directly in them: below the path, below its split folders, or below an only folder."""
     folders = _folders(path)
     if folders and all(plain(folder.name) in SPLITS for folder in folders):
-        return [found for split in folders for found in _class_folders(split)]
-    found = [folder for folder in folders if any(_image_paths(folder))]
-    if not found and len(folders) == 1:
+        return [folder for split in folders for folder in _class_folders(split)]
+    with_images = [folder for folder in folders if any(_image_paths(folder))]
+    if not with_images and len(folders) == 1:
         return _class_folders(folders[0])
-    return found
+    return with_images
 
 
 def _nested_class_folders(path: Path, dataset: Dataset | None) -> list[Path]:
@@ -266,9 +266,9 @@ def _read_folders(path: Path, dataset: Dataset | None) -> _Found:
 def _parquet_files(folder: Path, dataset: Dataset | None) -> list[Path]:
     """`test.parquet`, `train-00000-of-00002.parquet` and the like, in the folder or in `data/` below it."""
     splits = ("test",) if dataset and dataset.splits == "test" else SPLITS
-    for place in (folder, folder / "data"):
-        if found := [file for file in sorted(place.glob("*.parquet")) if file.stem.split("-")[0].lower() in splits]:
-            return found
+    for parent in (folder, folder / "data"):
+        if files := [file for file in sorted(parent.glob("*.parquet")) if file.stem.split("-")[0].lower() in splits]:
+            return files
     return []
 
 
@@ -294,12 +294,12 @@ def _read_rows(source: str, dataset: Dataset | None, parquet: list[Path]) -> _Fo
     what = f"{table.row_name}s of {table.origin} have no class name"
     complain(odd, len(table), what, advice if numbered else "")
     images, owners, beside = table_images(table, merge_embedded=False)  # a copy of an image is an image of its own
-    own: dict[int, str] = {}
+    label_of: dict[int, str] = {}
     for image, label in zip(owners, labels, strict=True):
-        if own.setdefault(image, label) != label:
-            raise ValueError(f"{table.origin} gives {images.names[image]} two classes, {own[image]} and {label}.")
+        if label_of.setdefault(image, label) != label:
+            raise ValueError(f"{table.origin} gives {images.names[image]} two classes, {label_of[image]} and {label}.")
     how = f"{Path(table.origin).name}: {table.how}"
-    return _Found(images, [own[image] for image in range(len(images))], how, beside=beside)
+    return _Found(images, [label_of[image] for image in range(len(images))], how, beside=beside)
 
 
 def _label(value: Any, names: Sequence[str] | None) -> str | None:

@@ -57,18 +57,18 @@ class LocalizationData:
     def summary(self) -> str:
         """One line on what was found, and against what."""
         counts = self.counts
-        found = f"{self.name}: {counts['images']:,} scenes, {counts['texts']:,} queries, {counts['regions']:,} regions"
+        line = f"{self.name}: {counts['images']:,} scenes, {counts['texts']:,} queries, {counts['regions']:,} regions"
         if self.is_whole:
-            found += ", all of it"
+            line += ", all of it"
         elif self.expected:
-            found += (
+            line += (
                 f"; it has {self.expected['images']}, {self.expected['texts']} and {self.expected['regions']}: figures "
                 "do not compare with published ones"
             )
         if counts["regions_over_the_edge"]:
-            found += f"; {counts['regions_over_the_edge']} regions reach over the edge of their scene"
+            line += f"; {counts['regions_over_the_edge']} regions reach over the edge of their scene"
         left_out = f"; {len(self.skipped)} images left out, first: {self.skipped[0]}" if self.skipped else ""
-        return f"{found}{left_out} ({self.read_from})"
+        return f"{line}{left_out} ({self.read_from})"
 
     def describe(self) -> dict[str, Any]:
         """Return what `results.json` says of the data."""
@@ -109,10 +109,10 @@ def find_sources(source: str | Path) -> list[str]:
     path = Path(source).expanduser()
     if not path.is_dir() or _files(path):
         return [str(source)]
-    found = [str(folder) for folder in sorted(path.iterdir()) if folder.is_dir() and _files(folder)]
-    if not found:
+    folders = [str(folder) for folder in sorted(path.iterdir()) if folder.is_dir() and _files(folder)]
+    if not folders:
         raise NotHere(f"{path} holds none of {', '.join(FILES)}, nor does a folder in it.")
-    return found
+    return folders
 
 
 def load_localization(source: str | Path, allow_missing: int = 0) -> LocalizationData:
@@ -138,15 +138,15 @@ def load_localization(source: str | Path, allow_missing: int = 0) -> Localizatio
     queries = _read(path)
     if not queries:
         raise ValueError(f"{path} has no queries.")
-    place = {source: index for index, source in enumerate(dict.fromkeys(query.image for query in queries))}
+    index_of = {source: index for index, source in enumerate(dict.fromkeys(query.image for query in queries))}
     names = {query.image: query.image_name for query in queries}
-    images = ImageFiles(list(place), [names[source] for source in place])
+    images = ImageFiles(list(index_of), [names[source] for source in index_of])
     kept, skipped = usable_images(images, allow_missing, str(path))
     images = images.take(kept)
-    place = {source: index for index, source in enumerate(images.sources)}
-    queries = [query for query in queries if query.image in place]
+    index_of = {source: index for index, source in enumerate(images.sources)}
+    queries = [query for query in queries if query.image in index_of]
     sizes = images.sizes
-    owners = [place[query.image] for query in queries]
+    owners = [index_of[query.image] for query in queries]
     published = path.suffix == ".json"
     return LocalizationData(
         AIR_SLT if published else _name(path),
@@ -170,10 +170,10 @@ def _files(folder: Path) -> list[Path]:
 
 def _find(path: Path) -> Path:
     if path.is_dir():
-        found = _files(path)
-        if not found:
+        files = _files(path)
+        if not files:
             raise NotHere(f"{path} holds none of {', '.join(FILES)}; one of them names scenes, queries and regions.")
-        return found[0]
+        return files[0]
     if not path.is_file():
         raise NotHere(f"{path} does not exist; give a folder with one of {', '.join(FILES)}, or such a file.")
     if path.suffix not in (".json", ".jsonl", ".parquet"):
@@ -194,7 +194,7 @@ def _read(path: Path) -> list[_Query]:
         if json_list_name(path) != "":
             raise NotHere(f"{path} must hold a list of queries with {', '.join(AIR_SLT_FIELDS)}.")
         beside = [path.parent.parent / "imgs", path.parent / "imgs"]
-        fields, folder = AIR_SLT_FIELDS, next((found for found in beside if found.is_dir()), path.parent)
+        fields, folder = AIR_SLT_FIELDS, next((candidate for candidate in beside if candidate.is_dir()), path.parent)
     return [_query(row, fields, folder, path) for row in iter_rows(path)]
 
 

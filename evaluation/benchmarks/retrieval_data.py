@@ -80,16 +80,16 @@ class RetrievalData:
     @property
     def summary(self) -> str:
         """One line on what was found, and against what."""
-        found = f"{self.name}: {len(self.images):,} images, {len(self.texts):,} texts"
+        line = f"{self.name}: {len(self.images):,} images, {len(self.texts):,} texts"
         if self.expected and not self.is_whole:
-            found += (
+            line += (
                 f"; its test split has {self.expected.images:,} and {self.expected.texts:,}: figures do not compare "
                 "with published ones"
             )
         elif self.expected:
-            found += ", the whole test split"
+            line += ", the whole test split"
         left_out = f"; {len(self.skipped)} images left out, first: {self.skipped[0]}" if self.skipped else ""
-        return f"{found}{left_out} ({self.read_from})"
+        return f"{line}{left_out} ({self.read_from})"
 
     @property
     def is_whole(self) -> bool:
@@ -117,17 +117,17 @@ def find_sources(source: str | Path, text_column: str) -> list[str]:
     if not path.is_dir() or _caption_files(path):
         return [str(source)]
     folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and _caption_files(folder)]
-    found = []
+    benchmarks = []
     for folder in folders:
         try:
             _read(folder, text_column)
         except MissingColumn:
             continue
-        found.append(str(folder))
-    if folders and not found:
+        benchmarks.append(str(folder))
+    if folders and not benchmarks:
         names = ", ".join(folder.name for folder in folders[:5])
         raise NotHere(f"none of the caption files in {path} ({names}) has a {text_column}.")
-    return found or [str(source)]
+    return benchmarks or [str(source)]
 
 
 def load_retrieval(source: str | Path, text_column: str, allow_missing: int = 0) -> RetrievalData:
@@ -162,12 +162,12 @@ def load_retrieval(source: str | Path, text_column: str, allow_missing: int = 0)
     captions = _captions(table, text_column)
     images, owners, beside = table_images(table)
     kept, skipped = usable_images(images, allow_missing, table.origin, beside)
-    place = {image: position for position, image in enumerate(kept)}
+    position_of = {image: position for position, image in enumerate(kept)}
     texts, text_to_image = [], []
-    for own, image in zip(captions, owners, strict=True):
-        if image in place:
-            texts.extend(own)
-            text_to_image.extend([place[image]] * len(own))
+    for captions_of_row, image in zip(captions, owners, strict=True):
+        if image in position_of:
+            texts.extend(captions_of_row)
+            text_to_image.extend([position_of[image]] * len(captions_of_row))
     expected = _published_split(source, text_column)
     name = expected.name if expected else _name(source)
     read_from = f"{Path(table.origin).name}: {table.how}"
@@ -198,9 +198,9 @@ def _published_split(source: str | Path, text_column: str) -> PublishedSplit | N
 def _read(source: str | Path, text_column: str) -> Table:
     path, columns = Path(source).expanduser(), TEXT_COLUMNS[text_column]
     if path.is_dir():
-        if found := _caption_files(path):
-            parquet = found[0].suffix == ".parquet"
-            return read_parquet(found, columns) if parquet else _read_file(_only(found), text_column)
+        if files := _caption_files(path):
+            parquet = files[0].suffix == ".parquet"
+            return read_parquet(files, columns) if parquet else _read_file(_only(files), text_column)
         near = ", ".join(sorted(file.name for file in path.iterdir() if file.suffix in FORMATS)[:5])
         raise NotHere(
             f"{path} holds no test.parquet, dataset_*.json, *_test.csv or captions.jsonl; name a "
@@ -215,14 +215,14 @@ def _read(source: str | Path, text_column: str) -> Table:
 
 
 def _caption_files(folder: Path) -> list[Path]:
-    return next((found for pattern in IN_A_FOLDER if (found := sorted(folder.glob(pattern)))), [])
+    return next((files for pattern in IN_A_FOLDER if (files := sorted(folder.glob(pattern)))), [])
 
 
-def _only(found: list[Path]) -> Path:
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise ValueError(f"{found[0].parent} holds several caption files ({names}); name one of them.")
-    return found[0]
+def _only(files: list[Path]) -> Path:
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files)
+        raise ValueError(f"{files[0].parent} holds several caption files ({names}); name one of them.")
+    return files[0]
 
 
 def _read_file(path: Path, text_column: str) -> Table:
@@ -282,13 +282,14 @@ def _read_line_pairs(path: Path, text_column: str) -> Table:
 def _captions(table: Table, text_column: str) -> list[list[str]]:
     captions, empty, numbers = [], [], []
     for row, value in enumerate(table.values):
-        own = list(value) if isinstance(value, list | tuple) else [value]
-        own = [text.get("raw") if isinstance(text, dict) else text for text in own]  # a sentence of Karpathy's
-        if any(isinstance(text, int | float) for text in own):
-            numbers.append(f"{table.place(row)} ({own[0]})")
-        elif not own or not all(isinstance(text, str) and text.strip() for text in own):
+        own_texts = list(value) if isinstance(value, list | tuple) else [value]
+        # A sentence of Karpathy's files is an object.
+        own_texts = [text.get("raw") if isinstance(text, dict) else text for text in own_texts]
+        if any(isinstance(text, int | float) for text in own_texts):
+            numbers.append(f"{table.place(row)} ({own_texts[0]})")
+        elif not own_texts or not all(isinstance(text, str) and text.strip() for text in own_texts):
             empty.append(table.place(row))
-        captions.append(own)
+        captions.append(own_texts)
     complain(numbers, len(table), f"{table.row_name}s of {table.origin} have a number as {text_column}, not a text")
     complain(empty, len(table), f"{table.row_name}s of {table.origin} have no {text_column}, or an empty one")
     return captions

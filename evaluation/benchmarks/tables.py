@@ -193,7 +193,7 @@ def table_images(table: Table, merge_embedded: bool = True) -> tuple[ImageFiles,
         `ValueError`: for rows that have neither a path nor an image.
     """
     folder, beside = _image_folder(table)
-    place: dict[Any, int] = {}
+    index_of: dict[Any, int] = {}
     sources, names, owners, odd = [], [], [], []
     for row, value in enumerate(table.images):
         path, content = (value.get("path"), value.get("bytes")) if isinstance(value, dict) else (value, None)
@@ -207,11 +207,11 @@ def table_images(table: Table, merge_embedded: bool = True) -> tuple[ImageFiles,
         else:
             odd.append(where)
             continue
-        if key not in place:
-            place[key] = len(sources)
+        if key not in index_of:
+            index_of[key] = len(sources)
             sources.append(source)
             names.append(path or f"{where} of {table.origin}")
-        owners.append(place[key])
+        owners.append(index_of[key])
     complain(odd, len(table), f"{table.row_name}s of {table.origin} have neither an image path nor an image")
     return ImageFiles(sources, names), owners, beside
 
@@ -225,10 +225,12 @@ def _image_folder(table: Table) -> tuple[Path, str]:
     best = max([folder, *below], key=lambda candidate: sum((candidate / path).is_file() for path in paths))
     if not table.folder:
         return best, ""
-    found = any((best / path).is_file() for path in paths)
+    some_exist = any((best / path).is_file() for path in paths)
     return (
         best,
-        f" (paths are taken from {best})" if found or not below else f" (neither in {folder} nor in a folder below)",
+        f" (paths are taken from {best})"
+        if some_exist or not below
+        else f" (neither in {folder} nor in a folder below)",
     )
 
 
@@ -290,7 +292,7 @@ def _unreadable(images: ImageFiles, indices: list[int]) -> dict[int, str]:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         progress = tqdm(pool.map(reason, indices), "checking images", len(indices), leave=False, disable=None)
-        return {index: found for index, found in zip(indices, progress, strict=True) if found}
+        return {index: fault for index, fault in zip(indices, progress, strict=True) if fault}
 
 
 def complain(offenders: Sequence[str], total: int, what: str, advice: str = "") -> None:

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from .retrieval import BEYOND, DPI, FAINT, GREY, INK, RIGHT
+from .retrieval import BEYOND, FAINT, GREY, INK, RIGHT, blank_figure
 
 
 WRONG = "#d1603d"
@@ -41,12 +40,14 @@ def draw_confusion_matrix(result: Mapping[str, Any], path: Path, label: str = ""
     longest = max(map(len, names))
     left, top, right, bottom = 0.55 + 0.075 * longest, 1.0, 2.35, 0.5 + 0.07 * longest
     width, height = max(left + size * cell + right, 7.5), top + size * cell + bottom
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = blank_figure(width, height)
     box = (left / width, bottom / height, size * cell / width, size * cell / height)
     axes = figure.add_axes(box)
     _draw_cells(axes, shares, images[:, 0])
-    _name_axes(axes, names)
+    axes.set_xticks(range(size), names, rotation=90, fontsize=8, color=INK, parse_math=False)
+    axes.set_yticks(range(size), names, fontsize=8, color=INK, parse_math=False)
+    axes.set_xlabel("taken for", color=GREY, fontsize=9, labelpad=6)
+    axes.set_ylabel("true class", color=GREY, fontsize=9, labelpad=6)
     _draw_accuracies(figure, box, result["per_class"])
     _head(figure, result, label, dataset)
     figure.savefig(path)
@@ -71,14 +72,6 @@ def _draw_cells(axes: Any, shares: np.ndarray, images: np.ndarray) -> None:
         dark = share > (60 if row == column else 35)
         style = {"color": "white" if dark else INK, "weight": "bold" if row == column else "normal"}
         axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7, **style)
-
-
-def _name_axes(axes: Any, names: list[str]) -> None:
-    places = range(len(names))
-    axes.set_xticks(places, names, rotation=90, fontsize=8, color=INK, parse_math=False)
-    axes.set_yticks(places, names, fontsize=8, color=INK, parse_math=False)
-    axes.set_xlabel("taken for", color=GREY, fontsize=9, labelpad=6)
-    axes.set_ylabel("true class", color=GREY, fontsize=9, labelpad=6)
 
 
 def _draw_accuracies(figure: Figure, box: tuple[float, ...], classes: list[dict[str, Any]]) -> None:

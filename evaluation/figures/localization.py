@@ -64,9 +64,12 @@ def draw_localization(result: Mapping[str, Any], data: LocalizationData, path: P
         lines = textwrap.wrap(textwrap.shorten(data.texts[query], 2 * WRAP - 10, placeholder=" …"), WRAP)
         for above, line in enumerate(reversed(lines), start=1):
             sheet.text(left, top + CAPTION - 0.1 - LINE * above, line, 8.5, INK)
-        sheet.text(left, top + CAPTION - 0.1, _figures(result, query), 8)
+        figures = "   ".join(f"{name} {values[query]:.2f}" for name, values in result["per_query"].items())
+        sheet.text(left, top + CAPTION - 0.1, figures, 8)
         heat = np.asarray(example["map"], np.float32)
-        scene, extent = _scene(data, data.text_to_image[query]), _extent(data, query)
+        image = data.text_to_image[query]
+        scene, (scene_height, scene_width) = _scene(data, image), data.sizes[image]
+        extent = (0, scene_width, scene_height, 0)  # left, right, bottom and top, in the scene's own pixels
         for index, pixels in enumerate((scene, _heated(scene, heat))):
             x = left + index * (PANEL + GAP)
             box = (x / width, 1 - (top + CAPTION + PANEL) / height, PANEL / width, PANEL / height)
@@ -100,16 +103,6 @@ def _cross(axes: Any, heat: np.ndarray, extent: tuple[float, float, float, float
     x, y = (columns.mean() + 0.5) / width * extent[1], (rows.mean() + 0.5) / height * extent[2]
     outlined = [Stroke(linewidth=4, foreground=INK), Normal()]
     axes.plot([x], [y], "x", color="white", markersize=9, markeredgewidth=2, path_effects=outlined, clip_on=False)
-
-
-def _figures(result: Mapping[str, Any], query: int) -> str:
-    return "   ".join(f"{name} {values[query]:.2f}" for name, values in result["per_query"].items())
-
-
-def _extent(data: LocalizationData, query: int) -> tuple[float, float, float, float]:
-    """Left, right, bottom and top of the scene in its own pixels."""
-    height, width = data.sizes[data.text_to_image[query]]
-    return (0, width, height, 0)
 
 
 def _scene(data: LocalizationData, image: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Pictures of retrieval; every function writes one PNG and returns its path."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +25,20 @@ FONT, TEXT_SIZE, LEADING, SPACE = "DejaVu Sans", 8.2, 0.165, 0.045  # points; in
 DPI = 160
 
 
-def _figure(width: float, height: float) -> Figure:
+def blank_figure(width: float, height: float) -> Figure:
     """A white figure in inches, drawn without pyplot, so that nothing global is touched."""
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
+
+
+def style_axes(axes: Any, size: float = 9) -> None:
+    """Leave of the axes a grid of horizontal lines and ticks in grey, `size` points high."""
+    axes.tick_params(colors=GREY, length=0, labelsize=size)
+    axes.grid(axis="y", color=FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(GREY)
 
 
 def draw_recall_vs_tokens(
@@ -47,7 +57,7 @@ def draw_recall_vs_tokens(
     Returns:
         `path`.
     """
-    figure = _figure(8.2, 4.7)
+    figure = blank_figure(8.2, 4.7)
     axes = figure.add_axes((0.085, 0.13, 0.66, 0.665))
     end = max(points[-1]["tokens"] for points in curves.values())
     end = max(end, min(longest, 2 * end)) if len(curves) == 1 else end
@@ -55,23 +65,13 @@ def draw_recall_vs_tokens(
     ticks = sorted({point["tokens"] for points in curves.values() for point in points})
     limit = min(100.0, max(5.0, 1.12 * top)) if top < 90 else 103.0
     labels = []
-    for (label, points), color in zip(curves.items(), _colors(len(curves)), strict=True):
+    for (label, points), color in zip(curves.items(), itertools.cycle(LINES)):
         x, y = [point["tokens"] for point in points], [point["text_to_image_R@1"] for point in points]
-        axes.plot(
-            x,
-            y,
-            color=color,
-            linewidth=2.2,
-            marker="o",
-            markersize=4.5,
-            markeredgecolor="white",
-            zorder=3,
-            clip_on=False,
-        )
+        dots = {"marker": "o", "markersize": 4.5, "markeredgecolor": "white"}
+        axes.plot(x, y, color=color, linewidth=2.2, zorder=3, clip_on=False, **dots)
         if x[-1] < end:
-            axes.plot(
-                [x[-1], end], [y[-1]] * 2, color=color, linewidth=1.6, linestyle=(0, (2, 2)), alpha=0.7, zorder=2
-            )
+            dashes = {"linestyle": (0, (2, 2)), "alpha": 0.7}
+            axes.plot([x[-1], end], [y[-1]] * 2, color=color, linewidth=1.6, zorder=2, **dashes)
         labels.append((y[-1], f"{label if len(label) < 27 else label[:25] + '…'}  {y[-1]:.1f}", color))
     axes.axvline(CLIP_POSITIONS, color=GREY, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
     axes.text(CLIP_POSITIONS, 1.012 * limit, "CLIP reads 77", color=GREY, fontsize=8.5, ha="center", va="bottom")
@@ -79,28 +79,15 @@ def draw_recall_vs_tokens(
     for tick in axes.get_xticklabels():
         tick.set_fontweight("bold" if tick.get_text() == str(CLIP_POSITIONS) else "normal")
     axes.set_xlabel("tokens kept of each text", color=INK, labelpad=6)
-    axes.tick_params(colors=GREY, length=0, labelsize=9)
-    axes.grid(axis="y", color=FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(GREY)
+    style_axes(axes)
     _label_ends(axes, labels, end, limit)
     figure.text(0.085, 0.93, "How much of a long text each model uses", fontsize=13, weight="bold", color=INK)
     subtitle = "R@1 text to image, %" + (f", on {dataset}" if dataset else "")
     dashed = any(points[-1]["tokens"] < end for points in curves.values())
-    figure.text(
-        0.085,
-        0.877,
-        subtitle + (" · dashed: beyond the model's positions, nothing more is read" if dashed else ""),
-        fontsize=9.5,
-        color=GREY,
-    )
+    subtitle += " · dashed: beyond the model's positions, nothing more is read" if dashed else ""
+    figure.text(0.085, 0.877, subtitle, fontsize=9.5, color=GREY)
     figure.savefig(path)
     return path
-
-
-def _colors(count: int) -> list[str]:
-    return [LINES[index % len(LINES)] for index in range(count)]
 
 
 def _label_ends(axes: Any, labels: list[tuple[float, str, str]], x: float, limit: float) -> None:
@@ -116,24 +103,10 @@ def _label_ends(axes: Any, labels: list[tuple[float, str, str]], x: float, limit
         placed[position] = min(placed[position], above)
     for position, index in zip(placed, order, strict=True):
         y, text, color = labels[index]
-        axes.annotate(
-            text,
-            (x, y),
-            (x * 1.03, position),
-            color=color,
-            fontsize=9.5,
-            va="center",
-            annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": color,
-                "alpha": 0.5,
-                "linewidth": 0.8,
-                "shrinkA": 2,
-                "shrinkB": 3,
-                "relpos": (0, 0.5),
-            },
-        )
+        arrow = {"arrowstyle": "-", "color": color, "alpha": 0.5, "linewidth": 0.8}
+        arrow |= {"shrinkA": 2, "shrinkB": 3, "relpos": (0, 0.5)}
+        style = {"color": color, "fontsize": 9.5, "va": "center"}
+        axes.annotate(text, (x, y), (x * 1.03, position), annotation_clip=False, arrowprops=arrow, **style)
 
 
 def draw_token_lengths(counts: Sequence[int], path: Path, dataset: str = "") -> Path:
@@ -148,7 +121,7 @@ def draw_token_lengths(counts: Sequence[int], path: Path, dataset: str = "") -> 
     Returns:
         `path`.
     """
-    figure = _figure(8.2, 3.9)
+    figure = blank_figure(8.2, 3.9)
     axes = figure.add_axes((0.085, 0.15, 0.88, 0.62))
     starts = [TOKEN_BIN * index for index in range(len(counts))]
     axes.bar(starts, counts, width=TOKEN_BIN, align="edge", color=BEYOND, edgecolor="white", linewidth=0.8)
@@ -159,18 +132,11 @@ def draw_token_lengths(counts: Sequence[int], path: Path, dataset: str = "") -> 
         axes.axvline(positions, color=INK, linewidth=1, linestyle=(0, (1, 2)))
         axes.text(positions, 1.07 * max(counts), f"{positions}", color=INK, fontsize=8.5, ha="center", va="bottom")
     axes.set_xlabel("tokens of a text, start and end included", color=INK, labelpad=6)
-    axes.tick_params(colors=GREY, length=0, labelsize=9)
-    axes.grid(axis="y", color=FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(GREY)
+    style_axes(axes)
     figure.text(0.085, 0.92, "How long the texts are", fontsize=13, weight="bold", color=INK)
     subtitle = f"{sum(counts):,} texts" + (f" of {dataset}" if dataset else "")
-    read += (
-        f" and LRSCLIP ({LONG_POSITIONS})"
-        if end > LONG_POSITIONS
-        else f"; LRSCLIP reads {LONG_POSITIONS}, all of each"
-    )
+    whole = end <= LONG_POSITIONS
+    read += f"; LRSCLIP reads {LONG_POSITIONS}, all of each" if whole else f" and LRSCLIP ({LONG_POSITIONS})"
     figure.text(0.085, 0.855, f"{subtitle} · {read}", fontsize=9.5, color=GREY)
     figure.savefig(path)
     return path
@@ -184,13 +150,13 @@ class Sheet:
 
     def __init__(self, width: float, height: float):
         self.width, self.height = width, height
-        self.figure = _figure(width, height)
+        self.figure = blank_figure(width, height)
 
     def text(
         self, x: float, y: float, text: str, size: float = 8.5, color: str = GREY, weight: str = "normal"
     ) -> None:
         """
-        TODO
+        Write a line of text.
 
         Args:
             x, y: where it begins, on its base line.
@@ -203,7 +169,7 @@ class Sheet:
 
     def rule(self, x: float, y: float, length: float) -> None:
         """
-        TODO
+        Draw a thin horizontal line.
 
         Args:
             x, y: its left end.
@@ -216,7 +182,7 @@ class Sheet:
         self, x: float, y: float, side: float, image: Image.Image, color: str, line: float, style: Any = "-"
     ) -> None:
         """
-        TODO
+        Show an image in a frame.
 
         Args:
             x, y: the upper left corner.
@@ -296,7 +262,7 @@ class _Word(NamedTuple):
 def _wrap(example: Mapping[str, Any], width: float, positions: int) -> list[_Word]:
     """The words of a text, placed in lines of at most `width` inches, coloured by the tokens before them."""
     font = FontProperties(family=FONT, size=TEXT_SIZE)
-    figure = _figure(1, 1)
+    figure = blank_figure(1, 1)
     renderer = figure.canvas.get_renderer()
     words, line, x = [], 0, 0.0
     for word, tokens in zip(example["text"].split(), example["word_tokens"], strict=True):

@@ -163,7 +163,7 @@ def _gather(done: dict[int, tuple[Tensor, float]], problem: str | None) -> dict[
     """The parts of all processes by number, each once."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (done, problem))
-    problems = [found for _, found in gathered if found]
+    problems = [problem for _, problem in gathered if problem]
     if problems:
         raise ValueError(problems[0])
     return {number: part for parts, _ in gathered for number, part in parts.items()}

@@ -54,7 +54,7 @@ def read_image(stored: StoredImage, shortest_edge: int | None = None) -> Image.I
     Reads an image and turns it upright by its EXIF tag; its PIL mode may be any of 8 bits.
 
     Modes of 8 bits stay as they are (grey, palette, CMYK): the processor makes RGB of them, for training as for
-    evaluation. Images of more bits or bands become RGB here, as [`rasters.read_rgb`] chooses bands and stretches their
+    evaluation. Images of more bits or bands become RGB here, as [`rasters.Raster`] chooses bands and stretches their
     values. An EXIF block that cannot be read is ignored; of an animation, the first frame is taken.
 
     Args:

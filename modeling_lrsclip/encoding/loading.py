@@ -48,7 +48,7 @@ def load_model(source: ModelSource, tokenizer: str | None = None, trust_remote_c
     if source.is_file:
         return _load_file(source, tokenizer)
     folder = Path(source.path)
-    if _is_exported(folder):
+    if (folder / "export.json").is_file() and (folder / "onnx").is_dir():
         return _load_onnx(folder)
     if (folder / "modules.json").is_file():
         return _load_sentence_transformer(folder, trust_remote_code)
@@ -69,9 +69,7 @@ def load_model(source: ModelSource, tokenizer: str | None = None, trust_remote_c
             f"{source.path}: a {model_type} model takes images of any shape as patches with their places, not as pixels; its "
             f"siblings of one size, such as {sibling}, can be measured."
         )
-    positions = _positions(model.config, processor.tokenizer)
-    shell = DualEncoder(model, positions, processor.tokenizer.pad_token_id if model_type in FIXED_LENGTH else None)
-    return _checked(shell, TextsAndImages(processor.tokenizer, processor.image_processor, positions), source.path)
+    return _in_a_shell(model, processor, _positions(model.config, processor.tokenizer), source.path)
 
 
 class DualEncoder(nn.Module):
@@ -239,10 +237,6 @@ def _load_pretrained(source: ModelSource, trust_remote_code: bool) -> tuple[Any,
     return model, processor
 
 
-def _is_exported(folder: Path) -> bool:
-    return (folder / "export.json").is_file() and (folder / "onnx").is_dir()
-
-
 def _load_onnx(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoProcessor
 
@@ -250,9 +244,7 @@ def _load_onnx(folder: Path) -> tuple[Any, Any]:
         processor, config = AutoProcessor.from_pretrained(folder), AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder}: {str(error).strip().splitlines()[0]}") from error
-    model = OnnxModel(folder, config)
-    positions = model.config.text_config.max_position_embeddings
-    return _checked(model, TextsAndImages(processor.tokenizer, processor.image_processor, positions), str(folder))
+    return _checked(OnnxModel(folder, config), processor, str(folder))
 
 
 def _load_sentence_transformer(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
@@ -275,17 +267,23 @@ def _load_sentence_transformer(folder: Path, trust_remote_code: bool) -> tuple[A
     inner = SentenceTransformerModules(modules)
     inner.config = modules[0].model.config
     positions = min(modules.max_seq_length or LONGEST_TEXT, _positions(inner.config, processor.tokenizer))
-    shell = DualEncoder(
-        inner, positions, processor.tokenizer.pad_token_id if inner.config.model_type in FIXED_LENGTH else None
-    )
-    return _checked(shell, TextsAndImages(processor.tokenizer, processor.image_processor, positions), str(folder))
+    return _in_a_shell(inner, processor, positions, str(folder))
 
 
 # --------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _checked(model: DualEncoder, processor: TextsAndImages, path: str) -> tuple[DualEncoder, TextsAndImages]:
+def _in_a_shell(inner: nn.Module, processor: Any, positions: int, path: str) -> tuple[DualEncoder, TextsAndImages]:
+    """A foreign model with the methods and fields of CLIP, and its processor."""
+    fixed_length = inner.config.model_type in FIXED_LENGTH
+    shell = DualEncoder(inner, positions, processor.tokenizer.pad_token_id if fixed_length else None)
+    return _checked(shell, processor, path)
+
+
+def _checked(model: DualEncoder, processor: Any, path: str) -> tuple[DualEncoder, TextsAndImages]:
     """Tries a model on a word and a grey image; raises one sentence where they do not meet in one space."""
+    positions = model.config.text_config.max_position_embeddings
+    processor = TextsAndImages(processor.tokenizer, processor.image_processor, positions)
     ids = torch.tensor(processor.encode_text(["a road"]))
     try:
         pixels = processor.image_processor([Image.new("RGB", (64, 48), "grey")], return_tensors="pt")["pixel_values"]

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from .image_error import ImageError
 
@@ -204,14 +203,11 @@ class Raster:
             colours = self._palette[data[0].astype(np.int64)]  # (H, W, 4)
             return np.ascontiguousarray(colours[..., :3]), valid & (colours[..., 3] > 0)
         rgb = np.empty((*valid.shape, 3), dtype=np.uint8)
-        for channel in range(3):
-            band = min(channel, len(self.bands) - 1)
-            if channel and len(self.bands) == 1:
-                rgb[..., channel] = rgb[..., 0]
-            elif rendering.low is None:
-                rgb[..., channel] = data[band]
-            else:
-                rgb[..., channel] = self._stretched(data[band], band)
+        for band, values in enumerate(data):
+            levels = values if rendering.low is None else self._stretched(values, band)
+            rgb[..., band if len(data) == 3 else slice(None)] = (
+                levels if len(data) == 3 else levels[..., None]
+            )  # or grey
         return rgb, valid
 
     def _read(
@@ -350,29 +346,6 @@ class Raster:
     def _sample_shape(self) -> tuple[int, int]:
         factor = max(1.0, max(self.width, self.height) / SAMPLE_SIDE)
         return max(1, round(self.height / factor)), max(1, round(self.width / factor))
-
-
-def read_rgb(
-    path: str | Path,
-    bands: Sequence[int | str] | None = None,
-    value_range: ValueRange | None = None,
-    nodata: float | None = None,
-) -> tuple[Image.Image, Rendering]:
-    """
-    A whole raster as an RGB image, places without data filled ([`fill_nothing`]).
-
-    Args:
-        path, bands, value_range, nodata: as in [`Raster`].
-
-    Returns:
-        The image, and which bands and stretch it was made with.
-
-    Raises:
-        [`RasterError`]: one sentence for a file that cannot be used.
-    """
-    with Raster(path, bands, value_range, nodata) as raster:
-        rgb, valid = raster.read(0, 0, raster.width, raster.height)
-        return Image.fromarray(fill_nothing(rgb, valid)), raster.rendering
 
 
 def fill_nothing(rgb: np.ndarray, valid: np.ndarray) -> np.ndarray:

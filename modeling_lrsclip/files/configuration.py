@@ -182,7 +182,7 @@ def field_types(kind: Any, values: Any = None, prefix: str = "") -> dict[str, st
         listed[prefix + name] = _describe(info)
         for section in _sections(info.annotation):
             if isinstance(below, list):
-                entries = [(f"{name}.{place}", entry) for place, entry in enumerate(below)]
+                entries = [(f"{name}.{number}", entry) for number, entry in enumerate(below)]
             elif isinstance(below, Mapping) and any(isinstance(entry, Mapping) for entry in below.values()):
                 entries = [(f"{name}.{key}", entry) for key, entry in below.items()]
             else:

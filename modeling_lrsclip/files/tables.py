@@ -295,10 +295,10 @@ def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[TableRo
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=256, columns=columns and list(columns)):
-                for place in range(len(batch)):
+                for index in range(len(batch)):
                     number += 1
                     try:
-                        yield TableRow(f"row {number}", batch.slice(place, 1).to_pylist()[0])
+                        yield TableRow(f"row {number}", batch.slice(index, 1).to_pylist()[0])
                     except UnicodeDecodeError as error:
                         yield TableRow(f"row {number}", fault=f"a text is not UTF-8 ({error})")
     except (ArrowException, OSError) as error:

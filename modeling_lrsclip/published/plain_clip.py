@@ -4,6 +4,7 @@ An LRSCLIP as a stock CLIP with a longer position table, which transformers, and
 code. No weight differs; of the processor, that part of the text cleaning is kept which a tokenizer's normalizer can do.
 """
 
+import html
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,33 +33,14 @@ _GARBLED = {
     "\u00c3\u00a9": "\u00e9",
     "\u00c3\u2014": "\u00d7",
 }
+_PLAIN = {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u00a0": " "}
 # `amp` last, so that one pass over them is one call of html.unescape.
-_ENTITIES = {
-    "&lt;": "<",
-    "&gt;": ">",
-    "&quot;": '"',
-    "&#34;": '"',
-    "&apos;": "'",
-    "&#39;": "'",
-    "&#x27;": "'",
-    "&lsquo;": "'",
-    "&rsquo;": "'",
-    "&#8216;": "'",
-    "&#8217;": "'",
-    "&ldquo;": '"',
-    "&rdquo;": '"',
-    "&#8220;": '"',
-    "&#8221;": '"',
-    "&ndash;": "\u2013",
-    "&mdash;": "\u2014",
-    "&hellip;": "\u2026",
-    "&deg;": "\u00b0",
-    "&times;": "\u00d7",
-    "&nbsp;": " ",
-    "&#160;": " ",
-    "&#38;": "&",
-    "&amp;": "&",
-}
+_ENTITY_NAMES = (
+    "lt gt quot #34 apos #39 #x27 lsquo rsquo #8216 #8217 ldquo rdquo #8220 #8221 ndash mdash hellip deg times nbsp #160 "
+    "#38 amp"
+)
+_ENTITIES = {f"&{name};": html.unescape(f"&{name};") for name in _ENTITY_NAMES.split()}
+_ENTITIES |= {entity: _PLAIN[meant] for entity, meant in _ENTITIES.items() if meant in _PLAIN}
 _LIGATURES = {"\ufb00": "ff", "\ufb01": "fi", "\ufb02": "fl", "\ufb03": "ffi", "\ufb04": "ffl"}
 # What captioners that were trained on Chinese write between English words; ftfy narrows full-width letters too.
 _FULL_WIDTH = {chr(ord(narrow) + 0xFEE0): narrow for narrow in "!%&(),.:;?"}

@@ -171,49 +171,49 @@ class ModelSource:
         return {name: value for name, value in options.items() if value}
 
 
-def resolve(given: str) -> ModelSource:
+def resolve(value: str) -> ModelSource:
     """
     Find the folder, Hub id or file that can be loaded for a value of `--model`.
 
     Args:
-        given: a name of `MODELS`, a checkpoint file, `NAME=FILE` or `NAME=FOLDER`, a folder in HuggingFace format, or
+        value: a name of `MODELS`, a checkpoint file, `NAME=FILE` or `NAME=FOLDER`, a folder in HuggingFace format, or
             a Hub id.
 
     Raises:
         `ValueError`: one sentence for a name or path that is none of these, a folder without config.json, a file of
             another kind, or a published model that cannot be fetched; the last says what to download.
     """
-    name, separator, path = given.partition("=")
+    name, separator, path = value.partition("=")
     if separator and name.lower() in MODELS:
         return _local(path, MODELS[name.lower()])
-    if Path(given).expanduser().exists():
-        return _local(given, None)
-    if given.lower() in MODELS:
-        return fetch(MODELS[given.lower()])
-    if given.lower() in PAPER_ONLY:
+    if Path(value).expanduser().exists():
+        return _local(value, None)
+    if value.lower() in MODELS:
+        return fetch(MODELS[value.lower()])
+    if value.lower() in PAPER_ONLY:
         raise ValueError(
-            f"{given} ({PAPER_ONLY[given.lower()]}) is no CLIP; only the paper's figures of it are shown."
+            f"{value} ({PAPER_ONLY[value.lower()]}) is no CLIP; only the paper's figures of it are shown."
         )
-    if given.lower().endswith(WEIGHT_FILES):
-        raise ValueError(f"checkpoint file {given} does not exist.")
-    if given.count("/") == 1 and not given.startswith((".", "~", "/")) and not Path(given).parent.is_dir():
-        return ModelSource(given)
-    near = difflib.get_close_matches(given.lower(), MODELS, n=1, cutoff=0.5)
+    if value.lower().endswith(WEIGHT_FILES):
+        raise ValueError(f"checkpoint file {value} does not exist.")
+    if value.count("/") == 1 and not value.startswith((".", "~", "/")) and not Path(value).parent.is_dir():
+        return ModelSource(value)
+    near = difflib.get_close_matches(value.lower(), MODELS, n=1, cutoff=0.5)
     raise ValueError(
-        f"model {given} does not exist; --model takes folders that save_pretrained wrote, checkpoint files, Hub ids, "
+        f"model {value} does not exist; --model takes folders that save_pretrained wrote, checkpoint files, Hub ids, "
         f"or a name: {', '.join(MODELS)}." + (f" Did you mean {near[0]}?" if near else "")
     )
 
 
-def _local(given: str, model: PublishedModel | None) -> ModelSource:
-    path = Path(given).expanduser()
+def _local(value: str, model: PublishedModel | None) -> ModelSource:
+    path = Path(value).expanduser()
     if path.is_dir():
         if not any((path / name).is_file() for name in ("config.json", "modules.json")):  # of sentence-transformers
             raise ValueError(no_model_in(path))
     elif not path.is_file():
-        raise ValueError(f"{given} does not exist; give the checkpoint file or folder of {model.name}.")
+        raise ValueError(f"{value} does not exist; give the checkpoint file or folder of {model.name}.")
     elif path.suffix.lower() not in WEIGHT_FILES:
-        raise ValueError(f"{given} is no checkpoint file; wanted {', '.join(WEIGHT_FILES)}, or a model folder.")
+        raise ValueError(f"{value} is no checkpoint file; wanted {', '.join(WEIGHT_FILES)}, or a model folder.")
     return ModelSource(str(path), model or _known_by_file_name(path))
 
 
@@ -327,8 +327,8 @@ class PublishedCheck:
     @property
     def line(self) -> str:
         """The check as a line of a table."""
-        found = self.problem or f"commit {(self.commit or '-')[:12]}, {(self.size or 0) / 1e6:,.0f} MB"
-        return f"{self.model.name}: {self.model.address}: {found}; licence: {self.licence}"
+        state = self.problem or f"commit {(self.commit or '-')[:12]}, {(self.size or 0) / 1e6:,.0f} MB"
+        return f"{self.model.name}: {self.model.address}: {state}; licence: {self.licence}"
 
 
 def check_published(models: Sequence[PublishedModel] | None = None) -> list[PublishedCheck]:
@@ -356,11 +356,11 @@ def _check(model: PublishedModel) -> PublishedCheck:
         licence = (card and card.get("license")) or "not stated"
         file = model.file or "config.json"
         try:
-            found = get_hf_file_metadata(hf_hub_url(model.repo, file, revision=model.revision))
+            metadata = get_hf_file_metadata(hf_hub_url(model.repo, file, revision=model.revision))
         except _hub_errors():
             commit = _revision_in_history(model)
             return PublishedCheck(model, commit, None, licence, f"moved: it is at commit {commit}")
-        return PublishedCheck(model, found.commit_hash, found.size, licence)
+        return PublishedCheck(model, metadata.commit_hash, metadata.size, licence)
     except ValueError as error:
         return PublishedCheck(model, None, None, "not stated", f"missing ({error})")
     except _hub_errors() as error:
@@ -375,7 +375,7 @@ def label_models(sources: Sequence[ModelSource]) -> list[str]:
     named = [source.label for source in sources]
     depth = 1
     while True:
-        labels = [name or "/".join(own[-depth:]) for name, own in zip(named, parts, strict=True)]
+        labels = [name or "/".join(folders[-depth:]) for name, folders in zip(named, parts, strict=True)]
         if len(set(labels)) == len(labels):
             return labels
         # Two files of one published model have the same name: then paths tell them apart.

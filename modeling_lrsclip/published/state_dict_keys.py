@@ -137,9 +137,9 @@ def rename_published(tensors: dict[str, Any], path) -> tuple[dict[str, torch.Ten
         targets[_TEXT_TABLE] = _one_table(targets[_TEXT_TABLE], second_table, path)
     architecture = _read_architecture(targets, layers, second_table is not None, path)
     for name, stated in statements.items():
-        told = getattr(architecture, _STATEMENTS[name])
-        if stated != told:
-            raise ValueError(f"{path} says {name} {stated}, its tensors make that {told}; it is damaged.")
+        derived = getattr(architecture, _STATEMENTS[name])
+        if stated != derived:
+            raise ValueError(f"{path} says {name} {stated}, its tensors make that {derived}; it is damaged.")
     return targets, architecture
 
 

@@ -393,7 +393,7 @@ def test_the_commands_mistakes_are_one_sentence(tiny_checkpoint, tmp_path, capsy
     (tmp_path / "results.json").write_text("{")
     checkpoint = ["--checkpoint", str(tiny_checkpoint)]
     for arguments, problem in (
-        ([*checkpoint, "--results", str(tmp_path / "results.json")], "cannot be read as JSON"),
+        ([*checkpoint, "--results", str(tmp_path / "results.json")], "cannot be read ("),
         ([*checkpoint, "--training", str(tmp_path / "none.json")], "none.json cannot be read"),
         (["--published", "lrsclip-vit-b-16"], "--output FILE is needed"),
         ([], "needs a checkpoint folder or"),

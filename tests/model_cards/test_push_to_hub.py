@@ -264,7 +264,7 @@ def test_refused_before_anything_is_sent(hub, commands, tiny_checkpoint, tmp_pat
         (["--revision", "v2", "--create-pr"], "once it is merged"),
         (["--private"], "exists and is public"),
         (["--results", str(tmp_path / "other.json")], "not of the weights in"),
-        (["--results", str(tmp_path / "none.json")], "cannot be read as JSON"),
+        (["--results", str(tmp_path / "none.json")], "cannot be read ("),
     ):
         capsys.readouterr()
         sent = hub.called("PUT", ".") + hub.called("POST", ".")

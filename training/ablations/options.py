@@ -43,11 +43,13 @@ def parse_arguments(arguments: Sequence[str] | None, description: str) -> argpar
         "--config",
         help="recipe of the arms (training/configs/vit_b16_paper.yaml for your own data, ablation.yaml for drawn scenes)",
     )
-    own = parser.add_argument_group("your own data and model")
-    own.add_argument("--data", help="training pairs, as data.train, where --config does not name them")
-    own.add_argument("--evaluation-data", nargs="+", help="as --data of evaluation.run (by default the training data)")
-    own.add_argument("--long-clip", metavar="MODEL", help="for init: a Long-CLIP, as model.init (the published B/16)")
-    own.add_argument(
+    user = parser.add_argument_group("your own data and model")
+    user.add_argument("--data", help="training pairs, as data.train, where --config does not name them")
+    user.add_argument(
+        "--evaluation-data", nargs="+", help="as --data of evaluation.run (by default the training data)"
+    )
+    user.add_argument("--long-clip", metavar="MODEL", help="for init: a Long-CLIP, as model.init (the published B/16)")
+    user.add_argument(
         "--sizes", nargs=3, metavar="MODEL", help="for model_size: three CLIPs (OpenAI's B/32, B/16, L/14)"
     )
     drawn = parser.add_argument_group("drawn scenes, which are taken where no data is named")

@@ -109,7 +109,7 @@ class TableRows:
 
     def read(self, numbers: list[int]) -> list[Row]:
         values = self.table[numbers]
-        rows = [{kind: values[name][place] for kind, name in self.columns.items()} for place in range(len(numbers))]
+        rows = [{kind: values[name][index] for kind, name in self.columns.items()} for index in range(len(numbers))]
         for row in rows:
             row["image"] = locate_image(row["image"], self.folder)
         return [Row(self._id(number), **row) for number, row in zip(numbers, rows)]
@@ -214,8 +214,8 @@ class ParquetRows:
         groups = np.searchsorted(self.starts, numbers, "right") - 1
         for number, group in zip(numbers, groups.tolist()):
             try:
-                table, place = self._group(group), number - int(self.starts[group])
-                values = {kind: table.column(name)[place].as_py() for kind, name in self.columns.items()}
+                table, index = self._group(group), number - int(self.starts[group])
+                values = {kind: table.column(name)[index].as_py() for kind, name in self.columns.items()}
             except (OSError, ValueError, pa.ArrowException) as error:  # a text that is no UTF-8 is a ValueError
                 rows.append(Row(f"{self.name}:{number}", fault=f"row group {group} cannot be read ({error})"))
                 continue
@@ -298,9 +298,9 @@ class LineRows:
             except (ValueError, OSError, csv.Error) as error:
                 rows.append(Row(identifier, fault=f"the line cannot be read ({error})"))
                 continue
-            found = {kind: values.get(name) for kind, name in self.columns.items()}
-            found["image"] = locate_image(found["image"], self.path.parent)
-            rows.append(Row(identifier, **found))
+            stored = {kind: values.get(name) for kind, name in self.columns.items()}
+            stored["image"] = locate_image(stored["image"], self.path.parent)
+            rows.append(Row(identifier, **stored))
         return rows
 
     def texts(self, kind: str) -> Iterator[Stored]:

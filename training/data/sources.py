@@ -80,14 +80,14 @@ class DataConfig:
 
     @field_validator("train", "validation", mode="before")
     @classmethod
-    def _sources(cls, given: Any) -> Any:
-        if isinstance(given, (int, float)) and not 0 < given < 1:
-            raise ValueError(f"a share of the training images lies between 0 and 1, as 0.1 does; {given} does not")
-        if not isinstance(given, (list, tuple)):
-            return given
-        if not given:
+    def _sources(cls, value: Any) -> Any:
+        if isinstance(value, (int, float)) and not 0 < value < 1:
+            raise ValueError(f"a share of the training images lies between 0 and 1, as 0.1 does; {value} does not")
+        if not isinstance(value, (list, tuple)):
+            return value
+        if not value:
             raise ValueError("a list of sources needs at least one, for example [{path: tiles/captions.jsonl}]")
-        sources = [source if isinstance(source, (dict, SourceConfig)) else {"path": source} for source in given]
+        sources = [source if isinstance(source, (dict, SourceConfig)) else {"path": source} for source in value]
         try:
             sources = TypeAdapter(list[SourceConfig]).validate_python(sources)
         except ValidationError as error:
@@ -189,16 +189,16 @@ def find_files(source: str, split: str) -> list[Path]:
             if (path / name).exists():
                 return [path / name]
         for pattern in FOLDER_SHARDS:
-            found = sorted(path.glob(pattern.format(split=split)))
-            if found:
-                return found
+            files = sorted(path.glob(pattern.format(split=split)))
+            if files:
+                return files
         raise ValueError(
             f"The folder {source} holds no caption file; name it one of {', '.join(names)}, or put parquet or tar shards "
             "into it."
         )
     patterns = list(expand_braces(str(path)))
-    found = [Path(name) for pattern in patterns for name in (sorted(glob.glob(pattern)) or [pattern])]
-    absent = [str(name) for name in found if not name.is_file()]
+    files = [Path(name) for pattern in patterns for name in (sorted(glob.glob(pattern)) or [pattern])]
+    absent = [str(name) for name in files if not name.is_file()]
     if len(patterns) == 1 and absent and not glob.has_magic(source):
         if path.suffix in FORMATS or source.startswith((".", "/", "~")):
             raise ValueError(
@@ -207,7 +207,7 @@ def find_files(source: str, split: str) -> list[Path]:
             )
         return []
     refuse(source, "files that do not exist", absent)
-    return found
+    return files
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
@@ -243,8 +243,8 @@ def _open_parquet(
     """Parquet files, each with its `fsspec` file system or None for the local disk, of which row groups are read."""
     cache = GroupCache()
     quiet = len(files) < 100
-    told = tqdm(files, desc=f"{source}: footers", unit="file", disable=quiet)
-    parts = [ParquetRows(path, columns, cache, filesystem) for filesystem, path in told]
+    progress = tqdm(files, desc=f"{source}: footers", unit="file", disable=quiet)
+    parts = [ParquetRows(path, columns, cache, filesystem) for filesystem, path in progress]
     largest = max(int(rows.chunks.max(initial=0)) for rows in parts)
     cache.rows = config.shuffle_buffer + 2 * largest
     if largest > config.shuffle_buffer:

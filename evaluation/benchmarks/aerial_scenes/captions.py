@@ -177,13 +177,13 @@ def noun_phrase(rng: random.Random, kind: str, colour: str, count: int = 1) -> s
 
 
 def _in_place(rng: random.Random, cell: int) -> str:
-    place = f"in the {pick(rng, PLACES[cell])}"
+    phrase = f"in the {pick(rng, PLACES[cell])}"
     chance = rng.random()
     if cell in (0, 2, 6, 8) and chance < 0.25:
-        return f"{place} corner"
+        return f"{phrase} corner"
     if chance > 0.85:
-        return f"{place} of the {pick(rng, ('image', 'picture', 'scene'))}"
-    return place
+        return f"{phrase} of the {pick(rng, ('image', 'picture', 'scene'))}"
+    return phrase
 
 
 def _relation(rng: random.Random, scene: Scene, item: SceneObject) -> str:
@@ -229,9 +229,9 @@ def _several(rng: random.Random, group: Sequence[SceneObject]) -> str:
     verb = pick(rng, VERBS[kind])[1]
     cells = [item.cell for item in group]
     rng.shuffle(cells)
-    places = [f"in the {pick(rng, PLACES[cell])}" for cell in cells]
-    listed = ", ".join(places[:-1]) + f" and {places[-1]}"
-    each = ", ".join(f"one {place}" for place in places[:-1]) + f" and one {places[-1]}"
+    phrases = [f"in the {pick(rng, PLACES[cell])}" for cell in cells]
+    listed = ", ".join(phrases[:-1]) + f" and {phrases[-1]}"
+    each = ", ".join(f"one {phrase}" for phrase in phrases[:-1]) + f" and one {phrases[-1]}"
     return pick(
         rng,
         (

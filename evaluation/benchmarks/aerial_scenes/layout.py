@@ -31,20 +31,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 
 COLOUR_NAMES = tuple(COLOURS)
 
-KINDS = (
-    "house",
-    "tank",
-    "boat",
-    "plane",
-    "court",
-    "turbine",
-    "greenhouse",
-    "tent",
-    "trees",
-    "cars",
-    "stadium",
-    "warehouse",
-)
+KINDS = tuple("house tank boat plane court turbine greenhouse tent trees cars stadium warehouse".split())  # noqa: SIM905
 
 
 @dataclass(frozen=True)
@@ -167,10 +154,10 @@ def _shift(rng: random.Random, cell: int, line: SceneLine | None) -> tuple[float
     shift = [3.2 * rng.random() - 1.6, 3.2 * rng.random() - 1.6]
     if line is not None:
         axis = 0 if line.orientation == "vertical" else 1
-        place = (cell % 3, cell // 3)[axis]
-        if place == line.gap:
+        column_or_row = (cell % 3, cell // 3)[axis]
+        if column_or_row == line.gap:
             shift[axis] = -0.6 - 1.2 * rng.random()
-        elif place == line.gap + 1:
+        elif column_or_row == line.gap + 1:
             shift[axis] = 0.6 + 1.2 * rng.random()
     return shift[0], shift[1]
 

@@ -78,7 +78,7 @@ class Pen:
         self.image = Image.new("RGB", (side * SUPERSAMPLING,) * 2)
         self.canvas = ImageDraw.Draw(self.image)
 
-    def shape(self, points: Sequence[Point], shade: float = PLAIN, contrast: float = 0) -> None:
+    def shape(self, points: Sequence[Point], shade: float = PLAIN, contrast: float = 0, erased: bool = False) -> None:
         """
         Fill a polygon.
 
@@ -86,10 +86,11 @@ class Pen:
             points: corners (x, y) in the object's frame, each from -1 to 1.
             shade: from 0, black; PLAIN leaves the colour as it is.
             contrast: of the contrasting colour, 0 to 255.
+            erased: cuts the polygon out instead.
         """
         cos, sin = math.cos(self.angle) * self.radius, math.sin(self.angle) * self.radius
         placed = [(self.centre + x * cos - y * sin, self.centre + x * sin + y * cos) for x, y in points]
-        self.canvas.polygon(placed, fill=(255, int(shade), int(contrast)))
+        self.canvas.polygon(placed, fill=(0, 0, 0) if erased else (255, int(shade), int(contrast)))
 
     def box(self, x0: float, y0: float, x1: float, y1: float, shade: float = PLAIN, contrast: float = 0) -> None:
         """
@@ -101,31 +102,19 @@ class Pen:
         """
         self.shape([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], shade, contrast)
 
-    def disc(self, x: float, y: float, rx: float, ry: float, shade: float = PLAIN, contrast: float = 0) -> None:
+    def disc(
+        self, x: float, y: float, rx: float, ry: float, shade: float = PLAIN, contrast: float = 0, erased: bool = False
+    ) -> None:
         """
         Fill an ellipse.
 
         Args:
             x, y: the middle in the object's frame.
             rx, ry: the radii.
-            shade, contrast: as for [`Pen.shape`].
+            shade, contrast, erased: as for [`Pen.shape`].
         """
         steps = [math.tau * step / 24 for step in range(24)]
-        self.shape([(x + rx * math.cos(step), y + ry * math.sin(step)) for step in steps], shade, contrast)
-
-    def hole(self, x: float, y: float, rx: float, ry: float) -> None:
-        """
-        Cut an ellipse out.
-
-        Args:
-            x, y: the middle in the object's frame.
-            rx, ry: the radii.
-        """
-        cos, sin = math.cos(self.angle) * self.radius, math.sin(self.angle) * self.radius
-        steps = [math.tau * step / 24 for step in range(24)]
-        ring = [(x + rx * math.cos(step), y + ry * math.sin(step)) for step in steps]
-        placed = [(self.centre + px * cos - py * sin, self.centre + px * sin + py * cos) for px, py in ring]
-        self.canvas.polygon(placed, fill=(0, 0, 0))
+        self.shape([(x + rx * math.cos(step), y + ry * math.sin(step)) for step in steps], shade, contrast, erased)
 
     def lit(self, dx: float, dy: float) -> float:
         """Shade of a roof face that falls towards (dx, dy)."""
@@ -223,7 +212,7 @@ def _stadium(pen: Pen) -> None:
     pen.disc(0, 0, 1.12, 0.95, 96)
     pen.disc(0, 0, 1.0, 0.83, PLAIN)
     pen.disc(-0.03, -0.03, 0.7, 0.52, 134)
-    pen.hole(0, 0, 0.6, 0.42)
+    pen.disc(0, 0, 0.6, 0.42, erased=True)
 
 
 def _warehouse(pen: Pen) -> None:

@@ -12,7 +12,7 @@ from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
 from modeling_lrsclip.encoding import rasters
-from modeling_lrsclip.encoding.rasters import Raster, RasterError, ValueRange, fill_nothing, read_rgb
+from modeling_lrsclip.encoding.rasters import Raster, RasterError, ValueRange, fill_nothing
 
 
 warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
@@ -33,6 +33,13 @@ def write(path, pixels, colours=None, descriptions=None, tags=None, mask=None, o
         with rasterio.open(path, "r+") as file:
             file.build_overviews(overviews, Resampling.average)
     return path
+
+
+def read_rgb(path, **options):
+    """A whole raster as an image, filled where there is nothing, and how it was rendered."""
+    with Raster(path, **options) as raster:
+        rgb, valid = raster.read(0, 0, raster.width, raster.height)
+        return Image.fromarray(fill_nothing(rgb, valid)), raster.rendering
 
 
 def values(bands, dtype="uint16", top=3000, height=40, width=60):
