@@ -20,11 +20,8 @@ from modeling_lrsclip.files.hashing import json_sha256
 from .benchmarks.class_names import Templates, known_datasets, load_templates
 from .benchmarks.classification_data import ClassificationData, load_classification
 from .paper import paper_note
-from .results import Aside, Column, Gap, Table, rows_beside
+from .results import SEEN, Aside, Column, Gap, Table, rows_beside, seen_notes
 from .retrieval import check_embeddings, check_indices
-
-
-SEEN = "†"  # beside figures of a model that was trained on the data set
 
 
 # ------------------------------------------------------------------------------------------------------------- measure
@@ -276,5 +273,4 @@ def _note(results: Sequence[dict[str, Any]], datasets: Sequence[str], averaged: 
     if parts:
         lines.append(f"Only a part of {', '.join(dict.fromkeys(parts))} was here.")
     lines += paper_note(results)
-    lines += dict.fromkeys(f"{SEEN} seen, not zero-shot: {result['seen']}." for result in results if "seen" in result)
-    return "\n".join(lines)
+    return "\n".join([*lines, *seen_notes(results)])

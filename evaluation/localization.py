@@ -26,13 +26,14 @@ from .benchmarks.tables import Unusable
 from .localization_maps import Locator, Protocol, choose_protocol, query_embeddings
 from .metrics.semantic_localization.measures import localization_metrics
 from .paper import ARXIV, dataset_key, paper_figures, paper_tables
-from .results import Aside, Column, Gap, Table
+from .results import SEEN, Aside, Column, Gap, Table, seen_notes
+from .retrieval import spread_evenly
 
 
 __all__ = ["LocalizationTask", "localization_metrics", "localization_table", "similarity_map"]
 
 MEASURES = ("Rsu", "Ras", "Rda", "Rmi")
-EXAMPLES, EXAMPLE_SIDE = 4, 64  # queries whose maps are kept for the figure, and the longer side of such a map
+EXAMPLE_SIDE = 64  # pixels of the longer side of a map that is kept for the figure
 
 
 # ----------------------------------------------------------------------------------------------------------------- maps
@@ -143,7 +144,7 @@ class LocalizationTask:
         queries_of = defaultdict(list)  # by scene
         for query, image in enumerate(data.text_to_image):
             queries_of[image].append(query)
-        shown = _spread(len(data.texts))
+        shown = spread_evenly(len(data.texts))
         measured: dict[int, dict[str, float]] = {}
         small_maps: dict[int, list[list[int]]] = {}
         for image, in_scene in queries_of.items():
@@ -171,12 +172,6 @@ class LocalizationTask:
         }
 
 
-def _spread(count: int) -> list[int]:
-    """Indices of a few queries, spread evenly over all."""
-    shown = min(EXAMPLES, count)
-    return [int((position + 0.5) * count / shown) for position in range(shown)]
-
-
 def _small(heat: np.ndarray) -> np.ndarray:
     """A map made smaller, to at most `EXAMPLE_SIDE` pixels."""
     scale = min(1.0, EXAMPLE_SIDE / max(heat.shape))
@@ -197,7 +192,7 @@ def localization_table(title: str, results: Sequence[dict[str, Any]]) -> Table:
     counts = f"{first['images']:,} scenes, {first['texts']:,} queries"
     table = Table(f"{title} · {first['dataset']}: {counts}", columns)
     for result in results:
-        mark = " †" if "seen" in result else ""
+        mark = f" {SEEN}" if "seen" in result else ""
         table.rows.append([result["model"] + mark, *(result["metrics"][name] for name in MEASURES)])
         for name, kind in (("paper", Aside), ("gap", Gap)):
             if name in result:
@@ -211,8 +206,8 @@ def localization_table(title: str, results: Sequence[dict[str, Any]]) -> Table:
             name = f"{paper_tables()['names'][model]} (paper)"
             table.rows.append([name, *(Aside(figures[measure]) for measure in MEASURES)])
     remarks = dict.fromkeys(text for result in results for text in result.get("remarks", []))
-    seen = dict.fromkeys(f"† seen, not zero-shot: {result['seen']}." for result in results if "seen" in result)
-    table.note = "\n".join([*_notes(first, any("paper" in result for result in results)), *remarks, *seen])
+    notes = _notes(first, any("paper" in result for result in results))
+    table.note = "\n".join([*notes, *remarks, *seen_notes(results)])
     return table
 
 

@@ -19,6 +19,7 @@ from .paper import paper_note
 
 
 SCHEMA_VERSION = 1
+SEEN = "†"  # beside figures of a model that was trained on the data set
 VERSIONS_OF = ("torch", "transformers", "tokenizers", "datasets", "pillow", "numpy")
 
 
@@ -119,6 +120,11 @@ def rows_beside(result: dict[str, Any]) -> list[tuple[str, type[Aside], dict[str
     return [(name if kind is Aside else "gap", kind, values) for name, kind, values in rows]
 
 
+def seen_notes(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines below a table on what the marked models have seen, each once."""
+    return list(dict.fromkeys(f"{SEEN} seen, not zero-shot: {each['seen']}." for each in results if "seen" in each))
+
+
 def retrieval_table(title: str, results: Sequence[dict[str, Any]], models: Sequence[dict[str, Any]]) -> Table:
     """
     One row per model, in the order of the paper's Tables II and III; below it the paper's row and the gap.
@@ -143,7 +149,7 @@ def retrieval_table(title: str, results: Sequence[dict[str, Any]], models: Seque
     for result in results:
         values = [result["metrics"][key] for key in [*keys, "mR"]]
         label = result["model"]
-        mark = " †" if "seen" in result else ""
+        mark = f" {SEEN}" if "seen" in result else ""
         table.rows.append([label + mark, positions[label], *values, 100 * result["share_truncated"]])
         for name, kind, figures in rows_beside(result):
             row = [kind(figures[key]) if key in figures else None for key in [*keys, "mR"]]
@@ -154,8 +160,7 @@ def retrieval_table(title: str, results: Sequence[dict[str, Any]], models: Seque
         f"Tokens a text: {tokens['mean']:.0f} on average, {tokens['longest']} at most."
     ]
     lines += paper_note(results)
-    lines += dict.fromkeys(f"† seen, not zero-shot: {result['seen']}." for result in results if "seen" in result)
-    table.note = "\n".join(lines)
+    table.note = "\n".join([*lines, *seen_notes(results)])
     return table
 
 

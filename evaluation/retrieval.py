@@ -292,12 +292,17 @@ def tokens_curve(
     return curve
 
 
+def spread_evenly(count: int) -> list[int]:
+    """Indices of a few queries, `EXAMPLES` at most, spread evenly over all."""
+    shown = min(EXAMPLES, count)
+    return [int((position + 0.5) * count / shown) for position in range(shown)]
+
+
 def _examples(
     encoder: Encoder, image_embeds: Tensor, text_embeds: Tensor, data: RetrievalData, ranks: RetrievalRanks
 ) -> list[dict[str, Any]]:
     """Queries spread evenly over the texts, not picked, with the images found for each: what the gallery shows."""
-    count = min(EXAMPLES, len(data.texts))
-    indices = [int((position + 0.5) * len(data.texts) / count) for position in range(count)]
+    indices = spread_evenly(len(data.texts))
     scores = (text_embeds[indices].double() @ image_embeds.double().T).numpy()  # (count, M)
     nearest = [best_first(row)[:SHOWN_IMAGES] for row in scores]
     examples = []

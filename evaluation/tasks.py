@@ -1,7 +1,6 @@
 """The tasks of `evaluation.run`: where each finds its data, how it measures, its tables and its pictures."""
 
 import argparse
-import difflib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 from modeling_lrsclip.encoding import Encoder
 from modeling_lrsclip.encoding.imagery import survey_lines
+from modeling_lrsclip.files.configuration import choose_names
 
 from .benchmarks.classification_data import find_sources as find_classification
 from .benchmarks.localization_data import find_sources as find_localization
@@ -131,15 +131,7 @@ TASKS = {
 
 def choose_tasks(names: str) -> list[Task]:
     """`zcrl,zcrs` or `all` -> tasks, in the order given."""
-    wanted = list(TASKS) if names == "all" else [name.strip().lower() for name in names.split(",") if name.strip()]
-    for name in wanted:
-        if name not in TASKS:
-            near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ValueError(f"unknown task {name!r}; --tasks takes {', '.join(TASKS)} or all.{hint}")
-    if not wanted:
-        raise ValueError(f"no task given; --tasks takes {', '.join(TASKS)} or all.")
-    return [TASKS[name] for name in dict.fromkeys(wanted)]
+    return [TASKS[name] for name in choose_names(names, TASKS, "task", "--tasks")]
 
 
 def parse_tokens(values: str) -> list[int]:

@@ -22,6 +22,7 @@ from .tables import (
     SPLITS,
     NotHere,
     complain,
+    describe_data,
     is_hub_id,
     plain,
     read_hub,
@@ -86,14 +87,9 @@ class ClassificationData:
 
     def describe(self) -> dict[str, Any]:
         """Return what `results.json` says of the data."""
-        return {
-            "read_from": self.read_from,
-            "benchmark": self.dataset.name if self.dataset.key else None,
-            "expected": {"images": self.dataset.images} if self.dataset.images else None,
-            "whole": self.is_whole,
-            "skipped": list(self.skipped),
-            "summary": self.summary,
-        }
+        dataset = self.dataset
+        expected = {"images": dataset.images} if dataset.images else None
+        return describe_data(self, dataset.name if dataset.key else None, expected)
 
 
 def find_sources(source: str | Path) -> list[str]:

@@ -10,7 +10,7 @@ from modeling_lrsclip.files.hashing import json_sha256
 from modeling_lrsclip.files.tables import TableRow, iter_rows, json_list_name, parquet_columns, read_rows
 
 from ..metrics.semantic_localization.measures import check_regions
-from .tables import NotHere, usable_images
+from .tables import NotHere, describe_data, left_out, usable_images
 
 
 AIR_SLT = "AIR-SLT"
@@ -67,19 +67,11 @@ class LocalizationData:
             )
         if counts["regions_over_the_edge"]:
             line += f"; {counts['regions_over_the_edge']} regions reach over the edge of their scene"
-        left_out = f"; {len(self.skipped)} images left out, first: {self.skipped[0]}" if self.skipped else ""
-        return f"{line}{left_out} ({self.read_from})"
+        return f"{line}{left_out(self.skipped)} ({self.read_from})"
 
     def describe(self) -> dict[str, Any]:
         """Return what `results.json` says of the data."""
-        return {
-            "read_from": self.read_from,
-            "benchmark": self.name if self.expected else None,
-            "expected": self.expected or None,
-            "whole": self.is_whole,
-            "skipped": self.skipped,
-            "summary": self.summary,
-        }
+        return describe_data(self, self.name if self.expected else None, self.expected or None)
 
     @property
     def queries_hash(self) -> str:

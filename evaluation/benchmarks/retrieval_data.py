@@ -19,7 +19,9 @@ from .tables import (
     NotHere,
     Table,
     complain,
+    describe_data,
     is_hub_id,
+    left_out,
     plain,
     read_hub,
     read_parquet,
@@ -88,8 +90,7 @@ class RetrievalData:
             )
         elif self.expected:
             line += ", the whole test split"
-        left_out = f"; {len(self.skipped)} images left out, first: {self.skipped[0]}" if self.skipped else ""
-        return f"{line}{left_out} ({self.read_from})"
+        return f"{line}{left_out(self.skipped)} ({self.read_from})"
 
     @property
     def is_whole(self) -> bool:
@@ -98,14 +99,9 @@ class RetrievalData:
 
     def describe(self) -> dict[str, Any]:
         """Return what `results.json` says of the data."""
-        return {
-            "read_from": self.read_from,
-            "benchmark": self.expected.name if self.expected else None,
-            "expected": {"images": self.expected.images, "texts": self.expected.texts} if self.expected else None,
-            "whole": self.is_whole,
-            "skipped": list(self.skipped),
-            "summary": self.summary,
-        }
+        expected = self.expected
+        counts = {"images": expected.images, "texts": expected.texts} if expected else None
+        return describe_data(self, expected.name if expected else None, counts)
 
 
 def find_sources(source: str | Path, text_column: str) -> list[str]:

@@ -311,6 +311,27 @@ def complain(offenders: Sequence[str], total: int, what: str, advice: str = "") 
         raise ValueError(f"{len(offenders)} of {total} {what}, first: {shown}{more}{advice}")
 
 
+def describe_data(data: Any, benchmark: str | None, expected: dict[str, int] | None) -> dict[str, Any]:
+    """
+    Return what `results.json` says of a benchmark's data.
+
+    Args:
+        data: with `read_from`, `is_whole`, `skipped` and `summary`.
+        benchmark: name of the published data that it is, or a part of; None: of none.
+        expected: counts of the published data.
+
+    Returns:
+        `dict`, ready for JSON.
+    """
+    described = {"read_from": data.read_from, "benchmark": benchmark, "expected": expected, "whole": data.is_whole}
+    return described | {"skipped": list(data.skipped), "summary": data.summary}
+
+
+def left_out(skipped: Sequence[str]) -> str:
+    """The part of a summary that tells of images left out; empty where none is."""
+    return f"; {len(skipped)} images left out, first: {skipped[0]}" if skipped else ""
+
+
 def plain(name: str) -> str:
     """A name without case and separators: `Baseball_Diamond`, `baseball diamond` and `BaseballDiamond` are one."""
     return re.sub(r"[\W_]", "", name).lower()

@@ -7,7 +7,7 @@ A field is named by its sections with dots between, places in a list by their nu
 
 import datetime
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -102,6 +102,33 @@ def parse_options(words: Sequence[str], switches: Sequence[str] = ()) -> Iterato
             else:
                 raise ValueError(f"--{name} has no value; write --{name} value.")
         yield name, parse_value(value)
+
+
+def choose_names(names: str, known: Collection[str], noun: str, option: str) -> list[str]:
+    """
+    Read a comma-separated list, or `all`.
+
+    Args:
+        names: as given, for example `zcrl,zcrs`.
+        known: all there are.
+        noun: one of them in words, for errors.
+        option: that the list was given with, for errors.
+
+    Returns:
+        Names among `known`, each once, in the order given.
+
+    Raises:
+        `ValueError`: for a name that is not known, or none.
+    """
+    wanted = list(known) if names == "all" else [name.strip().lower() for name in names.split(",") if name.strip()]
+    for name in wanted:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ValueError(f"unknown {noun} {name!r}; {option} takes {', '.join(known)} or all.{hint}")
+    if not wanted:
+        raise ValueError(f"no {noun} given; {option} takes {', '.join(known)} or all.")
+    return list(dict.fromkeys(wanted))
 
 
 def set_field(values: dict[str, Any], name: str, value: Any) -> None:

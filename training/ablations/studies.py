@@ -3,9 +3,10 @@ The paper's ablations (V-D, Tables VI to IX, Figs. 7 to 10) and one of the curri
 the arms of each differ in, and what the paper finds.
 """
 
-import difflib
 from dataclasses import dataclass, field
 from typing import Any
+
+from modeling_lrsclip.files.configuration import choose_names
 
 
 TASKS = {"zcrl": "ZCRL mR", "zcrs": "ZCRS mR", "zic": "ZIC accuracy", "selo": "SeLo Rmi"}  # the columns of the paper
@@ -214,12 +215,4 @@ def choose_studies(names: str, ladders: Ladders) -> list[Study]:
     Raises:
         `ValueError`: for an unknown name.
     """
-    wanted = list(STUDIES) if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
-    for name in wanted:
-        if name not in STUDIES:
-            near = difflib.get_close_matches(name, STUDIES, n=1, cutoff=0.5)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ValueError(f"unknown study {name!r}; --study takes {', '.join(STUDIES)} or all.{hint}")
-    if not wanted:
-        raise ValueError(f"no study given; --study takes {', '.join(STUDIES)} or all.")
-    return [STUDIES[name](ladders) for name in dict.fromkeys(wanted)]
+    return [STUDIES[name](ladders) for name in choose_names(names, STUDIES, "study", "--study")]
