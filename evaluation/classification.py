@@ -203,7 +203,9 @@ def classification_table(title: str, results: Sequence[dict[str, Any]]) -> Table
         results: of this task, with `model`, `dataset`, and what [`~evaluation.paper.beside_paper`] adds. A figure of a
             model that has seen the data set is marked; it does not compete, and leaves no mean.
     """
-    datasets = _in_order([result["dataset"] for result in results])
+    first = [dataset.name for dataset in known_datasets().values()]  # the columns of Table IV, in its order
+    names = dict.fromkeys(result["dataset"] for result in results)
+    datasets = sorted(names, key=lambda name: first.index(name) if name in first else len(first))
     averaged = [name for name in _paper_names() if name in datasets]
     averaged = averaged if len(averaged) == len(_paper_names()) else datasets
     columns = [Column("model"), *(Column(name, "", 1, True) for name in datasets)]
@@ -223,12 +225,6 @@ def classification_table(title: str, results: Sequence[dict[str, Any]]) -> Table
         table.rows += _paper_rows(by_dataset, datasets, averaged)
     table.note = _note(results, datasets, averaged)
     return table
-
-
-def _in_order(names: Sequence[str]) -> list[str]:
-    """The columns of Table IV first, in its order; then the others as they came."""
-    first = [dataset.name for dataset in known_datasets().values()]
-    return sorted(dict.fromkeys(names), key=lambda name: first.index(name) if name in first else len(first))
 
 
 def _paper_names() -> list[str]:

@@ -222,7 +222,9 @@ def make_tables(benchmarks: Sequence[Benchmark], document: dict[str, Any]) -> li
     tables = []
     for task in dict.fromkeys(benchmark.task for benchmark in benchmarks):
         results = [result for result in document["results"] if result["task"] == task.name]
-        groups = [results] if task.one_table else _by_dataset(results)
+        names = dict.fromkeys(result["dataset"] for result in results)
+        groups = [[result for result in results if result["dataset"] == name] for name in names]
+        groups = [results] if task.one_table else groups
         tables += [table for group in groups for table in task.tables(task.title, group, document["models"])]
     return [table for table in tables if table]
 
@@ -255,11 +257,6 @@ def draw_figures(benchmarks: Sequence[Benchmark], document: dict[str, Any], outp
 
 def _figure_path(folder: Path, ending: str, name: str) -> Path:
     return folder / re.sub(r"[^\w.-]", "_", f"{name}{ending}.png")
-
-
-def _by_dataset(results: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    names = dict.fromkeys(result["dataset"] for result in results)
-    return [[result for result in results if result["dataset"] == name] for name in names]
 
 
 if __name__ == "__main__":

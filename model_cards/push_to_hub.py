@@ -122,7 +122,8 @@ def push(api: HfApi, staged: Staged, target: Target, message: str = MESSAGE, cre
             _say("created", f"{repo_id}{', private' if target.private else ''}")
         head = api.model_info(repo_id).sha
         present = api.list_repo_tree(repo_id, revision=head)
-        stale = [file.path for file in present if _is_own(file.path) and file.path not in staged.sizes]
+        stale = [file.path for file in present if file.path in OWN_NAMES or re.fullmatch(OWN, file.path)]
+        stale = [path for path in stale if path not in staged.sizes]
         if stale:
             _say("deleting", f"left by an earlier push: {', '.join(stale)}")
         _say("uploading", f"{len(staged.sizes)} files, {_megabytes(staged.bytes)} to {repo_id}")
@@ -207,10 +208,6 @@ def _holds(api: HfApi, repo_id: str, revision: str, staged: Staged) -> bool:
         return file.lfs.sha256 == file_sha256(path)
 
     return all(same(remote.get(name), staged.folder / name) for name in staged.sizes)
-
-
-def _is_own(path: str) -> bool:
-    return path in OWN_NAMES or re.fullmatch(OWN, path) is not None
 
 
 # ---------------------------------------------------------------------------------------------------------------- errors

@@ -186,7 +186,12 @@ def prepare(
     name = tokenizer or (DEFAULT_TOKENIZER if is_file else source)
     loaded = _load_tokenizer(name, skeleton)
     _say("tokenizer", f"{name}: {len(loaded):,} entries, {loaded.model_max_length} tokens")
-    image_processor = _image_processor(source, is_file, skeleton.config.vision_config.image_size)
+    if is_file:  # CLIP's mean and std, which the published code of all of them uses
+        side = skeleton.config.vision_config.image_size
+        sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+        image_processor = LRSCLIPImageProcessor(**sizes)
+    else:
+        image_processor = LRSCLIPImageProcessor.from_pretrained(source)
 
     for key in tensors if dtype is not None else ():
         tensors[key] = _cast(key, tensors[key], dtype)
@@ -235,13 +240,6 @@ def _load_tokenizer(name: str | Path, model: LRSCLIPModel) -> PreTrainedTokenize
             "trained with."
         )
     return tokenizer
-
-
-def _image_processor(source: str | Path, is_file: bool, size: int) -> LRSCLIPImageProcessor:
-    """A folder's own; for a file CLIP's mean and std, which the published code of all of them uses, at its size."""
-    if not is_file:
-        return LRSCLIPImageProcessor.from_pretrained(source)
-    return LRSCLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
 
 def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

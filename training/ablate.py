@@ -72,7 +72,11 @@ def ablate(options: argparse.Namespace) -> None:
     settings = dict(parse_setting(setting) for setting in options.set)
     seeds = parse_seeds(options)
     console, output = make_console(), Path(options.output)
-    say = _sayer(console)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+        console.file.flush()
+
     models, evaluation_data = _models(options, settings, output / "data", say)
     studies = choose_studies(options.study, models.ladders(WEIGHTS[options.mode]))
     plans = [[(arm, [models.run(arm, study.name, seed) for seed in seeds]) for arm in study.arms] for study in studies]
@@ -88,14 +92,6 @@ def ablate(options: argparse.Namespace) -> None:
         }
         outcome = Outcome(study, arms, measured.left_out, models.remark(study.name), seeds)
         report(outcome, output / study.name, console, _record(options, outcome, plan, folders))
-
-
-def _sayer(console: Console) -> Callable[[str], None]:
-    def say(text: str) -> None:
-        console.print(text, markup=False, soft_wrap=True)
-        console.file.flush()
-
-    return say
 
 
 # --------------------------------------------------------------------------------------------------------------- data

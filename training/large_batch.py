@@ -67,9 +67,10 @@ def cached_gradients(
     """
     random_states, embeds = [], []
     with torch.no_grad(), accelerator.autocast():  # one context for all pieces: weights are cast once
-        for piece in pieces:
-            random_states.append(_random_state(piece))
-            embeds.append(embedder(*piece))
+        for pixel_values, groups in pieces:
+            # Of the CPU and of the devices that the piece lies on.
+            random_states.append((torch.get_rng_state(), *get_device_states(pixel_values, *groups)))
+            embeds.append(embedder(pixel_values, groups))
     leaves = [
         torch.cat([part for part in parts if part is not None]).requires_grad_() for parts in zip(*embeds)
     ]  # (b, P), (n, P)
@@ -77,10 +78,11 @@ def cached_gradients(
     scale = [logit_scale] if logit_scale.requires_grad else []
     *left, scale_gradient = [*torch.autograd.grad(losses.loss, [*leaves, *scale]), None][:3]  # (b, P), (n, P), scalar
 
-    for number, (piece, random_state) in enumerate(zip(pieces, random_states), start=1):
+    for number, (piece, (on_cpu, devices, on_devices)) in enumerate(zip(pieces, random_states), start=1):
         last = number == len(pieces)
         with nullcontext() if last else _gradients_kept_back(accelerator, embedder):
-            _set_random_state(random_state)
+            torch.set_rng_state(on_cpu)
+            set_device_states(devices, on_devices)
             # A scalar whose gradient with respect to the embeddings and the logit scale is the one just taken.
             surrogate = sum(parameter * scale_gradient for parameter in scale) if last else 0
             for kind, part in enumerate(embedder(*piece)):
@@ -106,15 +108,3 @@ def _gradients_kept_back(accelerator: Accelerator, embedder: torch.nn.Module) ->
         wrapped = isinstance(embedder, DistributedDataParallel)
         with embedder.no_sync() if wrapped else accelerator.no_sync(embedder):
             yield
-
-
-def _random_state(piece: Piece) -> tuple:
-    """Random state of the CPU and of the devices that the piece lies on."""
-    pixel_values, groups = piece
-    return torch.get_rng_state(), *get_device_states(pixel_values, *groups)
-
-
-def _set_random_state(state: tuple) -> None:
-    on_cpu, devices, on_devices = state
-    torch.set_rng_state(on_cpu)
-    set_device_states(devices, on_devices)

@@ -3,7 +3,7 @@
 import difflib
 import os
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import fields, replace
 from importlib.util import find_spec
@@ -248,15 +248,11 @@ class Embedder(torch.nn.Module):
         Returns:
             unit embeddings of the images `(b, P)` and of the texts of all groups `(n, P)`; None for those not given.
         """
-        with self._precision():
+        device = self.model.logit_scale.device.type
+        with nullcontext() if self.autocast is None else torch.autocast(device, self.autocast):
             images = None if pixel_values is None else self.model(pixel_values=pixel_values).image_embeds
             texts = [self.model(input_ids=group).text_embeds for group in groups]
         return images, torch.cat(texts) if texts else None
-
-    def _precision(self) -> AbstractContextManager:
-        if self.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.model.logit_scale.device.type, self.autocast)
 
 
 def compile_layers(model: LRSCLIPModel) -> None:

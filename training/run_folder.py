@@ -193,11 +193,6 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
     return read_json(path, "remove it, or put back what the run wrote") if path.is_file() else None
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Replace the record in one step."""
-    replace_json(folder / RECORD, record)
-
-
 class RunRecord:
     """
     Writes `run.json` into a run folder when the run starts or goes on, and beside the weights of its models.
@@ -261,7 +256,7 @@ class RunRecord:
         record = read_record(self.folder) or {"schema_version": SCHEMA_VERSION}
         starts = [*record.get("starts", []), {"step": step} | self._machine()]
         starts[-1] |= {"changed_data": changed_data} if changed_data else {}
-        write_record(self.folder, record | {"starts": starts})
+        replace_json(self.folder / RECORD, record | {"starts": starts})
 
     def finish(self, state: TrainState) -> None:
         """Write the whole record into the run folder and beside the weights of `final` and `best`."""
@@ -270,7 +265,7 @@ class RunRecord:
             self.describe_model(best, state, state.best_step)
         elif self.validation_pairs:
             print(f"note: {best} of step {state.best_step} is no longer there, so it has no record")
-        write_record(self.folder, self.describe_model(self.folder / "final", state, state.step))
+        replace_json(self.folder / RECORD, self.describe_model(self.folder / "final", state, state.step))
 
     def describe_model(self, folder: Path, state: TrainState, step: int) -> dict[str, Any]:
         """
@@ -286,7 +281,7 @@ class RunRecord:
         """
         weights = weights_sha256(sorted(LRSCLIPModel.from_pretrained(folder).state_dict().items()))
         record = self._run(state) | {"weights": {"step": step, "sha256": weights}}
-        write_record(folder, record)
+        replace_json(folder / RECORD, record)
         return record
 
     def _machine(self) -> dict[str, Any]:

@@ -195,8 +195,12 @@ def _read(source: str | Path, text_column: str) -> Table:
     path, columns = Path(source).expanduser(), TEXT_COLUMNS[text_column]
     if path.is_dir():
         if files := _caption_files(path):
-            parquet = files[0].suffix == ".parquet"
-            return read_parquet(files, columns) if parquet else _read_file(_only(files), text_column)
+            if files[0].suffix == ".parquet":
+                return read_parquet(files, columns)
+            if len(files) > 1:
+                names = ", ".join(file.name for file in files)
+                raise ValueError(f"{path} holds several caption files ({names}); name one of them.")
+            return _read_file(files[0], text_column)
         near = ", ".join(sorted(file.name for file in path.iterdir() if file.suffix in FORMATS)[:5])
         raise NotHere(
             f"{path} holds no test.parquet, dataset_*.json, *_test.csv or captions.jsonl; name a "
@@ -212,13 +216,6 @@ def _read(source: str | Path, text_column: str) -> Table:
 
 def _caption_files(folder: Path) -> list[Path]:
     return next((files for pattern in IN_A_FOLDER if (files := sorted(folder.glob(pattern)))), [])
-
-
-def _only(files: list[Path]) -> Path:
-    if len(files) > 1:
-        names = ", ".join(path.name for path in files)
-        raise ValueError(f"{files[0].parent} holds several caption files ({names}); name one of them.")
-    return files[0]
 
 
 def _read_file(path: Path, text_column: str) -> Table:

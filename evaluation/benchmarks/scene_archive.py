@@ -79,13 +79,9 @@ def draw_archive_scene(seed: int, number: int, side: int = SIDE) -> tuple[np.nda
         text = write_long_text(scene_rng, scene)
         image, _ = draw_scene(scene_rng, scene, PLACE_SIDE)
         picture[top : top + PLACE_SIDE, left : left + PLACE_SIDE] = np.asarray(image)
-        if not _in_wedge(left, top, side):
+        if left + top >= WEDGE * side:
             places.append({"text": text, "pixel_box": [left, top, PLACE_SIDE, PLACE_SIDE]})
     return picture, places
-
-
-def _in_wedge(left: int, top: int, side: int) -> bool:
-    return left + top < WEDGE * side
 
 
 def write_archive_scene(path: Path, picture: np.ndarray, number: int) -> None:

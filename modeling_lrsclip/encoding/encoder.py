@@ -265,10 +265,12 @@ class Encoder:
         """The folder of embeddings on disk; its name holds all that an item's embedding depends on beside the item."""
         if self.cache_dir is None:
             return None
+        where_saved = ("_name_or_path", "transformers_version")
+        config = {name: value for name, value in self.model.config.to_dict().items() if name not in where_saved}
         origin = {
             "kind": kind,
             "weights": self.weights_sha256,
-            "config": _plain_config(self.model.config),
+            "config": config,
             "attention": self.model.config._attn_implementation,
             "dtype": str(self.dtype or self.model.dtype),
             "device": self.model.device.type,
@@ -302,12 +304,6 @@ class Encoder:
             "tokenizer": type(self.processor.tokenizer).__name__,
             "device": str(self.model.device),
         }
-
-
-def _plain_config(config: Any) -> dict[str, Any]:
-    """A configuration's fields without those that tell where and by which version it was saved."""
-    fields = config.to_dict()
-    return {name: value for name, value in fields.items() if name not in ("_name_or_path", "transformers_version")}
 
 
 def load_encoder(

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPModel
 
+from ..files.hashing import file_sha256
 from ..modeling_lrsclip import LRSCLIPModel
 from ..published.registry import ModelSource
 from .model_inputs import cut_tokens
@@ -119,10 +120,13 @@ class OnnxModel(DualEncoder):
     """The towers of `modeling_lrsclip.export_onnx`, run by onnxruntime on the CPU; a parameter stands for their type."""
 
     def __init__(self, folder: Path, config: Any):
-        from ..export_onnx import RECORD, OnnxTowers
+        from ..export_onnx import RECORD, TEXT, VISION, OnnxTowers, tower_file
 
+        # Both files' SHA-256 as numbers, by which the hash of weights tells two exports apart.
+        digests = [bytes.fromhex(file_sha256(tower_file(folder, name))) for name in (TEXT, VISION)]
+        numbers = torch.tensor(list(b"".join(digests)), dtype=torch.float32)
         stand_in = nn.Module()
-        stand_in.register_parameter("hash", nn.Parameter(_file_numbers(folder), requires_grad=False))
+        stand_in.register_parameter("hash", nn.Parameter(numbers, requires_grad=False))
         stand_in.config = config
         super().__init__(stand_in, config.text_config.max_position_embeddings)
         self.parameter_count = json.loads((folder / RECORD).read_text(encoding="utf-8"))["parameters"]
@@ -309,12 +313,3 @@ def _number(config: Any, name: str, default: int) -> int:
     fields = config if isinstance(config, dict) else vars(config) if config is not None else {}
     value = fields.get(name)
     return value if isinstance(value, int) and value > 0 else default
-
-
-def _file_numbers(folder: Path) -> Tensor:
-    """The SHA-256 of both files as numbers, by which the hash of weights tells two exports apart."""
-    from ..export_onnx import TEXT, VISION, tower_file
-    from ..files.hashing import file_sha256
-
-    digests = [bytes.fromhex(file_sha256(tower_file(folder, name))) for name in (TEXT, VISION)]
-    return torch.tensor(list(b"".join(digests)), dtype=torch.float32)

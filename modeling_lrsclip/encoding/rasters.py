@@ -204,7 +204,11 @@ class Raster:
             return np.ascontiguousarray(colours[..., :3]), valid & (colours[..., 3] > 0)
         rgb = np.empty((*valid.shape, 3), dtype=np.uint8)
         for band, values in enumerate(data):
-            levels = values if rendering.low is None else self._stretched(values, band)
+            levels = values
+            if rendering.low is not None and values.dtype.name in LOOKED_UP:
+                levels = np.take(self._tables[band], values.view(f"uint{values.dtype.itemsize * 8}"))
+            elif rendering.low is not None:
+                levels = _to_levels(values, rendering.low[band], rendering.high[band])
             rgb[..., band if len(data) == 3 else slice(None)] = (
                 levels if len(data) == 3 else levels[..., None]
             )  # or grey
@@ -230,13 +234,6 @@ class Raster:
         if self.nodata is not None and not math.isnan(self.nodata):
             valid &= (data != self.nodata).any(axis=0)
         return data, valid
-
-    def _stretched(self, values: np.ndarray, band: int) -> np.ndarray:
-        if values.dtype.name in LOOKED_UP:
-            unsigned = values.view(np.dtype(f"uint{values.dtype.itemsize * 8}"))
-            return np.take(self._tables[band], unsigned)
-        low, high = self.rendering.low[band], self.rendering.high[band]
-        return _to_levels(values, low, high)
 
     @cached_property
     def _tables(self) -> list[np.ndarray]:

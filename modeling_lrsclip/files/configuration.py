@@ -13,7 +13,6 @@ from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
-from pydantic.fields import FieldInfo
 
 
 Config = TypeVar("Config")
@@ -206,7 +205,8 @@ def field_types(kind: Any, values: Any = None, prefix: str = "") -> dict[str, st
         if hasattr(info.annotation, "__pydantic_fields__"):
             listed |= field_types(info.annotation, below, f"{prefix}{name}.")
             continue
-        listed[prefix + name] = _describe(info)
+        default = "required" if info.is_required() else f"default {info.get_default(call_default_factory=True)!r}"
+        listed[prefix + name] = f"{_type_name(info.annotation)}, {default}"
         for section in _sections(info.annotation):
             if isinstance(below, list):
                 entries = [(f"{name}.{number}", entry) for number, entry in enumerate(below)]
@@ -224,13 +224,6 @@ def _sections(annotation: Any) -> list[Any]:
     if hasattr(annotation, "__pydantic_fields__"):
         return [annotation]
     return [section for inner in get_args(annotation) for section in _sections(inner)]
-
-
-def _describe(info: FieldInfo) -> str:
-    kind = _type_name(info.annotation)
-    if info.is_required():
-        return f"{kind}, required"
-    return f"{kind}, default {info.get_default(call_default_factory=True)!r}"
 
 
 def _type_name(annotation: Any) -> str:

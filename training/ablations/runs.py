@@ -234,7 +234,9 @@ class RunFolders:
             if self.finished(run):
                 return
             recipe, log = self.root / f"{run.name}.yaml", self.root / f"{run.name}.log"
-            replace_text(recipe, yaml.safe_dump(self._values(run), sort_keys=False))
+            fields = {"output_dir": str(self.folder(run).resolve()), "data.train": run.source.train, "resume": True}
+            fields |= {"model.init": str(self.model(run.start).resolve())} if run.start else {}
+            replace_text(recipe, yaml.safe_dump(with_fields(run.values, fields), sort_keys=False))
             with log.open("ab") as output:
                 command = [*self.launch, "-m", "training.train", "--config", str(recipe.resolve())]
                 # In a session of its own, so that Ctrl-C reaches it once, through here.
@@ -254,12 +256,6 @@ class RunFolders:
                     "what is finished stays, the same command goes on from here."
                 )
             shutil.rmtree(self.folder(run) / "checkpoints", ignore_errors=True)  # of use to unfinished runs only
-
-    def _values(self, run: Run) -> dict[str, Any]:
-        fields = {"output_dir": str(self.folder(run).resolve()), "data.train": run.source.train, "resume": True}
-        if run.start:
-            fields["model.init"] = str(self.model(run.start).resolve())
-        return with_fields(run.values, fields)
 
     def seconds(self, run: Run) -> float:
         """Seconds of training, as the run recorded them."""

@@ -69,13 +69,11 @@ class EpochOrder:
                 within = np.arange(max(first, begin), min(last, ends[number])) - begin
                 parts.append(self.starts[chunk] + within)
             rows = np.concatenate(parts)
-        generator = torch.Generator().manual_seed(self._window_seed(epoch, window))
+        seed = self.seed * 1_000_003 + epoch
+        if self.source or window:
+            seed = int(np.random.SeedSequence([self.seed, epoch, self.source, window]).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(seed)
         return rows[torch.randperm(len(rows), generator=generator).numpy()]
-
-    def _window_seed(self, epoch: int, window: int) -> int:
-        if self.source == 0 and window == 0:
-            return self.seed * 1_000_003 + epoch
-        return int(np.random.SeedSequence([self.seed, epoch, self.source, window]).generate_state(1)[0])
 
 
 class Mixture:
