@@ -184,7 +184,7 @@ def _small(heat: np.ndarray) -> np.ndarray:
 
 def localization_table(title: str, results: Sequence[dict[str, Any]]) -> Table:
     """
-    One row per model, as the paper's Table V; below it the paper's row and the gap, where there is one. On AIR-SLT the
+    Table with a row per model, as the paper's Table V; below it the paper's row and the gap, where there is one. On AIR-SLT the
     paper's rows of AMFMN, which is no CLIP, come last.
     """
     first = results[0]

@@ -29,7 +29,7 @@ def paper_tables() -> dict[str, Any]:
 
 def paper_figures(model: str, task: str, dataset: str) -> dict[str, float] | None:
     """
-    One row of Tables II to V of version 1, as printed; for DGTRS-CLIP what is known of version 2.
+    Row of Tables II to V of version 1, as printed; for DGTRS-CLIP what is known of version 2.
 
     Args:
         model: key such as `lrsclip-vit-b-16`, `dgtrs-clip-vit-b-16`, `clip-vit-l-14`, `selo-v1`.

@@ -66,7 +66,7 @@ def csv_lines(results: Sequence[dict[str, Any]]) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """One column; `group` is a heading that neighbouring columns share."""
+    """Column of a table; `group` is a heading that neighbouring columns share."""
 
     name: str
     group: str = ""
@@ -127,7 +127,7 @@ def seen_notes(results: Sequence[dict[str, Any]]) -> list[str]:
 
 def retrieval_table(title: str, results: Sequence[dict[str, Any]], models: Sequence[dict[str, Any]]) -> Table:
     """
-    One row per model, in the order of the paper's Tables II and III; below it the paper's row and the gap.
+    Table with a row per model, in the order of the paper's Tables II and III; below it the paper's row and the gap.
 
     Args:
         title: of the task.

@@ -149,7 +149,7 @@ def parse_tokens(values: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One data set, and the task that models are measured on it by."""
+    """Data set, and the task by which models are measured on it."""
 
     task: Task
     method: Any  # made by `task.make`

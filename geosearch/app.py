@@ -56,7 +56,7 @@ class SearchPage:
         return [(Path(scene).name, scene) for scene in self.pictures.scenes]
 
     def tokens(self, text: str) -> str:
-        """How many tokens a text has, and, where it is longer than 77, what lies beyond."""
+        """Count the tokens of a text, and say, where it is longer than 77, what lies beyond."""
         if not text or not text.strip():
             return '<div class="tokens">0 tokens</div>'
         return token_markup(read_text(self.encoder, text))

@@ -48,7 +48,7 @@ class SearchProblem(ValueError):
 
 @dataclass(frozen=True)
 class Area:
-    """Which windows may be found. The defaults leave none out."""
+    """Windows that may be found, by area and time. The defaults leave none out."""
 
     bbox: tuple[float, float, float, float] | None = (
         None  # west, south, east, north in degrees; west > east: across 180
@@ -76,7 +76,7 @@ class Area:
 
     def rows(self, index: Index) -> np.ndarray | None:
         """
-        Which windows of an index lie in the area and time.
+        Row numbers of the windows of an index in the area and time.
 
         Returns:
             `(N,)` bool; None: all.
@@ -171,14 +171,14 @@ class ReadText:
         return self.text[self.cut_at :].strip()
 
     def sentence(self) -> str:
-        """How long the text is and what of it is not read, in words."""
+        """Sentence on how long the text is and what of it is not read."""
         if not self.cut:
             return f"The text has {self.tokens} tokens; the model reads {self.limit}."
         return f"The text has {self.tokens} tokens, of which the model reads {self.limit}; not read: “{self.cut}”"
 
 
 def read_text(encoder: Encoder, text: str) -> ReadText:
-    """How many tokens a text has for a model, and where its reading ends."""
+    """Count a text's tokens for a model, and find where its reading ends."""
     tokenizer, limit = encoder.processor.tokenizer, encoder.positions
     cleaned = clean_text(text)
     encoded = tokenizer(cleaned, return_offsets_mapping=True, truncation=False, verbose=False)

@@ -1,5 +1,5 @@
 """
-Where windows of a scene lie on the Earth: their corners in longitude and latitude, and the order of a Hilbert curve.
+Positions of a scene's windows on the Earth: their corners in longitude and latitude, and the order of a Hilbert curve.
 
 Shapes: N windows; a pixel box is (left, top, width, height).
 """

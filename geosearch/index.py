@@ -38,7 +38,7 @@ DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 @dataclass
 class IndexJob:
     """
-    One `geosearch index` command.
+    Arguments and steps of one `geosearch index` command.
 
     Attributes:
         scenes: files, folders, patterns, STAC documents, tables ([`~geosearch.scenes.find_scenes`]).
@@ -178,7 +178,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def tell_plan(plan: Plan) -> None:
-    """Says on standard error what was found."""
+    """Print on standard error what was found."""
     windows = sum(scene.windows for scene in plan.scenes)
     new = len(plan.scenes) - len(plan.changed)
     parts = [

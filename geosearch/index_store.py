@@ -214,7 +214,7 @@ class Index:
 
     @cached_property
     def _row_batches(self) -> list[pa.RecordBatch]:
-        """One a part; neither read nor decoded before it is asked for."""
+        """Batches of rows, one a part; neither read nor decoded before it is asked for."""
         if (kept := self._kept_row_batches()) is not None:
             return kept
         try:

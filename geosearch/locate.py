@@ -1,5 +1,5 @@
 """
-Where in a scene is what a text describes: a map of similarity in the scene's own coordinates, and the places on it.
+Places in a scene that a text describes: a map of similarity in the scene's own coordinates, and the places on it.
 
 Shapes: H, W cells of the map, N windows of the scene, D width of the shared space, S scales.
 """
@@ -33,7 +33,7 @@ FLAT = 1e-6  # a peak no higher than this above the level is rounding, and no pl
 @dataclass(frozen=True)
 class SimilarityMap:
     """
-    How similar each cell of a scene is to a text.
+    Similarity of each cell of a scene to a text.
 
     Attributes:
         values: `(H, W)` float32 cosine similarities; NaN where no window is.

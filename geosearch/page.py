@@ -32,7 +32,7 @@ Ring = np.ndarray  # (4, 2) upper left, upper right, lower right, lower left
 
 class MapFrame:
     """
-    From longitude and latitude (or pixels of a scene) to the drawing: x to the right, y down.
+    Transform from longitude and latitude (or pixels of a scene) to the drawing: x to the right, y down.
 
     Args:
         pictures: of the index.

@@ -94,7 +94,7 @@ class ScenePictures:
 
     def corners(self, scene: str, pixel_box: tuple[int, int, int, int] | None = None) -> np.ndarray:
         """
-        Where a part of a scene lies: upper left, upper right, lower right and lower left corner.
+        Corners of a part of a scene: upper left, upper right, lower right and lower left corner.
 
         Returns:
             `(4, 2)` longitudes and latitudes; longitudes go on beyond 180 rather than jump. Pixels for a scene without

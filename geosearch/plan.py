@@ -50,7 +50,7 @@ class WindowOptions:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "WindowOptions":
-        """From what [`WindowOptions.to_dict`] wrote."""
+        """Rebuild what [`WindowOptions.to_dict`] wrote."""
         return cls(
             tuple(WindowSize.parse(size) for size in values["sizes"]),
             values["stride"],
@@ -128,7 +128,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Plan":
-        """From what [`Plan.to_dict`] gave."""
+        """Rebuild what [`Plan.to_dict`] gave."""
         scenes = []
         for scene in values["scenes"]:
             facts = dict(scene["facts"])

@@ -1,4 +1,4 @@
-"""Which files are meant: scenes from paths, folders, patterns, STAC documents and tables, and what each file says of itself."""
+"""Scenes that arguments mean: from paths, folders, patterns, STAC documents and tables, and what each file says of itself."""
 
 import csv
 import datetime
@@ -288,7 +288,7 @@ class SceneFacts:
 
     @property
     def affine(self) -> Affine:
-        """From (column, row) to the scene's coordinates."""
+        """Transform from (column, row) to the scene's coordinates."""
         return Affine(*self.transform)
 
 
@@ -370,7 +370,7 @@ def _pixel_size(crs: str, transform: Affine, width: int, height: int) -> tuple[f
 
 
 def _acquired(dataset: Any) -> datetime.datetime | None:
-    """When a scene was taken, as its own tags have it."""
+    """Time at which a scene was taken, by its own tags."""
     tags = [dataset.tags(ns="IMAGERY").get("ACQUISITIONDATETIME")]
     general = dataset.tags()
     tags += [

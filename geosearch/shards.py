@@ -1,5 +1,5 @@
 """
-One index by several processes or machines. A shard is every n-th block of every scene, encoded into a folder of its own
+An index built by several processes or machines. A shard is every n-th block of every scene, encoded into a folder of its own
 with a marker that is written last; `geosearch merge` unites the shards. Processes of `accelerate launch` and tasks of
 Ray are shards too.
 """

@@ -1,5 +1,5 @@
 """
-Which windows a scene is cut into, and the blocks that they are encoded in. Geometry only: no file is read.
+Windows that a scene is cut into, and the blocks that they are encoded in. Geometry only: no file is read.
 
 A scale is one size of window. Its windows stand on a grid, a share of their side apart; the last column and line of
 windows are moved inside, so that every pixel is covered. A block is a rectangle of neighbouring windows of one scale: the

@@ -303,7 +303,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def run(options: argparse.Namespace, api: HfApi) -> None:
-    """From the arguments to the commit; see `main` for what is raised."""
+    """Stage, verify and push what the arguments name; see `main` for what is raised."""
     validate_repo_id(options.repo)
     if options.repo.count("/") != 1:
         raise ValueError(f"--repo {options.repo} has no owner; give owner/name.")

@@ -241,7 +241,7 @@ def _weight_files(checkpoint: Path) -> list[str]:
 
 
 def _place(source: Path, target: Path) -> None:
-    """Weights are linked where that is possible, what is rewritten later is copied."""
+    """Put a file in place: weights by a link where that is possible, what is rewritten later by a copy."""
     if source.suffix == ".safetensors":
         try:
             os.symlink(source.resolve(), target)

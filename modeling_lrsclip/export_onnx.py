@@ -49,7 +49,7 @@ logger = logging.getLogger("modeling_lrsclip.export_onnx")
 
 class _Tower(nn.Module):
     """
-    One of a model's methods that embed. A text needs no attention mask: the tower is causal and pools at the first
+    Module of one of a model's methods that embed. A text needs no attention mask: the tower is causal and pools at the first
     end-of-text token, so padding is never seen.
     """
 
@@ -126,7 +126,7 @@ def _probe(processor: LRSCLIPProcessor) -> dict[str, Tensor]:
 
 
 def _export(model: LRSCLIPModel, name: str, example: Tensor, path: Path) -> None:
-    """By torch's own exporter, with batch and length left open."""
+    """Write a tower by torch's own exporter, with batch and length left open."""
     axes: dict[int, Any] = {0: torch.export.Dim("batch_size", min=1, max=4096)}
     if name == TEXT:
         axes[1] = torch.export.Dim("sequence_length", min=2, max=model.config.text_config.max_position_embeddings)

@@ -101,7 +101,7 @@ def _unit(embeds: torch.Tensor) -> torch.Tensor:
 
 
 class _CLIPInitialization:
-    """Weights that a checkpoint lacks, or a model from scratch, begin as CLIP's do."""
+    """Initialization of weights that a checkpoint lacks, or of a model from scratch, as CLIP's."""
 
     @classmethod
     def is_custom_code(cls) -> bool:

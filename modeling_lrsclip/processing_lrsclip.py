@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One call from captions and images to model inputs: `processor(text=..., short_text=..., images=...)`."""
+"""Captions and images to model inputs in one call: `processor(text=..., short_text=..., images=...)`."""
 
 import html
 import re

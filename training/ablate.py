@@ -179,7 +179,7 @@ class Measured:
         self.left_out = [TASKS[task.name] for task in tasks if task.name not in measured]
 
     def __call__(self, model: Path, kept: Path) -> Results:
-        """By task, a result per data set; read from the file `kept` where it is of this very data."""
+        """Measure a model: by task, a result per data set; read from the file `kept` where it is of this very data."""
         if kept.is_file() and (document := json.loads(kept.read_text(encoding="utf-8")))["data"] == self.identity:
             return document["results"]
         started = time.perf_counter()

@@ -213,7 +213,7 @@ def _draw(axes: Axes, records: list[dict], colours: dict[str, str], label: str, 
 
 
 def _draw_bars(axes: Axes, record: dict, colours: dict[str, str], label: str) -> None:
-    """One validation makes no curve."""
+    """Draw a single validation as bars, since it makes no curve."""
     shown = {name: colour for name, colour in colours.items() if name in record}
     bars = axes.barh(list(shown), [record[name] for name in shown], color=list(shown.values()), height=0.5)
     axes.bar_label(bars, fmt="%.1f", padding=4)

@@ -39,7 +39,7 @@ NO_NAMES = ("images", "imgs", "data", "captions", "2750", *SPLITS)  # folders an
 
 @dataclass(frozen=True)
 class ClassificationData:
-    """One classification benchmark: `labels[i]` is the class of image i, an index into `dataset.classes`."""
+    """Classification benchmark: `labels[i]` is the class of image i, an index into `dataset.classes`."""
 
     dataset: Dataset
     images: ImageFiles  # M
@@ -70,7 +70,7 @@ class ClassificationData:
 
     @property
     def summary(self) -> str:
-        """One line on what was found, and against what."""
+        """Line on what was found, and what the published data would be."""
         dataset = self.dataset
         parts = [f"{len(self.images):,} images, {len(dataset.classes)} classes"]
         if dataset.images:

@@ -23,7 +23,7 @@ Polygon = list[list[float]]  # corners (x, y) in pixels
 
 @dataclass(frozen=True)
 class LocalizationData:
-    """One localization benchmark: query j is about image `text_to_image[j]`."""
+    """Localization benchmark: query j is about image `text_to_image[j]`."""
 
     name: str
     images: ImageFiles  # M
@@ -55,7 +55,7 @@ class LocalizationData:
 
     @property
     def summary(self) -> str:
-        """One line on what was found, and against what."""
+        """Line on what was found, and what the published data would be."""
         counts = self.counts
         line = f"{self.name}: {counts['images']:,} scenes, {counts['texts']:,} queries, {counts['regions']:,} regions"
         if self.is_whole:

@@ -64,7 +64,7 @@ PUBLISHED_SPLITS = {
 
 @dataclass(frozen=True)
 class RetrievalData:
-    """One retrieval benchmark: `text_to_image[j]` is the index of the image that text j describes."""
+    """Retrieval benchmark: `text_to_image[j]` is the index of the image that text j describes."""
 
     name: str  # as in the paper's tables where it is one of theirs
     images: ImageFiles  # M
@@ -81,7 +81,7 @@ class RetrievalData:
 
     @property
     def summary(self) -> str:
-        """One line on what was found, and against what."""
+        """Line on what was found, and what the published data would be."""
         line = f"{self.name}: {len(self.images):,} images, {len(self.texts):,} texts"
         if self.expected and not self.is_whole:
             line += (

@@ -60,7 +60,7 @@ class Table:
         return len(self.images)
 
     def place(self, row: int) -> str:
-        """Where a row stands, for errors."""
+        """Name of a row's position in the file, for errors."""
         return self.places[row] if self.places else f"{self.row_name} {row + 1}"
 
 
@@ -238,7 +238,7 @@ def usable_images(
     images: ImageFiles, allow_missing: int, origin: str, beside: str = ""
 ) -> tuple[list[int], list[str]]:
     """
-    Which images to keep. With `allow_missing`, all of them are opened once, to see which cannot be read; without it,
+    Choose the images to keep. With `allow_missing`, all of them are opened once, to see which cannot be read; without it,
     an image that cannot be read is an error when its turn comes.
 
     Args:

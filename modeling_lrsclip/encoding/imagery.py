@@ -287,7 +287,7 @@ def _check_size(width: int, height: int) -> None:
 
 def augment(image: Image.Image, kind: Augmentation, rng: random.Random) -> Image.Image:
     """
-    One of the views of an image from above that are as likely as itself: mirrored (`flips`), turned by quarters
+    Choose a view of an image from above that is as likely as itself: mirrored (`flips`), turned by quarters
     (`rotations`) or both (`dihedral`). Pixels move and do not change.
 
     A caption's left, right, north or south no longer holds for a view; for data that names them, leave it at `none`,

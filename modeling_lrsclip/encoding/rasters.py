@@ -88,7 +88,7 @@ class ValueRange:
 
 @dataclass(frozen=True)
 class Rendering:
-    """How a raster became 8-bit RGB."""
+    """Record of how a raster became 8-bit RGB."""
 
     bands: tuple[int, ...]  # red, green, blue counted from 1; one for grey or a palette
     names: tuple[str, ...]  # as the file describes them

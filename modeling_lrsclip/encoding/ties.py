@@ -1,5 +1,5 @@
 """
-Which scores count as equal. A matrix product gives equal columns different last bits, depending on the processor, the
+Scores that count as equal. A matrix product gives equal columns different last bits, depending on the processor, the
 shape and the number of threads, so ties are decided within a tolerance and then by index.
 """
 

@@ -149,7 +149,7 @@ def _too_deep(value: Any, levels: int = DEEPEST) -> bool:
 
 def json_list_name(path: Path, encoding: str | None = None) -> str | None:
     """
-    Where a JSON file has its rows: "" for a list, else which of `JSON_LISTS` its object holds them under; None for neither.
+    Name of the list that a JSON file has its rows in: "" for a bare one, else which of `JSON_LISTS`; None for neither.
 
     Raises:
         `ValueError`: for a file that is no JSON.

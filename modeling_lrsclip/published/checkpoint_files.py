@@ -63,7 +63,7 @@ def read_published_file(path: str | Path) -> PublishedFile:
 
 
 def recognise(path: Path) -> str:
-    """One of the four forms, told from the first bytes and the table of contents; `ValueError` for anything else."""
+    """Recognise one of the four forms from the first bytes and the table of contents; `ValueError` for anything else."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(512)

@@ -22,7 +22,7 @@ _OPEN_CLIP_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
 
 @dataclass(frozen=True)
 class Preset:
-    """How published code runs its checkpoints, where the files do not say."""
+    """Settings by which published code runs its checkpoints, where the files do not say."""
 
     activations: dict[str, str]  # architecture, such as ViT-B/32, or ANY -> activation
     source: str  # repository and file that say so

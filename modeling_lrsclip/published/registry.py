@@ -41,7 +41,7 @@ class PublishedModel:
 
     @property
     def by_hand(self) -> str:
-        """How to get it without this program."""
+        """Sentence on how to get it without this program."""
         if self.url:
             return f"download {self.url}, unpack it and give --model {self.name}=path/to/{self.file}"
         if not self.file:
@@ -146,7 +146,7 @@ PAPER_ONLY = {"selo-v1": "AMFMN of xiaoyuan1996/AMFMN", "selo-v2": "AMFMN of xia
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model is and how it is read: what `modeling_lrsclip.encoding.encoder.load_encoder` needs."""
+    """Location of a model and how it is read, for `modeling_lrsclip.encoding.load_encoder`."""
 
     path: str  # folder, Hub id, or checkpoint file
     model: PublishedModel | None = None  # its row in the registry, where it has one

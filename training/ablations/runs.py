@@ -47,7 +47,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Run:
-    """One call of `training.train`: the values of its recipe, its data, and the run whose final model it starts from."""
+    """Call of `training.train`: the values of its recipe, its data, and the run whose final model it starts from."""
 
     label: str
     values: dict[str, Any]

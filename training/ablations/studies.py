@@ -17,7 +17,7 @@ LONG_CLIP_RANK = 32 / 512  # principal components of Long-CLIP's PCM, as a share
 @dataclass(frozen=True)
 class Arm:
     """
-    One setting of a study.
+    Setting of a study.
 
     Args:
         name: as the paper's table or figure writes it.
@@ -46,7 +46,7 @@ class Ordering:
 
 @dataclass(frozen=True)
 class Study:
-    """One ablation. `figure` says that the paper plots it and prints no values."""
+    """Ablation of the paper. `figure` says that the paper plots it and prints no values."""
 
     name: str
     title: str

@@ -1,1 +1,1 @@
-"""From sources of captioned images to batches, in an order that every run can repeat."""
+"""Sources of captioned images, made into batches in an order that every run can repeat."""

@@ -1,4 +1,4 @@
-"""Where the rows of files begin that have no table of contents, found once and kept beside the user's caches."""
+"""Positions of the rows of files that have no table of contents, found once and kept beside the user's caches."""
 
 import contextlib
 import csv

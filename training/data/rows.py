@@ -197,7 +197,7 @@ class ParquetRows:
 
     @property
     def file(self) -> pq.ParquetFile:
-        """Opened anew in each process, since handles do not survive a fork."""
+        """The open file, opened anew in each process, since handles do not survive a fork."""
         if self._owner != os.getpid():
             source = self.path if self.filesystem is None else self.filesystem.open(self.path, "rb")
             try:

@@ -1,4 +1,4 @@
-"""Where captioned images come from: files, folders, shards, tars and data sets on the Hub, each opened as [`Rows`]."""
+"""Sources of captioned images: files, folders, shards, tars and data sets on the Hub, each opened as [`Rows`]."""
 
 import difflib
 import glob

@@ -31,7 +31,7 @@ _SPAN = np.dtype([("offset", "<u8"), ("size", "<u8")])  # of a member's data; si
 
 def tar_index(path: Path) -> np.ndarray:
     """
-    One record a sample, in order, with a field a suffix of `offset` and `size` in bytes.
+    Index of a tar: a record a sample, in order, with a field a suffix of `offset` and `size` in bytes.
 
     Raises:
         `ValueError`: for a compressed tar or a file that is none.
@@ -76,7 +76,7 @@ class TarRows:
 
     @property
     def file(self) -> io.RawIOBase:
-        """Opened anew in each process, since handles do not survive a fork."""
+        """The open file, opened anew in each process, since handles do not survive a fork."""
         if self._owner != os.getpid():
             self._file, self._owner = open(self.path, "rb", buffering=0), os.getpid()  # noqa: SIM115
         return self._file

@@ -1,4 +1,4 @@
-"""From the plan of a scene to its short and its long caption, and how well the short ones can be told apart.
+"""Short and long captions of a scene's plan, and how well the short ones can be told apart.
 
 Every sentence of a long caption stands on its own (no pronoun refers to another sentence), so the sentences keep
 their meaning in any order. Each object's sentence carries facts that no other sentence repeats in full.
@@ -187,7 +187,7 @@ def _in_place(rng: random.Random, cell: int) -> str:
 
 
 def _relation(rng: random.Random, scene: Scene, item: SceneObject) -> str:
-    """How an object lies to one of its neighbours, as `, just above a tank`; empty where it has none."""
+    """Say how an object lies to one of its neighbours, as `, just above a tank`; empty where it has none."""
     column, row = item.cell % 3, item.cell // 3
     neighbours = []
     for other in scene.objects:

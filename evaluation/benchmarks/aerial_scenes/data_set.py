@@ -83,7 +83,7 @@ def plan_and_texts(seed: int, split: str, index: int) -> tuple[Scene, ShortText,
 
 def scene_row(seed: int, split: str, index: int, image_size: int) -> Row:
     """
-    One row of train.parquet, validation.parquet or test.parquet; the same arguments always give the same bytes.
+    Draw one row of train.parquet, validation.parquet or test.parquet; the same arguments always give the same bytes.
 
     Args:
         seed: of the data set.
@@ -110,7 +110,7 @@ def scene_row(seed: int, split: str, index: int, image_size: int) -> Row:
 
 def canvas_row(seed: int, split: str, index: int, image_size: int) -> Row:
     """
-    One row of localization.parquet.
+    Draw one row of localization.parquet.
 
     Args:
         seed: of the data set.

@@ -1,4 +1,4 @@
-"""From the plan of a scene to pixels, and from pixels to PNG bytes."""
+"""Pixels of a scene's plan, and PNG bytes of pixels."""
 
 from __future__ import annotations
 

@@ -133,12 +133,12 @@ def scene_random(seed: int, split: str, index: int, purpose: str) -> random.Rand
 
 
 def pick(rng: random.Random, items: Sequence[Item]) -> Item:
-    """One of the items; four times as fast as `rng.choice`, and a scene needs a hundred of them."""
+    """Choose one of the items; four times as fast as `rng.choice`, and a scene needs a hundred of them."""
     return items[int(rng.random() * len(items))]
 
 
 def pick_number(rng: random.Random, count: int) -> int:
-    """One of 0..count - 1."""
+    """Choose one of 0..count - 1."""
     return int(rng.random() * count)
 
 
