@@ -172,7 +172,30 @@ class GroupCache:
         return self.groups[key]
 
 
-class ParquetRows:
+class FileRows:
+    """Rows of a file that each process opens for itself, since handles do not survive a fork."""
+
+    path: str | Path
+    _file, _owner = None, None  # the file, and the process that opened it
+
+    def __getstate__(self):
+        return self.__dict__ | {"_file": None, "_owner": None}
+
+    @property
+    def file(self) -> Any:
+        """The open file."""
+        if self._owner != os.getpid():
+            self._file, self._owner = self._open(), os.getpid()
+        return self._file
+
+    def _open(self) -> Any:
+        return open(self.path, "rb", buffering=0)
+
+    def _close(self) -> None:
+        self._file, self._owner = None, None
+
+
+class ParquetRows(FileRows):
     """
     A parquet file whose row groups are read when they are needed; at the start only its footer.
 
@@ -186,28 +209,17 @@ class ParquetRows:
         self.path, self.columns, self.cache, self.filesystem = path, columns, cache, filesystem
         self.name, self.location = path.rsplit("/", 1)[-1], path
         self.folder = Path(path).parent if filesystem is None else None
-        self._file, self._owner = None, None
         footer = self.file.metadata
         self.chunks = np.array([footer.row_group(number).num_rows for number in range(footer.num_row_groups)])
         self.starts = np.cumsum(self.chunks) - self.chunks
         self._close()
 
-    def __getstate__(self):
-        return self.__dict__ | {"_file": None, "_owner": None}
-
-    @property
-    def file(self) -> pq.ParquetFile:
-        """The open file, opened anew in each process, since handles do not survive a fork."""
-        if self._owner != os.getpid():
-            source = self.path if self.filesystem is None else self.filesystem.open(self.path, "rb")
-            try:
-                self._file, self._owner = pq.ParquetFile(source, memory_map=self.filesystem is None), os.getpid()
-            except (OSError, ValueError, pa.ArrowException) as error:
-                raise ValueError(f"{self.path} is not a readable parquet file: {error}") from error
-        return self._file
-
-    def _close(self) -> None:
-        self._file, self._owner = None, None
+    def _open(self) -> pq.ParquetFile:
+        source = self.path if self.filesystem is None else self.filesystem.open(self.path, "rb")
+        try:
+            return pq.ParquetFile(source, memory_map=self.filesystem is None)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise ValueError(f"{self.path} is not a readable parquet file: {error}") from error
 
     def read(self, numbers: list[int]) -> list[Row]:
         rows = []
@@ -240,7 +252,7 @@ class ParquetRows:
         self._close()
 
 
-class LineRows:
+class LineRows(FileRows):
     """A JSONL, CSV or TSV file, of which only the wanted lines are read; where each begins is looked up once."""
 
     one_by_one = True
@@ -249,7 +261,6 @@ class LineRows:
         self.path, self.columns, self.name, self.location = path, columns, path.name, str(path)
         is_csv = path.suffix in (".csv", ".tsv")
         self.spans, self.header, self.dialect = line_index(path, quoted=is_csv), [], {}  # (rows, 2) first byte, end
-        self._file, self._owner = None, None
         if is_csv and len(self.spans):
             try:
                 header = self._line(0).decode("utf-8")
@@ -261,15 +272,10 @@ class LineRows:
             self.header, self.spans = self._fields(header), self.spans[1:]
         self.chunks = even_chunks(len(self.spans))
 
-    def __getstate__(self):
-        return self.__dict__ | {"_file": None, "_owner": None}
-
     def _line(self, number: int) -> bytes:
-        if self._owner != os.getpid():
-            self._file, self._owner = open(self.path, "rb", buffering=0), os.getpid()  # noqa: SIM115
         first, end = self.spans[number].tolist()
-        self._file.seek(first)
-        return self._file.read(end - first)
+        self.file.seek(first)
+        return self.file.read(end - first)
 
     def values(self, number: int) -> dict[str, Any]:
         """

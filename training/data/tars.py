@@ -5,8 +5,6 @@ A sample is what stands together under one name up to the first dot; what follow
 (`0017.jpg`, `0017.txt`, `0017.json`; in RS5M `0017.img_content`, `0017.img_name`, `0017.caption`).
 """
 
-import io
-import os
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +15,7 @@ import numpy as np
 from modeling_lrsclip.files.tables import parse_object, tar_members
 
 from .line_index import kept_index
-from .rows import Row, Stored, even_chunks
+from .rows import FileRows, Row, Stored, even_chunks
 
 
 # What "image" stands for in a tar, the first found: suffixes of common formats, om-ai-lab/RS5M dataloader.py and
@@ -54,7 +52,7 @@ def _read_headers(path: Path) -> np.ndarray:
     return index
 
 
-class TarRows:
+class TarRows(FileRows):
     """
     The samples of a tar.
 
@@ -69,17 +67,6 @@ class TarRows:
         self.index = tar_index(path)  # (samples,)
         self.suffixes = self.index.dtype.names or ()
         self.chunks = even_chunks(len(self.index))
-        self._file, self._owner = None, None
-
-    def __getstate__(self):
-        return self.__dict__ | {"_file": None, "_owner": None}
-
-    @property
-    def file(self) -> io.RawIOBase:
-        """The open file, opened anew in each process, since handles do not survive a fork."""
-        if self._owner != os.getpid():
-            self._file, self._owner = open(self.path, "rb", buffering=0), os.getpid()  # noqa: SIM115
-        return self._file
 
     def _member(self, number: int, suffix: str) -> bytes | None:
         offset, size = self.index[number][suffix].item()
