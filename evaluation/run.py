@@ -25,6 +25,7 @@ from modeling_lrsclip.commands import say_once_that_the_hub_is_away
 from modeling_lrsclip.encoding import load_encoder
 from modeling_lrsclip.files.atomic import make_folder, replace_json, replace_text
 from modeling_lrsclip.files.cache_folder import cache_folder
+from modeling_lrsclip.files.documents import first_line
 from modeling_lrsclip.published.registry import label_models, resolve
 
 from .benchmarks.class_names import WORDINGS
@@ -198,7 +199,7 @@ def check_device(name: str) -> str:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:  # torch raises either for what is not there
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--device {name} cannot be used here: {first_line(error)}") from error
     return name
 
 

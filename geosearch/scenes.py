@@ -19,6 +19,7 @@ from affine import Affine
 
 from modeling_lrsclip.encoding.imagery import IMAGE_SUFFIXES
 from modeling_lrsclip.encoding.rasters import Raster, RasterError
+from modeling_lrsclip.files.documents import first_line
 from modeling_lrsclip.files.hashing import bytes_sha256, file_sha256
 
 from .footprints import to_lon_lat
@@ -214,7 +215,7 @@ def _add_table(path: Path, scenes: SceneList, asset: str | None) -> None:
     try:
         rows = list(_table_rows(path))
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read as a table of scenes ({str(error).splitlines()[0]}).") from error
+        raise ValueError(f"{path} cannot be read as a table of scenes ({first_line(error)}).") from error
     if not rows:
         raise ValueError(f"{path} is a table without rows: one column must name the scenes' files.")
     if "assets" in rows[0]:  # stac-geoparquet

@@ -32,7 +32,7 @@ if not __package__:  # run as a file: siblings and modeling_lrsclip are found fr
 
 from model_cards.build_card import RECORD, UNKNOWN
 from model_cards.staging import OWN, OWN_NAMES, RESULTS, NotVerified, Staged, stage, stage_plain_clip, verify
-from modeling_lrsclip.files.documents import read_json
+from modeling_lrsclip.files.documents import first_line, read_json
 from modeling_lrsclip.files.hashing import file_sha256, git_blob_id
 
 
@@ -242,8 +242,7 @@ def _may_have_landed(error: BaseException) -> bool:
 def _reason(error: BaseException) -> str:
     *_, first = _causes(error)
     known = next((cause for cause in _causes(error) if isinstance(cause, HfHubHTTPError)), first)
-    lines = [line.strip() for line in str(known).splitlines() if line.strip()]
-    return (lines[0] if lines else type(known).__name__).rstrip(".:")
+    return first_line(known).rstrip(".:")
 
 
 def _explain(error: BaseException, repo_id: str) -> str:

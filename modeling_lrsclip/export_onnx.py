@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from .convert import load_published
 from .files.atomic import growing_folder, make_folder, publish_folder
+from .files.documents import first_line
 from .modeling_lrsclip import LRSCLIPModel
 from .processing_lrsclip import LRSCLIPProcessor
 from .published.plain_clip import plain_config, plain_processor
@@ -211,7 +212,7 @@ class OnnxTowers:
             try:
                 self.sessions[name] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             except Exception as error:  # onnxruntime's errors have no common class
-                raise ValueError(f"{path} cannot be run ({str(error).splitlines()[0]}); export it again.") from None
+                raise ValueError(f"{path} cannot be run ({first_line(error)}); export it again.") from None
 
     def text(self, input_ids: Tensor) -> Tensor:
         """(N, L) -> (N, D)"""

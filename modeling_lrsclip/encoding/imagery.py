@@ -20,6 +20,7 @@ from typing import Any, Literal, overload
 import numpy as np
 from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
+from ..files.documents import first_line
 from ..files.hashing import bytes_sha256, file_sha256
 from ..image_processing_lrsclip import to_rgb
 from .image_error import ImageError
@@ -202,7 +203,7 @@ def _opened(stored: StoredImage, rendered: bool = True) -> Iterator[Image.Image]
     except Image.DecompressionBombError:
         reason = f"it has more than the {MAX_PIXELS} pixels allowed"
     except Exception as error:  # a broken file lets Pillow's readers raise nearly anything
-        reason = str(error).split("\n")[0] or type(error).__name__
+        reason = first_line(error)
     raise ImageError(image_name(stored) or "an embedded image", reason)
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPModel
 
+from ..files.documents import first_line
 from ..files.hashing import file_sha256
 from ..modeling_lrsclip import LRSCLIPModel
 from ..published.registry import ModelSource
@@ -211,7 +212,7 @@ def _load_file(source: ModelSource, tokenizer: str | None) -> tuple[Any, Any]:
     try:
         return load_published(source.path, tokenizer=tokenizer, dtype=torch.float32, **source.load_options)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise ValueError(reason if source.path in reason else f"{source.path}: {reason}") from error
 
 
@@ -229,7 +230,7 @@ def _load_pretrained(source: ModelSource, trust_remote_code: bool) -> tuple[Any,
         model, report = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
         processor = AutoProcessor.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise ValueError(
                 f"{path} brings code of its own, which runs with --trust-remote-code only; read it first."
@@ -247,7 +248,7 @@ def _load_onnx(folder: Path) -> tuple[Any, Any]:
     try:
         processor, config = AutoProcessor.from_pretrained(folder), AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder}: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"{folder}: {first_line(error)}") from error
     return _checked(OnnxModel(folder, config), processor, str(folder))
 
 
@@ -261,7 +262,7 @@ def _load_sentence_transformer(folder: Path, trust_remote_code: bool) -> tuple[A
     try:
         modules = SentenceTransformer(str(folder), device="cpu", trust_remote_code=trust_remote_code).eval().float()
     except Exception as error:  # of any of its modules
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = first_line(error)
         if "trust_remote_code" in str(error) and not trust_remote_code:
             reason = "it brings code of its own, which runs with --trust-remote-code only; read it first"
         raise ValueError(f"{folder}: {reason}.") from error
@@ -296,8 +297,7 @@ def _checked(model: DualEncoder, processor: Any, path: str) -> tuple[DualEncoder
         text, image = (getattr(output, "pooler_output", output) for output in outputs)
         widths = [tuple(embeds.shape) for embeds in (text, image)]
     except Exception as error:  # of foreign code
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: {model.name} cannot embed a text and an image ({reason}).") from error
+        raise ValueError(f"{path}: {model.name} cannot embed a text and an image ({first_line(error)}).") from error
     if widths[0] != widths[1] or len(widths[0]) != 2:
         raise ValueError(f"{path}: a text becomes {widths[0]}, an image {widths[1]}; they must share one space.")
     model.config.projection_dim = widths[0][1]

@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Any
 
 
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, which says most; the kind of error where there is no message."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def read_json(path: str | Path, advice: str) -> dict[str, Any]:
     """
     Read the object that a JSON file holds.

@@ -15,6 +15,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
+from .documents import first_line
+
 
 TABLE_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
 ENCODINGS = ("utf-8-sig", "gb18030")  # tried in this order; RS5M's rsicd_test.csv is in the second
@@ -379,8 +381,9 @@ def load_hub(name: str, split: str | None, streaming: bool = False) -> tuple[Any
     try:
         data = datasets.load_dataset(name, split=split, streaming=streaming)
     except (OSError, ValueError) as error:  # datasets' and the Hub's errors are of these kinds
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{name} is neither a path nor a Hub data set that could be read ({reason})") from error
+        raise ValueError(
+            f"{name} is neither a path nor a Hub data set that could be read ({first_line(error)})"
+        ) from error
     splits = " + ".join(data) if split is None else split
     if split is None:
         data = datasets.concatenate_datasets(list(data.values()))

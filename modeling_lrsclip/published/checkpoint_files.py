@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from ..files.documents import first_line
 from .torchscript_archive import read_torchscript
 
 
@@ -138,8 +139,7 @@ def _load(path: Path, load):
                 "who trusts the file save its state dict alone: torch.save(torch.load(FILE, weights_only=False)"
                 "['state_dict'], 'weights.pt')."
             ) from None
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} cannot be read ({reason}); it is damaged: {_AGAIN}.") from None
+        raise ValueError(f"{path} cannot be read ({first_line(error)}); it is damaged: {_AGAIN}.") from None
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Any]:

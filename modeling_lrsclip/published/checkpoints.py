@@ -8,6 +8,7 @@ import torch
 from transformers import CLIPModel, PreTrainedConfig
 
 from ..configuration_lrsclip import LRSCLIPConfig, check_layers
+from ..files.documents import first_line
 from ..modeling_lrsclip import LRSCLIPModel
 from .checkpoint_files import list_some, read_published_file
 from .state_dict_keys import KEPT_BY_MASK, RATIO_OF_TWO_TABLES, Architecture, rename_published
@@ -127,7 +128,7 @@ def read_pretrained(source: str) -> PublishedCheckpoint:
     try:
         fields = PreTrainedConfig.get_config_dict(source)[0]
     except OSError as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise OSError(f"There is no model {source} here, and the Hub gives none ({reason}).") from None
     model_type, classes = fields.get("model_type"), {"clip": CLIPModel, "lrsclip": LRSCLIPModel}
     if model_type not in classes:

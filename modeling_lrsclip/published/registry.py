@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..files.documents import read_json, refuse_malformed
+from ..files.documents import first_line, read_json, refuse_malformed
 
 
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
@@ -290,7 +290,7 @@ def _reason(error: Exception) -> str:
 
     if isinstance(error, LocalEntryNotFoundError):
         return "the Hub cannot be reached, and its cache here does not hold it"
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    return first_line(error)
 
 
 def _revision_in_history(model: PublishedModel) -> str:

@@ -18,6 +18,7 @@ from rasterio.warp import transform as warp
 from rich.console import Console
 
 from geosearch import exact_search as search_module
+from geosearch.area import EARTH
 from geosearch.exact_search import (
     Area,
     SearchProblem,
@@ -221,7 +222,7 @@ def test_areas_keep_what_lies_inside(index):
 
     lon, lat = rows[100]["centre_lon"], rows[100]["centre_lat"]
     near = Area(near=(lon, lat, 0.5)).rows(index)
-    metres = [search_module.EARTH.inv(lon, lat, row["centre_lon"], row["centre_lat"])[2] for row in rows]
+    metres = [EARTH.inv(lon, lat, row["centre_lon"], row["centre_lat"])[2] for row in rows]
     assert near.tolist() == [metre <= 500 for metre in metres] and 1 < near.sum() < 30
 
     june = datetime.datetime(2021, 6, 1)

@@ -119,7 +119,7 @@ def test_embeddings_by_the_encoder(exported, images, short_texts):
 def test_int8_is_smaller_near_and_told_apart(exported, images, short_texts, tmp_path, monkeypatch, capsys):
     model, processor, folder, record = exported
 
-    def exported_before(tower, example, path, model):  # the exporter takes its time, and gave these files
+    def exported_before(model, name, example, path):  # the exporter takes its time, and gave these files
         shutil.copy(folder / "onnx" / path.name, path)
 
     monkeypatch.setattr(export_onnx_module, "_export", exported_before)
