@@ -131,16 +131,16 @@ class LRSCLIPConfig(CLIPConfig):
         Raises:
             `ValueError`: for those of another model, and of a CLIP whose table was never stretched.
         """
-        found = config_dict.get("model_type", cls.model_type)
+        model_type = config_dict.get("model_type", cls.model_type)
         positions = (config_dict.get("text_config") or {}).get("max_position_embeddings", 77)
-        if found == CLIPConfig.model_type and positions == 77:
+        if model_type == CLIPConfig.model_type and positions == 77:
             raise ValueError(
                 "This is a CLIP of 77 text positions; LRSCLIPModel.from_clip(NAME_OR_FOLDER) stretches it, "
                 "from_pretrained loads what was stretched before."
             )
-        if found not in (CLIPConfig.model_type, cls.model_type):
+        if model_type not in (CLIPConfig.model_type, cls.model_type):
             raise ValueError(
-                f"This is a model of type {found}; LRSCLIPModel loads lrsclip, and from_clip takes a clip."
+                f"This is a model of type {model_type}; LRSCLIPModel loads lrsclip, and from_clip takes a clip."
             )
         return super().from_dict(config_dict, **kwargs)
 

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from .documents import first_line
+
 
 RETRIES = 5  # of a Ray task whose worker or machine dies
 PARTS_PER_WORKER = 4  # so that nobody waits long for the slowest
@@ -60,7 +62,7 @@ def run_on_ray(
         try:
             ray.init(address=address, include_dashboard=False, log_to_driver=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ValueError(f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}).") from error
+            raise ValueError(f"no Ray cluster answers at {address} ({first_line(error)}).") from error
     try:
         resources = ray.cluster_resources()
         gpu_count = int(resources.get("GPU", 0)) if gpus else 0

@@ -223,8 +223,8 @@ def _draw_all(folder: Path, counts: dict[str, int], seed: int, image_size: int, 
                     for start in range(0, count, step)
                 ]
                 tables = pool.map(_table, tasks) if pool else map(_table, tasks)
-                found = _write_parquet(folder / f"{split}.parquet", schema, tables, progress)
-                captions = found if split == "train" else captions
+                written = _write_parquet(folder / f"{split}.parquet", schema, tables, progress)
+                captions = written if split == "train" else captions
         finally:
             if pool:
                 pool.shutdown(cancel_futures=True)
