@@ -97,7 +97,7 @@ def open_image(stored: StoredImage, rendered: bool = True) -> Image.Image:
 
 def image_size(stored: StoredImage) -> tuple[int, int]:
     """Height and width in pixels of an image as it is shown, without decoding it; arguments and errors as [`read_image`]."""
-    with _opened(stored) as image:
+    with _opened(stored, decoded=False) as image:
         width, height = image.size
         return (width, height) if orientation(image) in (5, 6, 7, 8) else (height, width)
 
@@ -181,7 +181,7 @@ def spread(count: int, most: int = SURVEYED) -> list[int]:
 
 
 @contextlib.contextmanager
-def _opened(stored: StoredImage, rendered: bool = True) -> Iterator[Image.Image]:
+def _opened(stored: StoredImage, rendered: bool = True, decoded: bool = True) -> Iterator[Image.Image]:
     """An image whose header was read and whose size is within the limits; what goes wrong is told as [`ImageError`]."""
     try:
         file = _file(stored)
@@ -190,11 +190,12 @@ def _opened(stored: StoredImage, rendered: bool = True) -> Iterator[Image.Image]
         except UnidentifiedImageError:
             if not rendered or _beginning(file) not in TIFF_BEGINNINGS:
                 raise
-            opened = _rendered(file, "bands or values of a kind that Pillow does not know")
+            opened = _rendered(file, "bands or values of a kind that Pillow does not know", decoded=decoded)
         with opened as image:
             _check_size(*image.size)
             bits = _bits(image) if image.format in RASTER_FORMATS else 8
-            yield _rendered(file, f"{bits} bits a channel", orientation(image)) if rendered and bits > 8 else image
+            deep = rendered and bits > 8
+            yield _rendered(file, f"{bits} bits a channel", orientation(image), decoded) if deep else image
         return
     except FileNotFoundError:
         reason = "the file does not exist"
@@ -233,8 +234,11 @@ def _beginning(file: str | Path | io.BytesIO) -> bytes:
         return opened.read(4)
 
 
-def _rendered(file: str | Path | io.BytesIO, has: str, turned: int = 1) -> Image.Image:
-    """A raster as 8-bit RGB by rasterio, with the EXIF number of its orientation and how it was rendered in `info`."""
+def _rendered(file: str | Path | io.BytesIO, has: str, turned: int = 1, decoded: bool = True) -> Image.Image:
+    """
+    A raster as 8-bit RGB by rasterio, with the EXIF number of its orientation and how it was rendered in `info`; not
+    `decoded`, an empty image of its size.
+    """
     try:
         from .rasters import NAMING, Raster, RasterError, fill_nothing  # only who has such files needs rasterio
     except ImportError as error:
@@ -248,6 +252,10 @@ def _rendered(file: str | Path | io.BytesIO, has: str, turned: int = 1) -> Image
         try:
             raster = stack.enter_context(Raster(file))
             _check_size(raster.width, raster.height)
+            if not decoded:
+                image = Image.new("1", (raster.width, raster.height))
+                image.getexif()[0x0112] = turned
+                return image
             pixels, valid = raster.read(0, 0, raster.width, raster.height)
         except RasterError as error:
             raise ValueError(str(error).replace(f"{file} ", "it ").replace(NAMING, "").rstrip(".")) from error

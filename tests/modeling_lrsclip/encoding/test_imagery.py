@@ -226,6 +226,13 @@ def test_every_depth_and_number_of_bands_is_read_as_its_8_bits(tmp_path, embedde
         assert difference.max() <= 1.5, (kind, difference.max())
 
 
+def test_sizes_are_known_without_a_pixel(tmp_path, monkeypatch):
+    from modeling_lrsclip.encoding.rasters import Raster
+
+    monkeypatch.setattr(Raster, "read", lambda *_: pytest.fail("pixels were read"))
+    assert {image_size(path) for path in satellite_forms(tmp_path).values()} == {(64, 96)}
+
+
 def test_masks_are_not_stretched(tmp_path):
     mask = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 9)
     mask.save(tmp_path / "mask.png")

@@ -4,6 +4,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import tarfile
 
@@ -201,9 +202,12 @@ class TestSkipped:
                 [*run_arguments, "--data.train", str(source), "--data.streaming", "--data.max_skipped_fraction", "1"]
             )
 
-    def test_a_run_names_each_row_once(self, spoilt, run_arguments, tmp_path):
+    def test_a_run_names_each_row_once(self, spoilt, run_arguments, tmp_path, capsys):
         train.main([*run_arguments, "--data.train", str(spoilt), "--data.streaming", "--loop.steps", "6"])
-        named = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+        listed = tmp_path / "run" / "skipped.jsonl"
+        closing = rf"\n[1-9]\d* visits of rows that could not be used went to the row after; see {listed}\n"
+        assert re.search(closing, capsys.readouterr().out)
+        named = [json.loads(line) for line in listed.read_text().splitlines()]
         assert {row["id"] for row in named} == {f"spoilt.jsonl:{number}" for number in (3, 4, 7, 9)} and len(
             named
         ) == 4
