@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from .sources.tables import TableRow
 
 
 ROWS = 20  # of every source that are looked at
-SECONDS = 4.0  # in which all sources together are read: rows that fit `where` may stand late in a large file
+SECONDS = 3.0  # in which all sources together are read: rows that fit `where` may stand late in a large file
 
 
 @dataclass
@@ -188,6 +189,8 @@ def describe(recipe: Recipe, prompts: Prompts, root: Path, folder: Path) -> tupl
         Lines that say it, and mistakes for which it would fail or stop.
     """
     lines, mistakes = [], _absent_evaluation_sets(recipe, root)
+    pool = ThreadPoolExecutor(1)
+    pings = pool.submit(asyncio.run, _ping_all(_used_captioners(recipe)))  # meanwhile
     for number, source in enumerate(recipe.sources):
         lines.append(f"{source.name}: {_route(recipe, source)}")
         try:
@@ -197,7 +200,8 @@ def describe(recipe: Recipe, prompts: Prompts, root: Path, folder: Path) -> tupl
         except ValueError as error:
             mistakes.append(str(error))
         lines += [f"  not verified: {one}" for one in source.not_verified]
-    told = asyncio.run(_ping_all(_used_captioners(recipe)))
+    told = pings.result()
+    pool.shutdown()
     lines += [line for line, is_mistake in told if not is_mistake]
     mistakes += [line for line, is_mistake in told if is_mistake]
     sets = len(recipe.duplicates.against)

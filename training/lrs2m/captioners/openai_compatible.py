@@ -18,7 +18,7 @@ from .captioner import Answer, CaptionerDown, NoAnswer, Request, captioner_id, c
 
 
 REFUSED = (401, 403, 404, 405)  # key, model or address are wrong for every request
-PING = 5.0  # seconds in which a server must say that it is there
+PING = 3.0  # seconds in which a server must say that it is there
 LONGEST_PAUSE = 600.0  # seconds of a Retry-After that are believed; the client itself believes two minutes
 FIRST_REST, LONGEST_REST = 0.5, 30.0  # seconds for which one of several servers that failed is asked nothing
 

@@ -351,9 +351,8 @@ def evaluation_images(source: str | Path) -> ImageFiles:
         files = sorted(file for file in path.rglob("*") if is_image_file(file))
         names = {file: str(file.relative_to(path)) for file in files}
     if not names:
-        raise ValueError(
-            f"{source} holds no evaluation images; give a folder of images, or what --data of evaluation.run takes."
-        )
+        what = "holds no evaluation images" if path.exists() else "does not exist here"
+        raise ValueError(f"{source} {what}; give a folder of images, or what --data of evaluation.run takes.")
     return ImageFiles(list(names), list(names.values()))
 
 
