@@ -2,11 +2,14 @@
 
 import json
 import time
+import tracemalloc
 
 import pytest
 
 from tests.training.lrs2m.chat_server import ChatServer
 from tests.training.lrs2m.small_builds import build, long_caption, picture, rows_of, short_caption, source
+from training.lrs2m.recipe import ReadConfig
+from training.lrs2m.sources.records import read_rows
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +125,27 @@ def test_where_takes_values_prefixes_and_patterns(folder, write_recipe, tmp_path
         target = tmp_path / expected
         assert build(write_recipe([merged | {"read": read}]), target) == 0
         assert [row["image_key"] for row in rows_of(target)] == [f"Forest_{number}.png" for number in expected]
+
+
+def test_a_part_of_a_large_file_is_taken_while_it_is_read(tmp_path):
+    """Two of the six data sets of one list as VersaD's, of which no more than a piece is ever in memory."""
+    names = ("crowdai", "cvact", "fmow-small", "fmow-big-bbox-center", "loveda", "millionAID")
+    with (tmp_path / "list_pretrain.json").open("w") as file:
+        for number in range(6000):
+            said = [{"from": "gpt", "value": f"{number} " + "The ground is bright. " * 40}]
+            row = {"image": f"{number}.jpg", "source_dataset": names[number // 1000], "conversations": said}
+            file.write(("[" if not number else ",\n") + json.dumps(row))
+        file.write("]")
+    fmow = table(tmp_path, "list_pretrain.json", columns={"image": "{source_dataset}/{image}"})
+    read = ReadConfig(**fmow, where={"source_dataset": {"prefix": "fmow"}})
+    next(read_rows(read, tmp_path))  # what is imported with the first row is not the file's
+    tracemalloc.start()
+    keys = [row["image"] for row in read_rows(read, tmp_path)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert keys == [f"{names[number // 1000]}/{number}.jpg" for number in range(2000, 4000)]
+    size = (tmp_path / "list_pretrain.json").stat().st_size
+    assert peak < 1e6 < 5e6 < size  # bytes
 
 
 def test_check_says_what_a_build_would_do_and_writes_nothing(folder, write_recipe, tmp_path, capsys):
