@@ -264,9 +264,9 @@ class Recipe:
             )
         for source in self.sources:
             captioner = self.captioners.get(source.long.captioner)
-            if captioner is not None and captioner.max_tokens < shortest:
+            if captioner is not None and captioner.max_tokens < shortest / 2:  # of other tokenizers
                 raise ValueError(
-                    f"captioners.{source.long.captioner}.max_tokens={captioner.max_tokens} is less than the {shortest} "
+                    f"captioners.{source.long.captioner}.max_tokens={captioner.max_tokens} cannot hold the {shortest} "
                     "tokens that long_tokens asks for; raise it"
                 )
         return self

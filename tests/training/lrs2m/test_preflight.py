@@ -106,7 +106,7 @@ def test_numbers_are_checked_with_the_recipe(folder, write_recipe, tmp_path, cap
     right = expanded(folder, "semicolons.csv")
     for change, message in (
         ("long_tokens=[248, 40]", "long_tokens=[248, 40] must be the fewest and the most"),
-        ("captioners.mllm.max_tokens=30", "max_tokens=30 is less than the 40 tokens"),
+        ("captioners.mllm.max_tokens=15", "max_tokens=15 cannot hold the 40 tokens"),
         ("sources.0.read.where={file: {}}", "where needs a value, a list of values, a prefix or a pattern"),
     ):
         assert build(write_recipe([right]), tmp_path / "set", "--set", change) == 1

@@ -120,9 +120,8 @@ def test_batches_fill_before_they_go(reading):
 
 def test_a_random_model_fills_the_list_of_failures(tiles, seeing, write_recipe, tmp_path):
     read = {"kind": "table", "path": str(tiles / "captions.jsonl"), "limit": 7}
-    recipe = write_recipe(
-        [source("expand", read)], captioners={"mllm": local(seeing, max_tokens=12)}, max_failed_fraction=1
-    )
+    fields = {"captioners": {"mllm": local(seeing, max_tokens=12)}, "max_failed_fraction": 1, "long_tokens": [24, 248]}
+    recipe = write_recipe([source("expand", read)], **fields)
     assert build(recipe, tmp_path / "set") == 0
     failed = entries(tmp_path / "set", "failed")
     assert [row["id"] for row in failed] == [f"tiles-{index:08d}" for index in range(7)]
