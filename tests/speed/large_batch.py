@@ -69,8 +69,9 @@ def measure_step(pairs: int, micro: int | None, limit: float | None, layers: int
     from accelerate import Accelerator
 
     from modeling_lrsclip import LRSCLIPConfig, LRSCLIPModel
+    from training.config import LoopConfig, TrainConfig
     from training.data.pairs import DataConfig
-    from training.loop import LoopConfig, TrainConfig, Trainer
+    from training.loop import Trainer
 
     torch.manual_seed(0)
     towers = {"text_config": {"num_hidden_layers": layers}}

@@ -30,8 +30,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_lrsclip import LRSCLIPConfig, LRSCLIPModel
+from training.config import LoopConfig, TrainConfig
 from training.data.pairs import DataConfig
-from training.loop import LoopConfig, TrainConfig, Trainer
+from training.loop import Trainer
 
 from .published import published_model
 

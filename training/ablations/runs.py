@@ -25,7 +25,7 @@ from modeling_lrsclip.files.atomic import replace_text
 from modeling_lrsclip.files.configuration import read_yaml, set_field, validate
 from modeling_lrsclip.files.hashing import json_sha256
 
-from ..loop import TrainConfig
+from ..config import TrainConfig
 from ..run_folder import RECORD, read_record
 from .studies import Arm
 
