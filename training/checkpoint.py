@@ -30,7 +30,6 @@ MANIFEST = "manifest.json"  # in a checkpoint: size in bytes and SHA-256 of ever
 STATES = (
     "states.json"  # in a checkpoint: what this package keeps beside accelerate's weights, optimizer and random states
 )
-NOT_FINITE_BATCH = "nonfinite.json"  # below a run folder
 DAMAGED = "damaged-"  # before the name of a checkpoint that was set aside
 # Of Python, torch.save, safetensors and FSDP2's checkpoints where a disk is full; the last one is no `Exception`.
 _WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
@@ -373,42 +372,3 @@ def whole_model(accelerator: Accelerator, model: LRSCLIPModel) -> LRSCLIPModel |
             copy = LRSCLIPModel._from_config(model.config, dtype=torch.float32)
             copy.load_state_dict(state_dict)
     return copy.to(accelerator.device).eval()
-
-
-class NotFiniteError(FloatingPointError):
-    """All processes stop with it at the same step; the checkpoints are of finite weights."""
-
-
-def not_finite(
-    accelerator: Accelerator, run_folder: Path, name: str, numbers: dict[str, Any], ids: list[str]
-) -> NotFiniteError:
-    """
-    Write down a step whose loss, gradient or weights are not finite, in `nonfinite.json`; every process must call it.
-
-    Args:
-        accelerator: of all processes.
-        run_folder: that the file is written into.
-        name: of the number in `numbers` that is not finite.
-        numbers: the `step` and its numbers, as text in the file, since JSON has no nan.
-        ids: of the samples in this process' share of the batch; the file holds those of all, in rank order.
-
-    Returns:
-        the error to raise.
-    """
-    numbers = {name: _as_text(value) for name, value in numbers.items() if value is not None}
-    all_ids, checkpoint, path = gather_object(ids), newest_checkpoint(run_folder), run_folder / NOT_FINITE_BATCH
-    if accelerator.is_main_process:
-        run_folder.mkdir(parents=True, exist_ok=True)
-        record = {"what": name} | numbers | {"checkpoint": checkpoint and str(checkpoint), "ids": all_ids}
-        replace_json(path, record)
-    where = f"The last good checkpoint is {checkpoint}" if checkpoint else "There is no checkpoint yet"
-    return NotFiniteError(
-        f"The {name.replace('_', ' ')} is {numbers[name]} at step {numbers['step']}; lower optim.learning_rate, set "
-        f"optim.max_grad_norm, or set precision to fp32, in another output_dir. {where}; the ids of the batch are in "
-        f"{path}: if one of its rows is at fault, mend it and go on with --resume."
-    )
-
-
-def _as_text(value: int | float | torch.Tensor) -> int | str:
-    value = value.item() if isinstance(value, torch.Tensor) else value
-    return str(value) if isinstance(value, float) else value

@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from modeling_lrsclip import LRSCLIPModel, LRSCLIPProcessor
+from modeling_lrsclip.files.atomic import replace_json
 
 from .checkpoint import (
     TrainState,
     load_newest_state,
     newest_checkpoint,
-    not_finite,
     save_model,
     save_state,
     whole_model,
@@ -61,6 +61,7 @@ from .text_groups import (
 )
 
 
+NOT_FINITE_BATCH = "nonfinite.json"  # below a run folder
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 
 
@@ -336,3 +337,42 @@ class Trainer:
             save_model(accelerator, self.model, self.processor, self.folder / "best")
             if self.keep_best is not None and accelerator.is_main_process:
                 self.keep_best(state)
+
+
+class NotFiniteError(FloatingPointError):
+    """All processes stop with it at the same step; the checkpoints are of finite weights."""
+
+
+def not_finite(
+    accelerator: Accelerator, run_folder: Path, name: str, numbers: dict[str, Any], ids: list[str]
+) -> NotFiniteError:
+    """
+    Write down a step whose loss, gradient or weights are not finite, in `nonfinite.json`; every process must call it.
+
+    Args:
+        accelerator: of all processes.
+        run_folder: that the file is written into.
+        name: of the number in `numbers` that is not finite.
+        numbers: the `step` and its numbers, as text in the file, since JSON has no nan.
+        ids: of the samples in this process' share of the batch; the file holds those of all, in rank order.
+
+    Returns:
+        the error to raise.
+    """
+    numbers = {name: _as_text(value) for name, value in numbers.items() if value is not None}
+    all_ids, checkpoint, path = gather_object(ids), newest_checkpoint(run_folder), run_folder / NOT_FINITE_BATCH
+    if accelerator.is_main_process:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        record = {"what": name} | numbers | {"checkpoint": checkpoint and str(checkpoint), "ids": all_ids}
+        replace_json(path, record)
+    where = f"The last good checkpoint is {checkpoint}" if checkpoint else "There is no checkpoint yet"
+    return NotFiniteError(
+        f"The {name.replace('_', ' ')} is {numbers[name]} at step {numbers['step']}; lower optim.learning_rate, set "
+        f"optim.max_grad_norm, or set precision to fp32, in another output_dir. {where}; the ids of the batch are in "
+        f"{path}: if one of its rows is at fault, mend it and go on with --resume."
+    )
+
+
+def _as_text(value: int | float | torch.Tensor) -> int | str:
+    value = value.item() if isinstance(value, torch.Tensor) else value
+    return str(value) if isinstance(value, float) else value

@@ -21,7 +21,7 @@ from modeling_lrsclip.commands import say_once_that_the_hub_is_away
 from modeling_lrsclip.files.configuration import plain_values
 
 from . import end_with_the_launcher
-from .checkpoint import NotFiniteError, NotSavedError, TrainState
+from .checkpoint import NotSavedError, TrainState
 from .config import TrainConfig, parse_config
 from .data.batches import count_workers, explain_lost_workers
 from .data.held_out import HELD_OUT, hold_out, write_held_out
@@ -30,7 +30,7 @@ from .data.pairs import CaptionedImages, Pairs, open_data, resized_side
 from .data.skipped import SKIPPED
 from .data.visiting_order import VisitSampler
 from .distributed import USER_ERRORS, MistakeError, first_process_first, start_processes
-from .loop import Trainer
+from .loop import NotFiniteError, Trainer
 from .model import build_model, build_processor, open_start
 from .push import look_for_a_token, push
 from .run_folder import RunRecord, check_run_folder, lock_run_folder
