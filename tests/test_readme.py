@@ -24,6 +24,7 @@ from modeling_lrsclip import LRSCLIPModel, convert, export_onnx
 from modeling_lrsclip.files.configuration import field_types
 from modeling_lrsclip.published.checkpoints import PRESETS
 from modeling_lrsclip.published.registry import MODELS
+from tests import processes
 from tests.conftest import tower_configs
 from tests.modeling_lrsclip.references import published_state
 from tests.modeling_lrsclip.source_files import write_bpe_file, write_source
@@ -95,7 +96,7 @@ def test_from_scratch_then_use_then_evaluate(workplace, capsys):
 
     for code in (blocks(READMES[README], "python")[0], "".join(blocks(READMES[MODEL_README], "python")[:2])):
         code = code.replace("runs/demo/lrsclip/final", "runs/mine/final")
-        shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=workplace)
+        shown = processes.run([sys.executable, "-c", code], cwd=workplace)
         assert shown.returncode == 0, shown.stderr
         assert re.fullmatch(r"tensor\(\[\[0\.\d+, 0\.\d+\]\]\)", shown.stdout.strip()), shown.stdout
 
@@ -137,7 +138,7 @@ def test_a_place_is_found_by_describing_it(workplace, tiny_checkpoint, capsys):
     for name in ("hits.html", "heat.tif", "places.geojson"):
         assert (workplace / name).stat().st_size > 0, name
     code = blocks(READMES["geosearch/README.md"], "python")[0]
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=workplace)
+    shown = processes.run([sys.executable, "-c", code], cwd=workplace)
     assert shown.returncode == 0 and shown.stdout.startswith(str(scenes / "harbour.tif")), shown.stderr
 
 

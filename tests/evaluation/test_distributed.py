@@ -1,6 +1,5 @@
-"""Two processes of `accelerate launch` give, bit by bit, what one gives, and fail together."""
+"""Two processes give, bit by bit, what one gives, and fail together; test_run.py has those of `accelerate launch`."""
 
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ from modeling_lrsclip.encoding import load_encoder
 from modeling_lrsclip.encoding.encoder import SharedWork
 from modeling_lrsclip.encoding.imagery import ImageFiles
 from modeling_lrsclip.encoding.model_inputs import encode_texts
+from tests import processes
 
 
 SCRIPT = """
@@ -63,17 +63,10 @@ def folder(tiny_model, tiny_processor, tmp_path, images, long_texts, short_texts
 def test_two_processes_give_what_one_gives(folder, monkeypatch):
     monkeypatch.setattr(encoding, "PART", 2)
     alone = encode(folder)
-    monkeypatch.setenv("PYTHONPATH", ".")
-    command = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    options = ["--mixed_precision", "no", "--main_process_port", "0", "--dynamo_backend", "no"]
-    done = subprocess.run(
-        [sys.executable, *command, *options, str(folder / "script.py"), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setenv("PYTHONPATH", str(processes.ROOT))
+    done = processes.run_ranks([sys.executable, folder / "script.py", folder], 2, project=True)
     for rank in range(2):
+        assert done[rank].returncode == 0, done[rank].stderr[-3000:]
         found = torch.load(folder / f"{rank}_of_2.pt")
         assert torch.equal(found["images"], alone["images"]) and torch.equal(found["texts"], alone["texts"])
         assert found["error"].startswith("image broken.png cannot be read")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from PIL import Image
 
 from evaluation.localization import localization_metrics
 from evaluation.retrieval import retrieval_recall
+from tests import processes
 
 
 pytestmark = pytest.mark.slow  # processes that import everything anew
@@ -83,7 +83,7 @@ def ask(folder, metrics, cwd):
     if metrics == "evaluation/metrics":  # from the clone
         cwd = ROOT
     command = [sys.executable, "-c", SCRIPT, str(folder), metrics]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    done = processes.run(command, cwd=cwd, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

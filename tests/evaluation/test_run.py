@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -18,6 +17,7 @@ from evaluation.retrieval import retrieval_recall
 from modeling_lrsclip.encoding import embed_images, embed_texts
 from modeling_lrsclip.files.atomic import replace_json
 from modeling_lrsclip.published.registry import MODELS, ModelSource, label_models
+from tests import processes
 from tests.modeling_lrsclip.references import published_state
 from tests.modeling_lrsclip.source_files import write_source
 
@@ -254,7 +254,7 @@ def test_two_processes_report_what_one_does(tiny_checkpoint, data, tmp_path):
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     options = ["--mixed_precision", "no", "--main_process_port", "0", "--dynamo_backend", "no", "-m", "evaluation.run"]
     command = [sys.executable, *launch, *options, *arguments([tiny_checkpoint], data, tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    done = processes.run(command, project=True)  # the launcher; it starts the two
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Long-text retrieval (ZCRL)") == 2  # once as a heading, once over the tokens kept
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))

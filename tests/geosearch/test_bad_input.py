@@ -18,6 +18,7 @@ from geosearch import __main__ as command
 from geosearch.index import locked
 from geosearch.index_store import open_index
 from geosearch.scenes import find_scenes
+from tests import processes
 from tests.geosearch.small_scenes import noise, tiny_checkpoint, write_scene
 
 
@@ -114,7 +115,7 @@ def test_unreadable_scenes_are_named(tmp_path, checkpoint):
         if parent != Path("/tmp"):
             parent.chmod(0o755)
     command = [sys.executable, "-c", code, str(folder / "locked.tif")]
-    told = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    told = processes.run(command, cwd=Path(__file__).parents[2], project=True)
     assert "locked.tif cannot be read (Permission denied)" in told.stdout, told
 
 

@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from geosearch import index_writer
 from geosearch.footprints import footprints, hilbert_order
 from geosearch.index_store import IndexProblem, open_index, row_table
 from geosearch.index_writer import publish
+from tests import processes
 from tests.geosearch.small_scenes import write_index
 
 
@@ -226,7 +226,7 @@ def test_a_kill_at_every_step_leaves_the_index_before_or_the_one_after(tmp_path)
     before = write_index(tmp_path / "before", [rows_of("a.tif", 20)], METADATA).metadata["parts"]
     after = write_index(tmp_path / "after", [rows_of("a.tif", 30, 5)], METADATA).metadata["parts"]
     (tmp_path / "killed").mkdir()
-    subprocess.run([sys.executable, "-c", KILLED, tmp_path / "killed"], check=True, cwd=ROOT)
+    processes.run([sys.executable, "-c", KILLED, tmp_path / "killed"], check=True, cwd=ROOT, project=True)
     sizes = []
     for folder in sorted((tmp_path / "killed").iterdir()):
         index_writer.finish_publishing(folder)

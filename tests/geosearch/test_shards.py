@@ -16,6 +16,7 @@ from geosearch.index_store import IndexProblem, open_index
 from geosearch.shards import build_on_ray, merge_shards, run_shard
 from geosearch.windows import WindowSize
 from modeling_lrsclip.files.parts import parse_part
+from tests import processes
 from tests.geosearch.kills import kill_and_compare
 from tests.geosearch.small_scenes import noise, write_scene
 
@@ -99,37 +100,19 @@ def test_shards_that_are_none(text):
 
 def test_kills_change_nothing(scenes, tmp_path, checkpoint):
     code = "import sys; from pathlib import Path; from tests.geosearch.kills import kill_and_compare; print(kill_and_compare(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], 3))"
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, str(tmp_path), str(scenes), checkpoint]
-    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+    run = processes.run(command, cwd=ROOT, project=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert kill_and_compare.__name__ and "'kills': 3" in run.stdout
 
 
 def test_processes_of_accelerate_launch_share_the_work(job, alone, scenes, checkpoint):
     command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    command += [
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-        "-m",
-        "geosearch",
-        "index",
+        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "geosearch", "index"),
     ]
     command += [str(scenes), "--model", checkpoint, "--output", str(job.output), "--window", "64", "--device", "cpu"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    run = processes.run(command, cwd=ROOT, project=True)  # the launcher; it starts the two
     assert run.returncode == 0, run.stderr[-3000:]
     assert open_index(job.output).metadata["parts"] == alone and "windows of 2 scenes" in run.stdout
 

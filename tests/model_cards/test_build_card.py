@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from modeling_lrsclip import LRSCLIPModel
 from modeling_lrsclip.encoding import Encoder
 from modeling_lrsclip.files.hashing import weights_sha256
 from modeling_lrsclip.published.registry import MODELS
+from tests import processes
 from training import train
 
 
@@ -188,7 +188,7 @@ def test_the_lines_of_use_run_without_the_package(trained, images, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", script]
-    shown = subprocess.run(command, capture_output=True, text=True, cwd=trained.parent, env=environment)
+    shown = processes.run(command, cwd=trained.parent, env=environment)
     assert shown.returncode == 0, shown.stderr
     ((first, second),) = json.loads(shown.stdout)
     assert first != second
@@ -383,7 +383,7 @@ def test_the_command_from_the_clones_root(tiny_checkpoint, tmp_path):
     command = [sys.executable, "model_cards/build_card.py", "--checkpoint", str(tiny_checkpoint), "--repo", "you/name"]
     command += ["--results", str(tmp_path / "results.json")]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    done = processes.run(command, cwd=ROOT, env=environment)
     assert done.stdout.strip() == str(tiny_checkpoint / "README.md"), done.stderr
     assert ModelCard.load(tiny_checkpoint / "README.md").data.model_name == "name"
     assert not list(tiny_checkpoint.glob(".README*"))

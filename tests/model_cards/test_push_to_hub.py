@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +14,13 @@ from safetensors.torch import load, load_file, save_file
 from transformers.utils import hub as transformers_hub
 
 from evaluation import run as evaluation_run
-from model_cards import push_to_hub
+from model_cards import push_to_hub, staging
 from model_cards.checkpoint import read_checkpoint
 from model_cards.push_to_hub import MESSAGE, main
 from model_cards.redaction import without_paths
 from model_cards.staging import NotVerified, stage, verify
 from modeling_lrsclip import LRSCLIPModel
+from tests import processes
 from tests.hub_server import Fault, HubServer
 
 
@@ -99,6 +99,12 @@ def commands(monkeypatch):
     return waits
 
 
+@pytest.fixture(autouse=True)
+def _forked(monkeypatch):
+    """The clean process of `verify` is a fork; in `test_up_and_down_again`, where a process starts it, it is started."""
+    monkeypatch.setattr(staging, "subprocess", processes.as_subprocess())
+
+
 @pytest.fixture
 def data(tmp_path, images, long_texts, short_texts):
     folder, rows = tmp_path / "data", []
@@ -133,9 +139,8 @@ def test_up_and_down_again(hub, tiny_model, tiny_processor, data, tmp_path, monk
 
     command = [sys.executable, "model_cards/push_to_hub.py", "--checkpoint", str(checkpoint), "--repo", REPO]
     command += ["--results", str(tmp_path / "results.json"), "--revision", "v1", "--message", "First"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=hub.environment(tmp_path / "up"), capture_output=True, text=True, check=True
-    )
+    done = processes.run(command, cwd=ROOT, env=hub.environment(tmp_path / "up"))
+    assert done.returncode == 0, done.stderr
     stages = ["staging", "staged", "verifying", "verified", "created", "uploading", "tagged", "done"]
     assert [line.split(":")[0] for line in done.stdout.splitlines() if line[0] != " "] == stages
     titles, files = visible(hub)
@@ -160,13 +165,7 @@ def test_up_and_down_again(hub, tiny_model, tiny_processor, data, tmp_path, monk
 
     out, arguments = tmp_path / "down.pt", [REPO, "you/plain", str(data)]
     environment = hub.environment(tmp_path / "down", token=None)
-    down = subprocess.run(
-        [sys.executable, "-c", DOWN, *arguments, str(out)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    down = processes.run([sys.executable, "-c", DOWN, *arguments, str(out)], cwd=tmp_path, env=environment)
     assert down.returncode == 0, down.stderr
     assert "largest difference 0.0000, allowed 0.5: all agree." in down.stdout
     inputs, outputs, features, weights = torch.load(out, weights_only=False)

@@ -2,13 +2,13 @@
 
 import ast
 import importlib
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from modeling_lrsclip import commands
+from tests import processes
 
 
 SETUP = Path(__file__).parents[2] / "setup.py"
@@ -32,7 +32,7 @@ def test_every_command_leads_to_a_function():
 def test_works_from_any_folder(function, module, tmp_path):
     code = f"import sys; sys.path.insert(0, {str(SETUP.parent)!r}); from modeling_lrsclip.commands import {function}; "
     code += f"sys.path.pop(0); sys.argv = ['lrsclip', '--help']; {function}()"
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    run = processes.run([sys.executable, "-c", code], cwd=tmp_path)
     assert run.returncode == 0 and module in run.stdout, run.stderr
 
 

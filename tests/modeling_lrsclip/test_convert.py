@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import subprocess
 import sys
 
 import pytest
@@ -12,6 +11,7 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer, CLIPModel
 
 from modeling_lrsclip import LRSCLIPProcessor, stretch_position_embedding
 from modeling_lrsclip.convert import convert, load_published, main
+from tests import processes
 from tests.modeling_lrsclip.references import published_state
 from tests.modeling_lrsclip.source_files import as_openai_stores_it, write_source
 
@@ -179,9 +179,7 @@ class TestOutput:
             "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)); "
             "from modeling_lrsclip.convert import main; main(sys.argv[1:])"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(clip_folder), str(tmp_path / "out")], capture_output=True, text=True
-        )
+        done = processes.run([sys.executable, "-c", script, str(clip_folder), str(tmp_path / "out")])
         assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: "), done.stderr
         assert "out cannot be written" in done.stderr.splitlines()[-1]
         assert {path.name for path in tmp_path.iterdir()} == {"clip"}
@@ -210,5 +208,5 @@ def test_memory(tokenizer_folder, tmp_path):
     torch.save({"state_dict": state, "optimizer": {name: tensor + 1 for name, tensor in state.items()}}, large)
     size = sum(tensor.nbytes for tensor in state.values())
     arguments = [str(path) for path in (small, large, tokenizer_folder, tmp_path / "out")]
-    shown = subprocess.run([sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, check=True)
+    shown = processes.run([sys.executable, "-c", PEAK, *arguments], check=True)
     assert 0.5 * size < int(shown.stdout) < 1.5 * size

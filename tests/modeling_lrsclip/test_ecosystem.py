@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
@@ -20,6 +19,7 @@ from transformers import (
 
 from modeling_lrsclip import LRSCLIPModel, LRSCLIPTextModelWithProjection, LRSCLIPVisionModelWithProjection
 from modeling_lrsclip.processing_lrsclip import clean_text
+from tests import processes
 
 
 TOWERS = ("text_model", "vision_model")
@@ -308,7 +308,8 @@ def test_towers_and_pipelines_without_the_package(tiny_model, tiny_checkpoint, i
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     arguments = [str(folder) for folder in (*folders.values(), tiny_checkpoint, out)]
-    subprocess.run([sys.executable, "-c", SCRIPT, *arguments], check=True, cwd=out, env=environment)
+    done = processes.run([sys.executable, "-c", SCRIPT, *arguments], cwd=out, env=environment)
+    assert done.returncode == 0, done.stderr
     got = torch.load(out / "outputs.pt")
     with torch.no_grad():
         expected = tiny_model(**inputs)

@@ -1,7 +1,6 @@
 """Beside stock CLIP: towers split over devices, recompilation, tokenized data sets in Trainer, adapters as remote code."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import CLIPConfig, CLIPModel, Trainer, TrainingArguments
 
 from modeling_lrsclip import LRSCLIPModel
+from tests import processes
 from tests.conftest import tower_configs
 
 
@@ -146,7 +146,8 @@ def test_an_adapter_without_the_package(tiny_model, tiny_checkpoint, inputs, tmp
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     arguments = [str(folder) for folder in (tiny_checkpoint, tmp_path / "adapter", out)]
-    subprocess.run([sys.executable, "-c", SCRIPT, *arguments], check=True, cwd=out, env=environment)
+    done = processes.run([sys.executable, "-c", SCRIPT, *arguments], cwd=out, env=environment)
+    assert done.returncode == 0, done.stderr
     logits = torch.load(out / "logits.pt")
     for name in ("followed", "wrapped", "merged"):
         torch.testing.assert_close(logits[name], expected, atol=1e-4, rtol=1e-5)

@@ -6,7 +6,6 @@ embeddings against `LRSCLIPModel`'s.
 import json
 import os
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -19,6 +18,7 @@ from modeling_lrsclip import LRSCLIPModel, LRSCLIPProcessor
 from modeling_lrsclip.convert import convert, main
 from modeling_lrsclip.published.plain_clip import plain_tokenizer
 from modeling_lrsclip.published.state_dict_keys import restore_published
+from tests import processes
 from tests.modeling_lrsclip.real_looking_captions import count_different_ids, real_looking_captions
 from tests.modeling_lrsclip.references import published_image_embeds, published_state, published_text_embeds
 from tests.modeling_lrsclip.source_files import write_source
@@ -149,7 +149,7 @@ def test_consumers_without_this_package(folders, texts, images, tmp_path):
     ]
     (tmp_path / "consumers.py").write_text("\n".join([PREAMBLE, *parts]))
     command = [sys.executable, str(tmp_path / "consumers.py"), json.dumps(texts), str(tmp_path), *map(str, files)]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    run = processes.run(command, cwd=tmp_path, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     wanted = expected(folders["lrsclip"], texts, images)
     for name in CONSUMERS:

@@ -2,10 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import torch
+
+from tests import processes
 
 
 SCRIPT = """
@@ -44,7 +45,8 @@ def run(folder, out, tmp_path):
     out.mkdir()
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / f"modules-{out.name}"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", SCRIPT, str(folder), str(out)], check=True, cwd=out, env=environment)
+    done = processes.run([sys.executable, "-c", SCRIPT, str(folder), str(out)], cwd=out, env=environment)
+    assert done.returncode == 0, done.stderr
     return torch.load(out / "outputs.pt", weights_only=False)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from evaluation.bootstrap import differences
 from evaluation.paper import ablation_figures, paper_tables
+from tests import processes
 from training.ablate import draw_data, main
 from training.ablations.figure import draw_study
 from training.ablations.models import PAPER_RECIPE, OwnModels, SmallModels
@@ -275,7 +276,8 @@ def recipe(tmp_path_factory):
     return path
 
 
-def test_a_study_whole_and_again(tmp_path, captioned_folder, recipe, capsys):
+def test_a_study_whole_and_again(tmp_path, captioned_folder, recipe, capsys, monkeypatch):
+    monkeypatch.setattr("training.ablations.runs.subprocess", processes.as_subprocess(project=True))
     output = tmp_path / "out"
     words = [
         "--study",

@@ -1,11 +1,9 @@
 """A folder appears whole or not at all, whatever happens while it is written."""
 
 import json
-import os
 import pickle
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from tests import processes
 from training.checkpoint import (
     CHECKPOINTS,
     MANIFEST,
@@ -76,7 +75,7 @@ def test_an_error_leaves_the_old_one(accelerator, tmp_path):
 def test_killed_while_writing(accelerator, tmp_path):
     replace_folder(accelerator, tmp_path / "best", write("first"))
     command = [sys.executable, "-c", KILLED, str(tmp_path / "best")]
-    killed = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    killed = processes.run(command, cwd=ROOT, project=True)
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / ".best.partial" / "weights").read_text() == "half"
     assert (tmp_path / "best" / "weights").read_text() == "first"

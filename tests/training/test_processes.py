@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+from tests import processes
 from training.checkpoint import whole_model
 from training.config import parse_config
 from training.data.pairs import CaptionedImages, load_pairs
@@ -194,7 +195,9 @@ def runs(tmp_path_factory, run_options, captions, clip):
     folder = tmp_path_factory.mktemp("runs")
     arguments = [*run_options, "--data.train", str(captions), "--loop.batch_size", "12", "--loop.steps", str(STEPS)]
     arguments += ["--optim.name", "sgd", "--optim.learning_rate", OPTIMIZERS["sgd"]]
-    torch.multiprocessing.spawn(work, (folder, arguments, clip), nprocs=max(WORLDS))
+    with (folder / "output").open("w+") as output:
+        ranks = [processes.call(work, rank, folder, arguments, clip, stderr=output) for rank in range(max(WORLDS))]
+        assert processes.wait_for_all(ranks) == [0] * len(ranks), (folder / "output").read_text()[-5000:]
     return folder
 
 

@@ -6,6 +6,7 @@ import shlex
 
 import pytest
 
+from tests import processes
 from tests.hub_server import Fault, HubServer
 from training import push as push_module
 from training.config import parse_config
@@ -23,6 +24,7 @@ def hub(monkeypatch, tmp_path):
             monkeypatch.delenv(name, raising=False)
         for name, value in server.environment(tmp_path / "home").items():
             monkeypatch.setenv(name, value)
+        monkeypatch.setattr(push_module, "subprocess", processes.as_subprocess())
         yield server
         assert not server.unknown and not server.crashes
 

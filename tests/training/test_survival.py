@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests import processes
 from tests.soak import ROOT, Attempt, Kill, has_reached, leave_alone, make_data, run_arguments, survive
 from tests.training.test_processes import SHARDED, meet
 from training import end_with_the_launcher, train
@@ -28,8 +29,6 @@ from training.signals import FAILED, NOT_FINITE, NOT_SAVED, Interruption
 
 
 PATIENCE = 300  # seconds for what should take a few, on a busy machine
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["training.train"])  # imported once for all runs here
 
 
 def work(arguments: list[str], rank: int, world: int, store: Path, output: Path, before: Callable[[], None] | None):
@@ -55,12 +54,10 @@ class Forked(Attempt):
         self.output = output
         store = Path(tempfile.mkdtemp()) / "store"
         of_ranks = [(arguments, rank, world, store, output, before) for rank in range(world)]
-        self.processes = [CONTEXT.Process(target=work, args=of_rank) for of_rank in of_ranks]
-        for process in self.processes:
-            process.start()
+        self.processes = [processes.call(work, *of_rank) for of_rank in of_ranks]
 
     def is_running(self) -> bool:
-        return any(process.is_alive() for process in self.processes)
+        return any(process.poll() is None for process in self.processes)
 
     def everybody(self) -> list[psutil.Process]:
         found = []
@@ -70,10 +67,8 @@ class Forked(Attempt):
         return found
 
     def wait(self) -> int:
-        for process in self.processes:
-            process.join(PATIENCE)
-        codes = {process.exitcode for process in self.processes}
-        assert len(codes) == 1 and None not in codes, f"exit codes {codes}: {self.output.read_text()[-3000:]}"
+        codes = {process.wait(PATIENCE) for process in self.processes}
+        assert len(codes) == 1, f"exit codes {codes}: {self.output.read_text()[-3000:]}"
         return codes.pop()
 
 
@@ -322,7 +317,7 @@ def test_two_runs_do_not_share_a_folder(captions, tmp_path):
     with pytest.raises(SystemExit, match=f"run is in use by process {first.processes[0].pid} on .*; wait until"):
         train.main(arguments)
     first.processes[0].kill()
-    first.processes[0].join()
+    first.processes[0].wait()
     train.main([*arguments[:-2], "--loop.steps", "1", "--output_dir", str(tmp_path / "other")])
 
 

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel
 
+from tests import processes
 from tests.conftest import tower_configs
 from training import distributed, train
 from training.model import ModelConfig, build_model, open_start
@@ -118,14 +118,12 @@ def test_a_run_lengthened_equals_one_that_was_longer_from_the_start(run_argument
         train.main([*constant, "--loop.steps", "5", "--output_dir", str(tmp_path / "grown"), "--resume"])
 
 
-def launch(arguments: list[str], processes: int) -> str:
-    """On the CPU by torchrun: there, `accelerate launch --num_processes 2` starts one process without a word."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += ["-m", "training.train", *arguments]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
+def launch(arguments: list[str], world: int) -> str:
+    """What the processes of torchrun print, which itself is started in test_survival.py and test_launch.py."""
+    command = [sys.executable, "-m", "training.train", *arguments]
+    results = processes.run_ranks(command, world, cwd=ROOT, project=True)
+    assert all(result.returncode == 0 for result in results), "\n".join(result.stderr[-3000:] for result in results)
+    return "".join(result.stdout for result in results)
 
 
 def test_two_processes_equal_one(run_arguments, captioned_folder, tmp_path):
@@ -133,7 +131,7 @@ def test_two_processes_equal_one(run_arguments, captioned_folder, tmp_path):
     arguments = [*run_arguments, "--optim.name", "sgd", "--optim.learning_rate", "0.05", "--optim.warmup_steps", "2"]
     arguments += ["--optim.schedule", "cosine", "--data.validation", str(captioned_folder)]
     train.main([*arguments, "--output_dir", str(tmp_path / "one")])
-    printed = launch([*arguments, "--output_dir", str(tmp_path / "two")], processes=2)
+    printed = launch([*arguments, "--output_dir", str(tmp_path / "two")], world=2)
     assert "on 2 x cpu" in printed
     assert printed.strip().splitlines()[-1] == str(tmp_path / "two/final")
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")

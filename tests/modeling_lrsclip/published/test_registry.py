@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from modeling_lrsclip.convert import main as convert_main
 from modeling_lrsclip.encoding import Encoder
 from modeling_lrsclip.published.checkpoints import ANY, PRESETS
 from modeling_lrsclip.published.registry import MODELS, PAPER_ONLY, check_published, resolve
+from tests import processes
 from tests.hub_server import HubServer
 from tests.hub_store import File
 from tests.modeling_lrsclip.references import published_state
@@ -164,32 +164,40 @@ def publish(hub, model, content=b"weights", replaces=None):
     return repo.commit("refs/heads/main", files, "weights", "", repo.owner, parent).oid
 
 
-def resolve_elsewhere(name, hub, cache, **environment):
-    """In a process of its own: huggingface_hub reads the environment when it is imported."""
+def resolve_elsewhere(hub, cache, *names, **environment):
+    """A line of each name, from a process of its own: huggingface_hub reads the environment when it is imported."""
     code = (
         "import sys\n"
         "from modeling_lrsclip.published.registry import resolve\n"
-        "try:\n    source = resolve(sys.argv[1]); print(source.path, source.revision, source.label)\n"
-        "except ValueError as error:\n    print('ValueError', error)\n"
+        "for name in sys.argv[1:]:\n"
+        "    try:\n        source = resolve(name); print(source.path, source.revision, source.label)\n"
+        "    except ValueError as error:\n        print('ValueError', error)\n"
     )
     environment = hub.environment(cache) | environment
-    run = subprocess.run(
-        [sys.executable, "-c", code, name], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout.strip()
+    run = processes.run([sys.executable, "-c", code, *names], cwd=ROOT, env=environment)
+    assert run.returncode == 0 and len(run.stdout.splitlines()) == len(names), run
+    return run.stdout.splitlines()
 
 
 def test_a_model_is_fetched_from_the_endpoint_of_the_environment_and_then_from_its_cache(hub, tmp_path):
+    """And one that is not there, without network, is told with what to download."""
     commit = publish(hub, MODELS["long-clip-vit-b-16"])
-    path, revision, label = resolve_elsewhere("long-clip-vit-b-16", hub, tmp_path).split()
+    found, missing = resolve_elsewhere(hub, tmp_path, "long-clip-vit-b-16", "long-clip-vit-l-14")
+    path, revision, label = found.split()
     assert Path(path).read_bytes() == b"weights" and Path(path).name == "longclip-B.pt"
     assert revision == commit and label == "long-clip-vit-b-16"
-    again = resolve_elsewhere("long-clip-vit-b-16", hub, tmp_path, HF_HUB_OFFLINE="1")
-    assert again.split() == [path, revision, label]
-    missing = resolve_elsewhere("long-clip-vit-l-14", hub, tmp_path)
     assert missing.startswith("ValueError long-clip-vit-l-14: longclip-L.pt of BeichenZhang/LongCLIP-L at main could")
-    assert "404" in missing and len(missing.splitlines()) == 1
+    assert "404" in missing
+    names = ("long-clip-vit-b-16", "georsclip-vit-b-32", "clip-vit-b-16")
+    again, file, folder = resolve_elsewhere(hub, tmp_path, *names, HF_HUB_OFFLINE="1")
+    assert again.split() == [path, revision, label]
+    revision = MODELS["georsclip-vit-b-32"].revision
+    assert f"ckpt/RS5M_ViT-B-32.pt of Zilun/GeoRSCLIP at {revision[:12]} could not be fetched (the Hub cannot" in file
+    assert file.endswith(
+        f"download https://huggingface.co/Zilun/GeoRSCLIP/blob/{revision}/ckpt/RS5M_ViT-B-32.pt and give "
+        "--model path/to/RS5M_ViT-B-32.pt."
+    )
+    assert "clone https://huggingface.co/openai/clip-vit-base-patch16 and give its folder with --model." in folder
 
 
 def test_a_pinned_commit_is_fetched_whatever_main_holds(hub, monkeypatch, tmp_path):
@@ -249,15 +257,3 @@ def test_check_published_lists_what_is_missing(hub, monkeypatch, tmp_path, capsy
 @pytest.mark.skipif(not os.environ.get("CHECK_PUBLISHED"), reason="asks huggingface.co: set CHECK_PUBLISHED=1")
 def test_every_published_model_is_where_the_registry_has_it():
     assert [check.line for check in check_published() if check.problem] == []
-
-
-def test_without_network_the_error_says_what_to_download(hub, tmp_path):
-    said = resolve_elsewhere("georsclip-vit-b-32", hub, tmp_path, HF_HUB_OFFLINE="1")
-    revision = MODELS["georsclip-vit-b-32"].revision
-    assert f"ckpt/RS5M_ViT-B-32.pt of Zilun/GeoRSCLIP at {revision[:12]} could not be fetched (the Hub cannot" in said
-    assert said.endswith(
-        f"download https://huggingface.co/Zilun/GeoRSCLIP/blob/{revision}/ckpt/RS5M_ViT-B-32.pt and give "
-        "--model path/to/RS5M_ViT-B-32.pt."
-    )
-    said = resolve_elsewhere("clip-vit-b-16", hub, tmp_path, HF_HUB_OFFLINE="1")
-    assert "clone https://huggingface.co/openai/clip-vit-base-patch16 and give its folder with --model." in said

@@ -1,7 +1,6 @@
 """A data set on a Hub, over HTTP: downloaded into memory, or streamed row group by row group."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 from huggingface_hub import HfApi
 
+from tests import processes
 from tests.hub_server import HubServer
 from tests.training.data.test_data_streaming import ROWS, TABLE, picture, row
 
@@ -49,7 +49,7 @@ def test_a_data_set_on_the_hub(tmp_path, monkeypatch):
         line = json.dumps({"image": "a.png", "long_text": "b"}).encode()
         api.upload_file(path_or_fileobj=line, path_in_repo="train.jsonl", repo_id="you/lines", repo_type="dataset")
         environment = hub.environment(tmp_path / "home")
-        run = subprocess.run([sys.executable, "-c", READ], cwd=ROOT, env=environment, capture_output=True, text=True)
+        run = processes.run([sys.executable, "-c", READ], cwd=ROOT, env=environment)
         assert run.returncode == 0, run.stderr
     told = json.loads(run.stdout.splitlines()[-1])
     count, parts, ids, long, size, kind = told["true"]

@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import zlib
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 
+from tests import processes
 from tests.training.lrs2m.chat_server import ChatServer, Fault, plausible
 from tests.training.lrs2m.small_builds import (
     build,
@@ -215,7 +215,7 @@ def test_a_killed_process_loses_only_what_was_under_way(whole, expected, write_r
     with ChatServer(faults=one_bad_row, delay=0.05) as server:
         recipe = recipe_of_whole(write_recipe, whole[0], server.url)
         command = [sys.executable, "-m", "training.lrs2m.build", "--config", str(recipe), "--output", str(folder)]
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        process = processes.start(command, project=True)
         deadline = time.monotonic() + 120
         while len(server.requests) < 13 and time.monotonic() < deadline:
             time.sleep(0.01)
