@@ -1,7 +1,9 @@
 """Tiny models with the real 248 positions and an offline tokenizer, shared by all tests."""
 
+import gc
 import os
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,22 @@ from modeling_lrsclip.train_tokenizer import train_tokenizer
 
 os.environ["LRSCLIP_CACHE"] = tempfile.mkdtemp(prefix="lrsclip-embeddings-")  # of commands that modules' fixtures run
 torch.set_num_threads(1)  # two test processes share two cores; more threads only wait for each other
+gc.disable()  # until all is imported: to look through thousands of new modules takes a fifth of that time
+
+# The files that take longest. The last ones are then short, and no process waits for the other at the end.
+LONGEST = ["training/test_survival.py", "training/test_processes.py", "training/test_launch.py"]
+LONGEST += ["geosearch/test_examples.py", "geosearch/test_shards.py", "model_cards/test_push_to_hub.py"]
+LONGEST += ["training/test_push.py", "modeling_lrsclip/test_ecosystem.py", "test_readme.py", "training/test_train.py"]
+LONGEST += ["training/test_ablate.py", "training/test_large_batch.py", "evaluation/test_run.py"]
+LONGEST += [
+    "modeling_lrsclip/test_export_onnx.py",
+    "modeling_lrsclip/test_convert.py",
+    "geosearch/test_index_store.py",
+]
+LONGEST += ["modeling_lrsclip/test_ecosystem_details.py", "modeling_lrsclip/test_plain_clip.py"]
+LONGEST += ["modeling_lrsclip/test_remote_code.py", "modeling_lrsclip/published/test_registry.py"]
+LONGEST += ["modeling_lrsclip/test_commands.py", "evaluation/test_metrics.py", "evaluation/test_distributed.py"]
+PLACE = {Path(__file__).parent / name: number for number, name in enumerate(LONGEST)}
 
 LONG = [
     "Two white storage tanks stand in the upper left corner. A grey road runs from the left edge to the right edge, and "
@@ -32,6 +50,17 @@ SHORT = [
     "Houses with orange roofs.",
     "A beach with a pier and boats.",
 ]
+
+
+def pytest_configure(config):
+    assert all(path.is_file() for path in PLACE), PLACE
+    config.option.loadscopereorder = False  # of pytest-xdist, by the number of tests
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: PLACE.get(item.path, len(PLACE)))
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -134,7 +134,7 @@ def call(function: Callable, *arguments: Any, **options: Any) -> Process:
     """Start a process that calls a function of a module, with arguments that can be pickled. Options: see [`start`]."""
     with tempfile.NamedTemporaryFile(dir=_server(True).parent, delete=False) as file:
         pickle.dump((function, arguments), file)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     return start([sys.executable, "-c", CALL, file.name], env=environment, project=True, **options)
 
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+from tests import processes
 from training.config import parse_config
 from training.distributed import check_checkpoint, check_launch
 from training.train import run
@@ -42,7 +42,7 @@ def options(folder: Path, run_options: list[str], data: Path) -> list[str]:
 def test_several_processes_are_one(name, alone, run_options, captioned_folder, tmp_path):
     command = [*LAUNCHER, str(FILES / f"{name}.yaml"), "-m", "training.train"]
     command += options(tmp_path / "run", run_options, captioned_folder)
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    done = processes.run(command, cwd=ROOT, env=environment(), project=True)  # the launcher; it starts the two
     assert done.returncode == 0, done.stderr
     lines = done.stdout.strip().splitlines()
     assert lines[-1] == str(tmp_path / "run" / "final") and any("4 steps of 4 on 2 x cpu" in line for line in lines)
