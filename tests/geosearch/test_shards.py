@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -139,8 +138,11 @@ if __name__ == "__main__":
     (tmp_path / "drive.py").write_text(code)
     command = [sys.executable, str(tmp_path / "drive.py"), job.scenes[0], str(job.output), job.model]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as driver:
-        assert driver.stdout.readline() == "started\n"
+    reading, writing = os.pipe()
+    with open(reading) as printed:
+        with open(writing, "w") as stdout:
+            driver = processes.start(command, cwd=ROOT, env=env, stdout=stdout, project=True)
+        assert printed.readline() == "started\n"
         killed, deadline = 0, time.monotonic() + 300
         while not killed and driver.poll() is None and time.monotonic() < deadline:
             for process in psutil.Process(driver.pid).children(recursive=True):
@@ -150,7 +152,7 @@ if __name__ == "__main__":
                     killed += 1
                     break
             time.sleep(0.02)
-        output = driver.stdout.read()
+        output = printed.read()
         driver.wait(timeout=300)
     assert killed == 1 and driver.returncode == 0
     assert json.loads(output.splitlines()[-1]) == alone == open_index(job.output).metadata["parts"]
