@@ -63,6 +63,11 @@ def pytest_collection_modifyitems(items):
     gc.enable()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_terminal_summary():
+    gc.unfreeze()  # hypothesis is imported now, and looks who refers to an object
+
+
 @pytest.fixture(autouse=True)
 def _embeddings_of_this_test(tmp_path, monkeypatch):
     monkeypatch.setenv("LRSCLIP_CACHE", str(tmp_path / "kept-embeddings"))
