@@ -4,6 +4,8 @@ Images and their captions for text-image retrieval, from a folder, a file or the
 M images, N texts; a text belongs to one image, an image has one text or several.
 """
 
+import dataclasses
+import itertools
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any, NamedTuple
 
 from modeling_lrsclip.encoding.imagery import ImageFiles
 from modeling_lrsclip.files.hashing import json_sha256
-from modeling_lrsclip.files.tables import json_list_name, read_rows, text_encoding
+from modeling_lrsclip.files.tables import USUAL_COLUMNS, json_list_name, read_rows, text_encoding
 
 from .tables import (
     FORMATS,
@@ -31,10 +33,6 @@ from .tables import (
 )
 
 
-TEXT_COLUMNS = {
-    "long_text": ("long_text", "long_caption"),
-    "short_text": ("short_text", "title", "caption", "captions", "sentences"),  # title: RS5M's *_test.csv
-}
 IN_A_FOLDER = (  # what is looked for, in this order
     "test.parquet",
     "test-*.parquet",
@@ -42,7 +40,12 @@ IN_A_FOLDER = (  # what is looked for, in this order
     "dataset_*.json",  # RSITMD, RSICD, UCM-Captions, after Karpathy's files
     "*_test.csv",  # RS5M's test data
     "test_caps.txt",  # AMFMN's *_precomp
-    *(f"{stem}{suffix}" for stem in ("test", "captions") for suffix in FORMATS[1:]),
+    *(f"{stem}{suffix}" for stem in ("test", "captions", "metadata") for suffix in FORMATS[1:]),
+    "train.parquet",
+    "train-*.parquet",
+    "data/train-*.parquet",
+    *(f"train{suffix}" for suffix in FORMATS[1:]),
+    "*.tar",
 )
 
 
@@ -133,8 +136,8 @@ def load_retrieval(source: str | Path, text_column: str, allow_missing: int = 0)
     Args:
         source: one of
             - a folder with `test.parquet` (as `evaluation.benchmarks.aerial_scenes` writes it) or shards of it, with
-              `dataset_*.json`, `*_test.csv`, `test_caps.txt`, `test.*` or `captions.*`;
-            - a `.parquet`, `.jsonl`, `.json` (a list of objects), `.csv` or `.tsv` file with the columns `image` (or
+              `dataset_*.json`, `*_test.csv`, `test_caps.txt`, `test.*`, `captions.*`, `metadata.*`, `train.*` or tars;
+            - a `.parquet`, `.jsonl`, `.json` (a list of objects), `.csv`, `.tsv` or WebDataset `.tar` file with the columns `image` (or
               `filename`, `filepath`, `file_name`: a path, or the image itself) and `text_column`;
             - RSITMD's or RSICD's own `dataset_*.json`, whose `test` images are taken; RS5M's `rsitmd_test.csv`,
               `rsicd_test.csv`; AMFMN's `test_caps.txt` beside `test_filename.txt`;
@@ -192,11 +195,13 @@ def _published_split(source: str | Path, text_column: str) -> PublishedSplit | N
 
 
 def _read(source: str | Path, text_column: str) -> Table:
-    path, columns = Path(source).expanduser(), TEXT_COLUMNS[text_column]
+    path, columns = Path(source).expanduser(), USUAL_COLUMNS[text_column]
     if path.is_dir():
         if files := _caption_files(path):
             if files[0].suffix == ".parquet":
                 return read_parquet(files, columns)
+            if files[0].suffix == ".tar":
+                return _joined([read_table(file, columns) for file in files])
             if len(files) > 1:
                 names = ", ".join(file.name for file in files)
                 raise ValueError(f"{path} holds several caption files ({names}); name one of them.")
@@ -223,7 +228,15 @@ def _read_file(path: Path, text_column: str) -> Table:
         return _read_line_pairs(path, text_column)
     if path.suffix == ".json" and json_list_name(path) == "images":
         return _read_karpathy(path, list(read_rows(path)), text_column)
-    return read_table(path, TEXT_COLUMNS[text_column])
+    return read_table(path, USUAL_COLUMNS[text_column])
+
+
+def _joined(tables: list[Table]) -> Table:
+    """Shards of the same columns as one table."""
+    images, values, places = (
+        [*itertools.chain(*parts)] for parts in zip(*((t.images, t.values, t.places) for t in tables))
+    )
+    return dataclasses.replace(tables[0], images=images, values=values, places=places)
 
 
 def _read_karpathy(path: Path, entries: list[Any], text_column: str) -> Table:

@@ -3,7 +3,7 @@
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,22 +11,26 @@ from typing import Any
 
 from tqdm import tqdm
 
-from modeling_lrsclip.encoding.imagery import ImageError, ImageFiles
+from modeling_lrsclip.encoding.imagery import IMAGE_SUFFIXES, ImageError, ImageFiles
 from modeling_lrsclip.files.hashing import bytes_sha256
 from modeling_lrsclip.files.tables import (
     ENCODINGS,
     TABLE_SUFFIXES,
+    USUAL_COLUMNS,
+    TableRow,
     iter_rows,
     json_list_name,
     load_hub,
     parquet_columns,
     read_rows,
+    tar_samples,
     text_encoding,
 )
 
 
-IMAGE_COLUMNS = ("image", "filename", "filepath", "file_name")  # the first that a table has is taken
-FORMATS = TABLE_SUFFIXES
+IMAGE_COLUMNS = USUAL_COLUMNS["image"]  # the first that a table has is taken
+FORMATS = (*TABLE_SUFFIXES, ".tar")
+TAR_IMAGES = (*(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES), "img_content")
 SHOWN = 3  # offenders an error names before it only counts
 SPLITS = ("train", "training", "validation", "valid", "val", "test", "testing")
 
@@ -84,9 +88,10 @@ def read_table(path: Path, columns: Sequence[str]) -> Table:
         raise NotHere(f"{path}: {path.suffix or 'no suffix'} is not a supported format; use {', '.join(FORMATS)}.")
     if path.suffix == ".json" and json_list_name(path) != "":
         raise NotHere(f"{path} must hold a list of objects, one an image.")
-    encoding = text_encoding(path)
+    is_tar = path.suffix == ".tar"
+    encoding = ENCODINGS[0] if is_tar else text_encoding(path)
     images, values, places, image, column = [], [], [], IMAGE_COLUMNS[0], columns[0]
-    for row in iter_rows(path, encoding):
+    for row in _tar_rows(path) if is_tar else iter_rows(path, encoding):
         origin = f"{path}, {row.where}"
         if row.fault:
             raise ValueError(f"{origin} {row.fault}.")
@@ -102,6 +107,10 @@ def read_table(path: Path, columns: Sequence[str]) -> Table:
     row_name = {".jsonl": "line", ".json": "entry"}.get(path.suffix, "row")
     how = _took(image, column) + ("" if encoding == ENCODINGS[0] else f", {encoding}")
     return Table(str(path), images, values, path.parent, row_name, how, places=places)
+
+
+def _tar_rows(path: Path) -> Iterator[TableRow]:
+    return (TableRow(f"sample {values['__key__']}", values) for values in tar_samples(path, TAR_IMAGES))
 
 
 def read_parquet(paths: Sequence[Path], columns: Sequence[str]) -> Table:

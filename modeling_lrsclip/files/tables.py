@@ -30,6 +30,15 @@ _BLOCK = 1 << 20
 csv.field_size_limit(LONGEST_FIELD)
 
 
+# Names that files of others have for a column, in the order in which they are looked for.
+USUAL_COLUMNS = {
+    "image": ("image", "filename", "filepath", "file_name"),
+    "long_text": ("long_text", "long_caption"),
+    "short_text": ("short_text", "title", "caption", "captions", "sentences", "txt"),  # title: RS5M's *_test.csv
+}
+TAR_TEXTS = ("txt", "caption", "img_name", "cls", "text")  # RS5M's tars: img_content, img_name, caption
+
+
 @dataclass(frozen=True)
 class TableRow:
     """A row of a table, or why it cannot be read."""
@@ -356,6 +365,40 @@ def tar_members(path: Path, contents: bool = False) -> Iterator[TarMember]:
     except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, RecursionError) as error:
         plain = "" if contents else "; only plain ones are, unpack .tar.gz"
         raise ValueError(f"{path} cannot be read as a tar ({error or type(error).__name__}){plain}.") from error
+
+
+def tar_samples(path: Path, image_suffixes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """
+    Samples of a WebDataset tar: members of the same name up to the first dot of the file name make one.
+
+    Args:
+        path: a tar, compressed or not.
+        image_suffixes: of the members that are images, without the dot.
+
+    Returns:
+        Values by column: `image` holds the image's bytes, a JSON member its fields, other texts stand under their suffix;
+        `__key__` is the name.
+
+    Raises:
+        `ValueError`: one sentence naming the file, for a damaged tar and a member that is no JSON object.
+    """
+    sample: dict[str, Any] = {}
+    for member in tar_members(path, contents=True):
+        if sample and sample["__key__"] != member.key:
+            yield sample
+            sample = {}
+        sample.setdefault("__key__", member.key)
+        if member.suffix in image_suffixes:
+            sample["image"] = member.content
+        elif member.suffix == "json":
+            try:
+                sample |= parse_object(member.content.decode("utf-8", "replace"))
+            except ValueError as error:
+                raise ValueError(f"{path}, {member.key}.{member.suffix} {error}.") from None
+        elif member.suffix in TAR_TEXTS:
+            sample[member.suffix] = member.content.decode("utf-8", "replace").strip()
+    if sample:
+        yield sample
 
 
 # -------------------------------------------------------------------------------------------------------------- the Hub

@@ -59,7 +59,9 @@ def test_a_hub_that_refuses(hub, run_arguments, captioned_folder, capsys):
     assert json.loads((best / "run.json").read_text())["weights"]["step"] == 4
     for folder in (best, final):
         # Refused (3), or on a machine so busy that the client gives up first: `tests/model_cards` tells which is which.
-        assert re.search(rf"note: pushing {folder} to {REPO} failed \(exit status \d: error: .+\)\. Nothing of the", out)
+        assert re.search(
+            rf"note: pushing {folder} to {REPO} failed \(exit status \d: error: .+\)\. Nothing of the", out
+        )
         command = push_command(
             PushConfig(repo=REPO, private=True, license="apache-2.0"), folder, f"{folder.name} of a run, step 4"
         )

@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
 from modeling_lrsclip.encoding.imagery import Augmentation
-from modeling_lrsclip.files.tables import TABLE_SUFFIXES, read_rows
+from modeling_lrsclip.files.tables import TABLE_SUFFIXES, USUAL_COLUMNS, read_rows
 
 from .rows import GroupCache, LineRows, ParquetRows, Rows, TableRows, caption_fault, filled
 from .tars import TAR_IMAGES, TarRows
@@ -279,6 +279,7 @@ def _open_table(
 ) -> TableRows:
     if not len(table):
         raise ValueError(f"{source} has no rows.")
+    columns = usual_columns(columns, table.column_names)
     check_columns(source, columns, table.column_names)
     for kind, name in columns.items():
         if kind != "image":
@@ -353,11 +354,31 @@ def _checked(source: str, parts: list[Rows], names_of) -> list[Rows]:
         names = names_of(first)
     except ValueError as error:
         raise ValueError(f"The first row of {first.name} cannot be read ({error}); mend or remove it.") from error
-    columns = dict(first.columns)
-    if isinstance(first, TarRows) and columns["image"] == "image" and set(first.suffixes) & set(TAR_IMAGES):
+    holds_images = isinstance(first, TarRows) and set(first.suffixes) & set(TAR_IMAGES)
+    columns = usual_columns(first.columns, ["image", *names] if holds_images else names)
+    for part in parts:
+        part.columns = columns
+    columns = dict(columns)
+    if holds_images and columns["image"] == "image":
         del columns["image"]
     check_columns(source, columns, names)
     return parts
+
+
+def usual_columns(columns: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """
+    Columns by kind, where one that is wanted by its own name is missing the first of its `USUAL_COLUMNS` that is there.
+
+    Args:
+        columns: wanted, by kind.
+        names: of the columns that there are.
+
+    Returns:
+        Names by kind; what is nowhere stays as it was.
+    """
+    there = list(names)
+    usual = {kind: [name] if name in there else USUAL_COLUMNS.get(name, ()) for kind, name in columns.items()}
+    return {kind: next((name for name in usual[kind] if name in there), name) for kind, name in columns.items()}
 
 
 def check_columns(source: str, columns: Mapping[str, str], names: Iterable[str]) -> None:

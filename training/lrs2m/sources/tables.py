@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from modeling_lrsclip.encoding.imagery import IMAGE_SUFFIXES
-from modeling_lrsclip.files.tables import TABLE_SUFFIXES, load_hub, parse_object, read_rows, tar_members
+from modeling_lrsclip.files.tables import TABLE_SUFFIXES, load_hub, read_rows, tar_samples
 
 
-TAR_TEXTS = ("txt", "caption", "img_name", "cls", "text")  # RS5M's tars: img_content, img_name, caption
 TAR_IMAGES = (*(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES), "img_content")
 
 TableRow = dict[str, Any]
@@ -60,28 +59,7 @@ def tar_rows(pattern: Path) -> Iterator[TableRow]:
     holds the image's bytes, a JSON member its fields, other texts stand under their suffix; `__key__` is the name.
     """
     for path in find_files(pattern, (".tar",)):
-        sample: TableRow = {}
-        for member in tar_members(path, contents=True):
-            if sample and sample["__key__"] != member.key:
-                yield sample
-                sample = {}
-            sample.setdefault("__key__", member.key)
-            try:
-                sample |= _tar_field(member.suffix, member.content)
-            except ValueError as error:
-                raise ValueError(f"{path}, {member.key}.{member.suffix} {error}.") from None
-        if sample:
-            yield sample
-
-
-def _tar_field(suffix: str, content: bytes) -> TableRow:
-    if suffix in TAR_IMAGES:
-        return {"image": content}
-    if suffix == "json":
-        return parse_object(content.decode("utf-8", "replace"))
-    if suffix in TAR_TEXTS:
-        return {suffix: content.decode("utf-8", "replace").strip()}
-    return {}
+        yield from tar_samples(path, TAR_IMAGES)
 
 
 def hub_rows(name: str, split: str) -> Iterator[TableRow]:
