@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
+
 from .captioners.prompts import Prompts
 from .data_row import Record
 from .output import MANIFEST, load_progress
@@ -166,10 +168,14 @@ def _absent_evaluation_sets(recipe: Recipe, root: Path) -> list[str]:
     absent = []
     for place, names in (("duplicates.against", recipe.duplicates.against), *named):
         for name in names or ():
-            is_path = name.count("/") != 1 or name[0] in "~./$" or Path(name).suffix != ""
-            if "/" in name and is_path and not resolve(name, root).exists():
+            if _is_path(name) and not resolve(name, root).exists():
                 absent.append(f"{place} names {name}, which does not exist; put the set there, or leave it out.")
     return list(dict.fromkeys(absent))
+
+
+def _is_path(name: str) -> bool:
+    """Tell a path from `owner/name` of the Hub and from the name of a known data set."""
+    return "/" in name and (name.count("/") != 1 or name[0] in "~./$" or Path(name).suffix != "")
 
 
 # ------------------------------------------------------------------------------------------------------------- --check
@@ -209,6 +215,12 @@ def describe(recipe: Recipe, prompts: Prompts, root: Path, folder: Path) -> tupl
     lines.append(
         f"left out: near-duplicates {inside}of {sets} evaluation sets" if sets or inside else "kept: duplicates"
     )
+    path = resolve(recipe.tokenizer, root)
+    if not path.is_dir():
+        if _is_path(recipe.tokenizer):
+            mistakes.append(f"tokenizer {recipe.tokenizer} does not exist; name a folder, or one of the Hub.")
+        elif not isinstance(try_to_load_from_cache(recipe.tokenizer, "tokenizer_config.json"), str):
+            lines.append(f"tokenizer {recipe.tokenizer}: fetched from the Hub first")
     lines.append(f"written: {recipe.format} to {folder}, {_progress(folder)}")
     return lines, mistakes
 
@@ -290,7 +302,7 @@ async def _ping(name: str, config: CaptionerConfig) -> list[tuple[str, bool]]:
 def _progress(folder: Path) -> str:
     progress = load_progress(folder)
     if progress is None:
-        return "which is begun"
+        return "where no build is yet"
     if progress.complete and (folder / MANIFEST).exists():
-        return "which is complete"
-    return f"which goes on at row {progress.index:,} of source {progress.source}"
+        return "where a build is complete"
+    return f"where a build goes on at row {progress.index:,} of source {progress.source}"

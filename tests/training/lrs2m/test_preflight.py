@@ -162,7 +162,7 @@ def test_check_says_what_a_build_would_do_and_writes_nothing(folder, write_recip
         "first: Forest_0.png A airport of number 0",
         "not verified: the file's name",
         f"captioner mllm: {server.url} answers",
-        "which is begun",
+        "where no build is yet",
     ):
         assert part in said
     assert not (tmp_path / "set").exists()
