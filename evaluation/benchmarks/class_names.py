@@ -85,18 +85,10 @@ def known_datasets() -> dict[str, Dataset]:
 def _read_dataset(path: Path) -> Dataset:
     content = path.read_bytes()
     fields = json.loads(content)
-    return Dataset(
-        name=fields["name"],
-        key=path.stem,
-        version=fields["version"],
-        classes=fields["classes"],
-        also={folder: tuple(spellings) for folder, spellings in fields["also"].items()},
-        images=fields["images"],
-        splits=fields["splits"],
-        in_paper=fields["in_paper"],
-        hub=fields["hub"],
-        file_sha256=bytes_sha256(content),
-    )
+    also = {folder: tuple(spellings) for folder, spellings in fields["also"].items()}
+    as_written = ("name", "version", "classes", "images", "splits", "in_paper", "hub")
+    plain_fields = {name: fields[name] for name in as_written}
+    return Dataset(key=path.stem, also=also, file_sha256=bytes_sha256(content), **plain_fields)
 
 
 @cache

@@ -304,7 +304,8 @@ def write_dataset(
     return record
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m evaluation.benchmarks.aerial_scenes", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
@@ -317,12 +318,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--canvases", type=int, default=8, help="number of landscapes for localization")
     parser.add_argument("--image-size", type=int, default=64, help="side of a scene in pixels")
     parser.add_argument("--workers", type=int, help="processes; default: one per core")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    arguments = _parse(argv)
+    arguments = parser.parse_args(argv)
     started = time.perf_counter()
     counts = {split: getattr(arguments, option[2:].replace("-", "_")) for split, option in SPLITS.items()}
     try:
