@@ -21,6 +21,7 @@ def folder(tmp_path_factory):
         picture(index).save(folder / name)
     shorts = [short_caption(index) for index in range(5)]
     (folder / "semicolons.csv").write_text("file;title\n" + "".join(map("{};{}\n".format, names, shorts)))
+    (folder / "paths.csv").write_text("file;title\n" + "".join(f"{one};a\n" for one in [*names, "./Forest_1.png"]))
     (folder / "unknown.csv").write_text("image,remark\n" + "".join(map("{},{}\n".format, names, shorts)))
     (folder / "absent.csv").write_text("image,title\n" + "".join(map("train/{},{}\n".format, names, shorts)))
     (folder / "imageless.csv").write_text("picture,title\n" + "".join(map("{},{}\n".format, names, shorts)))
@@ -41,9 +42,9 @@ def expanded(folder, name, **fields):
     return source("expand", table(folder, name, **fields))
 
 
-def joined(folder, name, **key):
-    read = table(folder, "semicolons.csv", columns={"image": "file"}, key=key)
-    return source("merge", read, join=table(folder, name, key=key))
+def joined(folder, captions, name="semicolons.csv", **key):
+    read = table(folder, name, columns={"image": "file"}, key=key)
+    return source("merge", read, join=table(folder, captions, key=key))
 
 
 MISTAKES = {
@@ -83,6 +84,10 @@ MISTAKES = {
     "keys that never match": (
         lambda folder: joined(folder, "other.jsonl"),
         ["no key is on both sides", "semicolons.csv has Forest_0.png, Forest_1.png, Forest_2.png", "has x_Forest_0.png, x_F"],
+    ),
+    "two images of one key": (
+        lambda folder: joined(folder, "long.jsonl", name="paths.csv", basename=True),
+        ["./Forest_1.png and Forest_1.png of", "paths.csv have the same key, Forest_1.png,"],
     ),
     "two names of one key": (
         lambda folder: joined(folder, "twice.jsonl", lower=True, stem=True),

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 from collections import Counter
 
 import numpy as np
@@ -126,6 +127,25 @@ def test_a_random_model_fills_the_list_of_failures(tiles, seeing, write_recipe, 
     failed = entries(tmp_path / "set", "failed")
     assert [row["id"] for row in failed] == [f"tiles-{index:08d}" for index in range(7)]
     assert all(len(row["attempts"]) == 3 and row["reason"] for row in failed) and not rows_of(tmp_path / "set")
+
+
+def test_rows_that_wait_for_an_equal_request_do_not_hold_a_batch_up(seeing, write_recipe, tmp_path, monkeypatch):
+    """A batch goes when every row waits for one; a row that shares another's request waits for none of its own."""
+    picture(0).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "short_text": short_caption(index // 3)} for index in range(6)]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    batches, answer_all = [], Engine.answer_all
+
+    def counted(engine, requests):
+        batches.append(len(requests))
+        return answer_all(engine, requests)
+
+    monkeypatch.setattr(Engine, "answer_all", counted)
+    read = {"kind": "table", "path": str(tmp_path / "captions.jsonl")}
+    fields = {"captioners": {"mllm": local(seeing, max_tokens=12)}, "max_failed_fraction": 1, "long_tokens": [24, 248]}
+    assert build(write_recipe([source("expand", read)], **fields), tmp_path / "set") == 0
+    assert batches == [2, 2, 2]  # attempts for two different requests
+    assert len(entries(tmp_path / "set", "failed")) == 6
 
 
 def test_a_taught_model_makes_a_data_set(tiles, seeing, reading, write_recipe, tmp_path):
