@@ -135,7 +135,7 @@ class SourceConfig:
     licence: str  # of images and given captions; an SPDX name, or the terms in a sentence
     read: ReadConfig  # where images and given captions are
     licence_url: str | None = None  # where the terms are
-    join: ReadConfig | None = None  # merge: the table that the other caption comes from, where it is not in `read`
+    join: ReadConfig | None = None  # where given captions are, found by their key, if they are not in `read`
     long: TextConfig = Field(default_factory=TextConfig)  # the long text's origin; empty: given
     short: TextConfig = Field(default_factory=TextConfig)  # the short text's origin; empty: given
     labels: LabelsConfig | None = None  # anchor needs them; other routes may take them for a template
@@ -160,8 +160,8 @@ class SourceConfig:
             if asked != bool(text.captioner):
                 need = "needs a captioner and a prompt" if asked else "is given by the source and has no captioner"
                 raise ValueError(f"source {self.name}: on route {self.route} the {column} text {need}")
-        if self.join is not None and self.route != "merge":
-            raise ValueError(f"source {self.name}: join belongs to route merge")
+        if self.join is not None and self.route == "anchor":
+            raise ValueError(f"source {self.name}: join brings given captions, and route anchor has none; remove it")
         if self.route == "anchor" and self.labels is None:
             raise ValueError(f"source {self.name}: route anchor needs labels")
         if "labels" in (self.long.template, self.short.template) and self.labels is None:

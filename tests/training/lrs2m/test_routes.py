@@ -30,6 +30,9 @@ from training.lrs2m.sources.images import Skip
 from training.lrs2m.sources.labels import LabelReader
 
 
+TABLE = {"kind": "table", "path": "a.csv"}
+
+
 def png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
@@ -86,6 +89,26 @@ def test_merge_joins_vhm_and_rs5m_and_lists_what_has_no_partner(tmp_path, write_
     ]
     counts = manifest_of(tmp_path / "set")["counts"]["tiles"]
     assert counts["unmatched images"] == 2 and counts["unmatched captions"] == 3
+
+
+def test_compress_takes_images_of_tars_and_captions_of_one_list(tmp_path, write_recipe):
+    """VersaD as it is downloaded: tars of a sub-set, which need not be unpacked, and one list of all of them."""
+    with tarfile.open(tmp_path / "crowdai-000000.tar", "w") as tar:
+        for index in range(4):
+            member = tarfile.TarInfo(f"crowdai/Tile_{index:03d}.png")
+            member.size = len(png(picture(index)))
+            tar.addfile(member, io.BytesIO(png(picture(index))))
+    rows = [vhm_row(index) | {"source_dataset": name} for name in ("cvact", "crowdai") for index in range(4)]
+    (tmp_path / "list_pretrain.json").write_text(json.dumps(rows))
+    key = {"basename": True, "stem": True}
+    read = {"kind": "webdataset", "path": str(tmp_path / "*.tar"), "key": key}
+    join = {"kind": "table", "path": str(tmp_path / "list_pretrain.json"), "key": key}
+    joined = source("compress", read, join=join | {"where": {"source_dataset": "crowdai"}})
+    with ChatServer() as server:
+        assert build(write_recipe([joined], server.url), tmp_path / "set") == 0
+    made = rows_of(tmp_path / "set")
+    assert [row["long_text"] for row in made] == [long_caption(index) for index in range(4)]
+    assert [row["image"]["bytes"] for row in made] == [png(picture(index)) for index in range(4)]
 
 
 def test_merge_refuses_tables_without_keys(tmp_path, tiles, write_recipe, capsys):
@@ -367,6 +390,10 @@ def test_answers_that_leave_the_anchors_out_are_refused(tmp_path, tiles, write_r
     [
         ({"route": "compress", "long": {}}, "on route compress the short text needs a captioner and a prompt"),
         ({"route": "merge"}, "on route merge the long text is given by the source"),
+        (
+            source("anchor", {}, labels={"kind": "class_name"}, join=TABLE) | {"read": TABLE},
+            "join brings given captions, and route anchor has none",
+        ),
         ({"labels": {"kind": "geojson", "path": "nowhere.geojson"}}, "nowhere.geojson does not exist"),
         ({"long": {"captioner": "mllm", "prompt": "expand@9"}}, "prompt expand@9 was asked for and expand@1 is here"),
         (

@@ -1,4 +1,4 @@
-"""Route merge: captions of one table looked up for the images of another by their key, on disk, at any size."""
+"""Captions of one table looked up for the images of another by their key, on disk, at any size."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -26,10 +26,10 @@ class Unmatched:
 
 class JoinedCaptions:
     """
-    The captions of a source's `join` table by key, in a SQLite file that is made once and read on a restart.
+    The captions of a source's `join` by key, in a SQLite file that is made once and read on a restart.
 
     Args:
-        source: of route merge.
+        source: with a `join`.
         root: where relative paths of the recipe start.
         file: where the index is kept.
 
