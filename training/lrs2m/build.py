@@ -33,6 +33,7 @@ from training.run_folder import git_state, versions
 
 from .captioners.captioner import AnswerStore, Captioner, CaptionerDown, Gate
 from .captioners.prompts import load_prompts
+from .checks.across_rows import drop_repeats
 from .data_row import Record, split_of
 from .output import BATCH, LISTS, MANIFEST, PROGRESS, WORK, Output, Progress, load_progress, save_progress, totals
 from .part import JOURNAL, Part, part_folder
@@ -112,6 +113,10 @@ class Build:
                 for number in range(progress.source, len(self.recipe.sources)):
                     await self._run_source(number, progress.index if number == progress.source else 0)
                     self.output.checkpoint(number + 1, 0)
+                if not self.part:
+                    drop_repeats(self.output, self.recipe.checks)
+                    for source in self.recipe.sources:
+                        self._check_caps(source, early=False)
             return self._finish()
         finally:
             self.answers.close()
@@ -163,6 +168,8 @@ class Build:
         self.silent = 0
         for reason in (*outcome.long.refused, *outcome.short.refused):
             self.output.count(source.name, f"asked again: {reason}")
+        for name in (*outcome.long.warnings, *outcome.short.warnings):
+            self.output.count(source.name, f"warned: {name}")
 
     def _add(self, maker: RowMaker, batch: list[Written]) -> None:
         for row in maker.rows(batch):
@@ -194,6 +201,7 @@ class Build:
     def _list_failed(self, source: SourceConfig, entry: dict[str, Any], why: Failed) -> None:
         self.output.list_entry("failed", entry | {"text": why.text, "reason": why.reason, "attempts": why.attempts})
         self.output.count(source.name, "failed")
+        self.output.count(source.name, f"failed: {why.reason if 'detail' in why.attempts[-1] else 'no answer'}")
         self.silent = self.silent + 1 if "answer" not in why.attempts[-1] else 0
         if self.silent >= self.recipe.max_failures_in_a_row:
             captioner = getattr(source, why.text).captioner
@@ -251,9 +259,7 @@ class Build:
     def _build_captioners(self) -> dict[str, Captioner]:
         used = {text.captioner for source in self.recipe.sources for text in (source.long, source.short)}
         built = {
-            name: _build_captioner(config, self.gate)
-            for name, config in self.recipe.captioners.items()
-            if name in used
+            name: build_captioner(config, self.gate) for name, config in self.recipe.captioners.items() if name in used
         }
         self.gate.captioners = [captioner for captioner in built.values() if hasattr(captioner, "waiting")]
         return built
@@ -319,7 +325,7 @@ class Build:
         return max(sizes, default=1)
 
 
-def _build_captioner(config: CaptionerConfig, gate: Gate) -> Captioner:
+def build_captioner(config: CaptionerConfig, gate: Gate) -> Captioner:
     """The captioner of a recipe; only the engine that is asked for is imported."""
     if config.kind == "openai":
         from .captioners.openai_compatible import OpenAICaptioner

@@ -23,7 +23,7 @@ from modeling_lrsclip.files.hashing import bytes_sha256
 
 from .output import DATA
 from .shards import SUFFIXES
-from .statistics import STATISTICS, data_hash, read_manifest, write
+from .statistics import SCORES, STATISTICS, data_hash, false_captions, hand_read, read_manifest, write
 
 
 CARD, LICENCES = "README.md", "LICENSE.md"  # the latter is what `license_link` on the Hub may name
@@ -70,6 +70,9 @@ def build_card(statistics: dict[str, Any], manifest: dict[str, Any], figures: Se
         "duplicates": statistics["left_out"]["duplicates"],
         "evaluation_sets": statistics["evaluation_sets"] or None,
         "captioners": _captioners(manifest),
+        "checked": false_captions(statistics["hand_read"]) if statistics.get("hand_read") else None,
+        "checks": statistics.get("checks") or None,
+        "scores": {SCORES[name]: one for name, one in statistics.get("scores", {}).items()} or None,
         "subsets": [source["paper"]["name"] for source in statistics["sources"] if "paper" in source],
         "figures": list(figures),
         "commands": ["python -m training.lrs2m.build --config recipe.yaml --output DIR"],
@@ -140,8 +143,10 @@ def write_card(folder: Path, replace: bool = False) -> Path:
     manifest = read_manifest(folder)
     path = folder / STATISTICS
     statistics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else write(folder)
-    if statistics.get("data_sha256") != data_hash(manifest):
-        statistics = write(folder)  # of another build
+    if statistics.get("data_sha256") != data_hash(manifest) or statistics.get("hand_read") != hand_read(
+        folder, manifest
+    ):
+        statistics = write(folder)  # of another build, or before somebody read it
     card = build_card(
         statistics, manifest, [name for name in ("token_lengths.png", "map.png") if (folder / name).is_file()]
     )

@@ -11,7 +11,9 @@ from datasets import Features, Image, List, Value
 GIVEN = "given"  # the captioner of a text that came with the source
 SPLITS = ("train", "validation")
 
-_TEXT, _COUNT, _DEGREES = Value("string"), Value("int32"), Value("float64")
+VERIFY_COLUMNS = ("long_similarity", "short_similarity", "sentence_similarities", "claims", "claims_confirmed")
+
+_TEXT, _COUNT, _DEGREES, _SHARE = Value("string"), Value("int32"), Value("float64"), Value("float32")
 FEATURES = Features(
     {
         "id": _TEXT,  # unique: the source's name and the row's place in it
@@ -42,6 +44,15 @@ FEATURES = Features(
         "latitude": _DEGREES,
         "gsd": _DEGREES,  # ground sample distance, metres a pixel
         "anchors": _TEXT,  # JSON: counts, objects and the sentence the captioner read; null without labels
+        "label_precision": _SHARE,  # of the classes that the long text names, the share that is labelled; null without labels
+        "label_recall": _SHARE,  # of the labelled classes, the share that the long text names
+        # Of training.lrs2m.verify; null before it.
+        "long_similarity": _SHARE,  # cosine of the long text and the image; of a model of 77 positions, the sentences' mean
+        "short_similarity": _SHARE,
+        "sentence_similarities": List(_SHARE),  # of each sentence of the long text
+        "claims": _TEXT,  # JSON: kind, question and answer (true, false or null) of each claim of the long text
+        "claims_confirmed": _SHARE,  # of the claims that were answered
+        "warnings": List(_TEXT),  # checks at level `warn` that found a fault, with the text: "long: agreement"
     }
 )
 SCHEMA: pyarrow.Schema = FEATURES.arrow_schema  # carries the mark by which `datasets` decodes the image

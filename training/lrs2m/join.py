@@ -26,6 +26,7 @@ from tqdm import tqdm
 from modeling_lrsclip.files.configuration import validate
 
 from .captioners.captioner import AnswerStore
+from .checks.across_rows import drop_repeats
 from .data_row import Row
 from .output import BATCH, MANIFEST, WORK, Output, Progress, load_progress, totals
 from .part import JOURNAL
@@ -128,6 +129,7 @@ class Join:
         try:
             if not self.output.progress.complete:
                 self._take_all()
+                drop_repeats(self.output, self.recipe.checks)
             return self._finish()
         finally:
             self.output.close()

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ class Progress:
     lists: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LISTS, 0))  # bytes
     counts: dict[str, dict[str, int]] = field(default_factory=dict)  # by source
     part: list[int] = field(default_factory=lambda: [1, 1])  # which of how many
+    compared: bool = False  # rows of all parts were compared with each other
     complete: bool = False  # all rows are in parts
     retries: int = 0  # times that `--retry-failed` was given
 
@@ -131,6 +133,55 @@ class Output:
         sync(self._parts)
         self.progress.source, self.progress.index = source, index
         self._save()
+
+    @property
+    def part_rows(self) -> int:
+        """Rows in closed parts."""
+        return sum(part["rows"] for parts in self.progress.parts.values() for part in parts)
+
+    def rows_of_parts(self, columns: list[str]) -> Iterator[Row]:
+        """Rows of all closed parts, split by split, at least with these columns."""
+        for parts in self.progress.parts.values():
+            for part in parts:
+                yield from read_shard(self._parts / part["file"], columns)
+
+    def replace_rows(self, touched: Sequence[bool], change: Callable[[int, Row], Row | None]) -> None:
+        """
+        Change rows of closed parts, in one durable step with what was counted and listed meanwhile.
+
+        Args:
+            touched: by place among the rows of all parts, whether it is looked at; parts without such rows stay.
+            change: from place and row to the row to be kept, or None.
+        """
+        start = 0
+        for split, parts in self.progress.parts.items():
+            for number, part in enumerate(parts):
+                end = start + part["rows"]
+                if any(touched[start:end]):
+                    parts[number] = self._change_part(
+                        split, part, start, lambda at, row: change(at, row) if touched[at] else row
+                    )
+                start = end
+        self.progress.parts = {
+            split: [part for part in parts if part["rows"]] for split, parts in self.progress.parts.items()
+        }
+        self.progress.compared = True
+        self.checkpoint(self.progress.source, self.progress.index)
+
+    def _change_part(
+        self, split: str, part: dict[str, Any], start: int, change: Callable[[int, Row], Row | None]
+    ) -> dict[str, Any]:
+        source = self._parts / part["file"]
+        target = source.with_name(f"changed-{source.name}")
+        writer = open_shard(target)
+        for place, row in enumerate(read_shard(source), start):
+            kept = change(place, row)
+            if kept is None:
+                self.count(row["source"], split, -1)
+            else:
+                writer.add(kept)
+        writer.close()
+        return {"file": target.name, "rows": writer.rows, "size": writer.size}
 
     def close(self) -> None:
         for stream in self._lists.values():

@@ -4,9 +4,9 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
@@ -17,7 +17,7 @@ from modeling_lrsclip.files.hashing import json_sha256
 STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 Route = Literal["merge", "compress", "expand", "anchor"]
 # What may change between two runs of one build: it decides how fast a row comes, or when to stop, not what is in it.
-FREE = ("max_skipped_fraction", "max_failures_in_a_row", "max_failed_fraction", "lookahead")
+FREE = ("max_skipped_fraction", "max_failures_in_a_row", "max_failed_fraction", "lookahead", "verify")
 FREE_OF_SOURCE = ("facts", "not_verified")
 FREE_OF_CAPTIONER = (
     *("base_url", "api_key_variable", "concurrency", "timeout", "tries"),
@@ -102,6 +102,8 @@ class LabelsConfig:
     field: str | None = None  # property that holds the label; of an object in a column, "kind" or "label"
     attribute: str | None = None  # property that is put before the label, such as a colour
     names: dict[str, str] = Field(default_factory=dict)  # stored label or mask value -> name; "" drops it
+    # All that would be labelled if it were there: naming another of them is a caption's fault. By default what names gives.
+    classes: list[str] = Field(default_factory=list)
     min_share: float = Field(0.0, ge=0, le=1)  # of the image's area; smaller objects are left out
     max_positions: int = Field(6, ge=0)  # named a label; the count is always whole
 
@@ -115,7 +117,7 @@ class TextConfig:
     template: str | None = None  # of metadata_captions; "labels" puts the labels into a sentence
     attempts: int = Field(3, ge=1)  # each with another seed
     candidates: int = Field(1, ge=1)  # good answers to choose from
-    anchor_share: float = Field(0.5, ge=0, le=1)  # of the label names that a text written from anchors must mention
+    anchor_share: float = Field(0.8, ge=0, le=1)  # of the label names that a text written from anchors must mention
 
     @model_validator(mode="after")
     def _one_origin(self):
@@ -230,6 +232,62 @@ class CandidatesConfig:
     stability: float = Field(1.0, ge=0)  # weight of the deviation over the turns against the mean similarity
 
 
+def _level(value: Any) -> Any:
+    """YAML reads a bare on or off as true or false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+Level = Annotated[Literal["on", "warn", "off"], BeforeValidator(_level)]
+
+
+@dataclass(config=STRICT)
+class ChecksConfig:
+    """Checks of what captioners write. on: refused and asked again; warn: kept, counted, in the column warnings; off."""
+
+    cut_off: Level = "on"  # ended by max_tokens
+    refusal: Level = "on"  # a refusal or an excuse, anywhere
+    error_words: Level = "on"  # a server's or a program's message
+    special_tokens: Level = "on"  # of a chat template
+    role_names: Level = "on"  # ASSISTANT:
+    prompt_echo: Level = "on"  # six words in a row of the prompt's instructions
+    boilerplate: Level = "on"  # words about the caption, the list, the task
+    tags: Level = "on"  # HTML
+    urls: Level = "on"  # and names of files
+    structure: Level = "on"  # JSON, Markdown, tables, headings
+    script: Level = "on"  # letters not Latin, emoji
+    language: Level = "on"  # a sentence that is not English
+    repetition: Level = "on"  # the same words again and again
+    length: Level = "on"  # empty, N/A, outside of long_tokens or short_words
+    unknowable: Level = "on"  # names of places, dates, the compass, where the prompt has none
+    negated_class: Level = "on"  # a labelled class is said not to be there
+    missing_class: Level = "on"  # fewer labelled classes named than anchor_share
+    count: Level = "on"  # a number that the labels contradict
+    excluded_class: Level = "on"  # one of labels.classes that is not labelled here
+    invented_landmark: Level = "warn"  # a stadium, airport or the like that no label and no prompt has
+    agreement: Level = "on"  # most of the short caption is not in the long one
+    repeated_answer: Level = "on"  # one long answer, or nearly one, for more than 3 images
+    repeated_row: Level = "on"  # equal image and texts; the first row is kept
+
+
+@dataclass(config=STRICT)
+class VerifyConfig:
+    """Second opinions on the captions of a finished set, for training.lrs2m.verify. Without thresholds nothing is left out."""
+
+    model: str | None = None  # CLIP or LRSCLIP, for the similarity of texts and sentences to the image
+    captioner: str | None = None  # of the recipe's, one that sees images: claims are asked back as yes or no
+    min_similarity: float | None = Field(None, ge=-1, le=1)  # cosine of the long text and of the short one, at least
+    min_confirmed: float | None = Field(None, ge=0, le=1)  # share of the claims answered with yes, at least
+
+    @model_validator(mode="after")
+    def _has_what_its_thresholds_need(self):
+        if not (self.model or self.captioner):
+            raise ValueError("verify needs a model, a captioner or both")
+        for threshold, source in (("min_similarity", "model"), ("min_confirmed", "captioner")):
+            if getattr(self, threshold) is not None and not getattr(self, source):
+                raise ValueError(f"verify.{threshold} needs verify.{source}")
+        return self
+
+
 @dataclass(config=STRICT)
 class Recipe:
     """A whole recipe: one YAML file, or several together."""
@@ -251,8 +309,10 @@ class Recipe:
     long_tokens: tuple[int, int] = (40, 248)  # CLIP tokens of a written long text
     short_words: int = Field(20, ge=1)  # of a written short text, at most
     lookahead: int | None = Field(None, ge=1)  # rows worked on at a time; by default by the captioners
+    checks: ChecksConfig = Field(default_factory=ChecksConfig)  # of what captioners write
     duplicates: DuplicatesConfig = Field(default_factory=DuplicatesConfig)  # what is left out as known
     candidates: CandidatesConfig | None = None  # needed where a text asks for several candidates
+    verify: VerifyConfig | None = None  # second opinions, asked by training.lrs2m.verify
 
     @model_validator(mode="after")
     def _numbers_fit(self):
@@ -279,6 +339,9 @@ class Recipe:
         for name in names:
             if names.count(name) > 1 or "/" in name:
                 raise ValueError(f"source name {name!r} must be unique and without a slash")
+        if self.verify and self.verify.captioner and self.verify.captioner not in self.captioners:
+            known = ", ".join(self.captioners) or "none"
+            raise ValueError(f"verify asks captioner {self.verify.captioner}; the recipe has {known}")
         for source in self.sources:
             for text in (source.long, source.short):
                 if text.captioner and text.captioner not in self.captioners:
@@ -322,6 +385,8 @@ def recipe_hash(recipe: Recipe, prompts: Mapping[str, Mapping[str, Any]]) -> str
     for source in values["sources"]:
         for name in FREE_OF_SOURCE:
             source.pop(name)
+    used = {text.captioner for source in recipe.sources for text in (source.long, source.short)}
+    values["captioners"] = {name: captioner for name, captioner in values["captioners"].items() if name in used}
     for captioner in values["captioners"].values():
         for name in FREE_OF_CAPTIONER:
             captioner.pop(name)

@@ -10,9 +10,11 @@ from typing import Any
 
 from modeling_lrsclip.files.tables import garbled
 
-from .captioners.answer_checks import Checks, clean_answer, find_fault
 from .captioners.captioner import AnswerStore, Captioner, NoAnswer, Request, Sampling
 from .captioners.prompts import Prompt
+from .checks.candidate import Candidate, Limits
+from .checks.cleaning import clean_answer
+from .checks.pipeline import judge
 from .data_row import GIVEN, Record
 from .recipe import Recipe, SourceConfig, TextConfig
 from .sources.anchors import Label, anchor_text, anchors_json, labels_caption
@@ -39,6 +41,7 @@ class Text:
     sampling: dict[str, Any] | None = None
     tokens: int | None = None  # CLIP's, where its check has counted them
     refused: list[str] = field(default_factory=list)  # why the answers before it could not be used
+    warnings: list[str] = field(default_factory=list)  # checks that found a fault for which it is kept nevertheless
 
 
 class Failed(Exception):
@@ -131,9 +134,15 @@ class Writer:
         """A captioner's text: attempts with different seeds until as many as wanted pass the checks."""
         config: TextConfig = getattr(self.source, which)
         captioner, prompt = self.captioners[config.captioner], self.prompts[which]
-        user = prompt.fill(self._places(item, other))
+        places = self._places(item, other)
+        user = prompt.fill(places)
         picture = item.picture if prompt.image else None
-        checks, count = self._checks(which, item), functools.cache(self.count_tokens)
+        count = functools.cache(self.count_tokens)
+        known = self._known(which, item, other) | {
+            "count_tokens": count,
+            "instructions": prompt.instructions,
+            "filled_in": " ".join(places[place] for place in prompt.places),
+        }
         attempts: list[dict[str, Any]] = []
         good: list[Text] = []
         usual = config.attempts + config.candidates - 1
@@ -148,11 +157,12 @@ class Writer:
                 attempts.append({"seed": sampling.seed, "reason": str(error)})
                 break
             text = clean_answer(answer.text)
-            fault = find_fault(text, checks, count, answer.finished)
+            fault, warnings = judge(Candidate(text, which, finished=answer.finished, **known), self.recipe.checks)
             if fault:
-                attempts.append({"seed": sampling.seed, "reason": fault, "answer": answer.text[:300]})
+                reason = {"reason": fault.check, "detail": fault.detail, "answer": answer.text[:300]}
+                attempts.append({"seed": sampling.seed} | reason)
                 continue
-            good.append(Text(text, captioner.id, prompt, sampling.settings(), count(text)))
+            good.append(Text(text, captioner.id, prompt, sampling.settings(), count(text), warnings=warnings))
             if len(good) == config.candidates:
                 break
         if not good:
@@ -177,12 +187,26 @@ class Writer:
             "class_name": record.class_name or "",
         }
 
-    def _checks(self, which: str, item: Item) -> Checks:
-        if which == "short":
-            return Checks(max_words=self.recipe.short_words)
-        shortest, longest = self.recipe.long_tokens
-        names = list(dict.fromkeys(label.name for label in item.labels)) if self.source.route == "anchor" else []
-        return Checks(shortest, longest, None, names, self.source.long.anchor_share)
+    def _known(self, which: str, item: Item, other: Text | None) -> dict[str, Any]:
+        """Fields of a candidate beside the answer itself and its prompt."""
+        limits = Limits(max_words=self.recipe.short_words)
+        if which == "long":
+            limits = Limits(*self.recipe.long_tokens, anchor_share=self.source.long.anchor_share)
+        labels = item.labels if self.source.route == "anchor" else []
+        return {
+            "limits": limits,
+            "other": other.text if other else None,
+            "labels": labels,
+            "classes": self.classes if labels else [],
+        }
+
+    @functools.cached_property
+    def classes(self) -> list[str]:
+        """All that the source's labels would list; a class folder lists one of several."""
+        config = self.source.labels
+        if config is None or config.classes or config.kind == "class_name":
+            return config.classes if config else []
+        return [name for name in config.names.values() if name]
 
     def _sampling(self, config: TextConfig, prompt: Prompt, user: str, image_sha256: str, attempt: int) -> Sampling:
         """Settings whose seed is drawn from what is asked and the attempt, so that it does not hang on a row's number."""

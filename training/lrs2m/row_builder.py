@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 
 from modeling_lrsclip.processing_lrsclip import clean_text
 
-from .data_row import SCHEMA, Row
+from .checks.labels import label_scores
+from .data_row import SCHEMA, VERIFY_COLUMNS, Row
 from .pipeline import Written
 from .recipe import Recipe, SourceConfig, resolve
 from .routes import Text, Writer
@@ -61,12 +62,14 @@ class RowMaker:
         counted = iter(self.counter.count(text.text for text in texts if text.tokens is None))
         return [next(counted) if text.tokens is None else text.tokens for text in texts]
 
+    def _label_scores(self, one: Written) -> tuple[float | None, float | None]:
+        return label_scores(one.long.text, one.item.labels, self.writer.classes)
+
     def _row(self, one: Written) -> Row:
         record, picture = one.item.record, one.item.picture
         image = {"bytes": picture.content, "path": f"{record.id}{picture.suffix}"} if self.embed else None
-        sampling = {
-            which: text.sampling for which, text in (("long", one.long), ("short", one.short)) if text.sampling
-        }
+        texts = {"long": one.long, "short": one.short}
+        sampling = {which: text.sampling for which, text in texts.items() if text.sampling}
         return {
             "id": record.id,
             "image": image,
@@ -90,6 +93,9 @@ class RowMaker:
             "latitude": record.latitude,
             "gsd": record.gsd,
             "anchors": self.writer.anchors(one.item),
+            **dict(zip(("label_precision", "label_recall"), self._label_scores(one))),
+            **dict.fromkeys(VERIFY_COLUMNS),
+            "warnings": [f"{which}: {name}" for which, text in texts.items() for name in text.warnings],
         }
 
 

@@ -33,10 +33,19 @@ from .statistics_figures import draw_map, draw_token_lengths
 
 STATISTICS, TABLES = "statistics.json", "statistics.md"
 CLIP_POSITIONS, LONG_POSITIONS = 77, 248
+HAND_READ = "hand_read.json"  # rates of false captions, which training.lrs2m.verify reads from a filled-in sheet
+SCORES = {  # columns whose means are told, in words
+    "label_precision": "classes named that are labelled",
+    "label_recall": "labelled classes that are named",
+    "long_similarity": "similarity of the long text to the image",
+    "short_similarity": "similarity of the short text to the image",
+    "claims_confirmed": "claims that a second captioner confirmed",
+}
 LONGEST = 1024  # tokens; what is longer is counted with it in the histogram
 COLUMNS = [
     *("source", "route", "licence", "long_text", "short_text", "long_captioner", "short_captioner"),
     *("long_tokens", "short_tokens", "short_words", "image_sha256", "longitude", "latitude"),
+    *SCORES,
 ]
 Columns = dict[str, list[Any]]
 _BATCH = 4096  # rows
@@ -78,6 +87,7 @@ class Tally:
         self.tokens, self.words = Counter(), Counter()
         self.vocabulary: dict[str, set[str]] = {"long": set(), "short": set()}
         self.places = np.zeros((180, 360), np.int64)  # rows by degree of latitude, from the south, and of longitude
+        self.scores = {name: [0, 0.0] for name in SCORES}  # rows that have one, their sum
         self._images: list[np.ndarray] = []  # 64 bits of each row's image hash
 
     def add(self, split: str, columns: Columns) -> None:
@@ -97,6 +107,10 @@ class Tally:
             self.vocabulary[which].update(words)
         hashes = "".join(value[:16] for value in columns["image_sha256"])
         self._images.append(np.frombuffer(bytes.fromhex(hashes), np.uint64))
+        for name, totals in self.scores.items():
+            scores = [score for score in columns[name] if score is not None]
+            totals[0] += len(scores)
+            totals[1] += sum(scores)
         known = [
             (latitude, longitude)
             for latitude, longitude in zip(columns["latitude"], columns["longitude"], strict=True)
@@ -130,14 +144,18 @@ def _batches(path: Path) -> Iterator[Columns]:
     if path.suffix == ".parquet":
         try:
             with parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=_BATCH, columns=COLUMNS):
-                    yield batch.to_pydict()
+                present = [name for name in COLUMNS if name in file.schema_arrow.names]
+                for batch in file.iter_batches(batch_size=_BATCH, columns=present):
+                    absent = {
+                        name: [None] * len(batch) for name in COLUMNS if name not in present
+                    }  # of an older build
+                    yield batch.to_pydict() | absent
         except (OSError, ArrowInvalid) as error:
             raise ValueError(f"{path} cannot be read ({error}); build the data set again.") from error
         return
     rows: list[dict[str, Any]] = []
     for row in read_shard(path):
-        rows.append({name: row[name] for name in COLUMNS})
+        rows.append({name: row.get(name) for name in COLUMNS})
         if len(rows) == _BATCH:
             yield {name: [one[name] for one in rows] for name in COLUMNS}
             rows = []
@@ -155,7 +173,7 @@ def statistics(folder: Path) -> dict[str, Any]:
     Raises:
         `ValueError`: for a folder without a manifest, or a file that cannot be read.
     """
-    return describe(tally(folder, manifest := read_manifest(folder)), manifest)
+    return describe(tally(folder, manifest := read_manifest(folder)), manifest, hand_read(folder, manifest))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -173,8 +191,36 @@ def data_hash(manifest: dict[str, Any]) -> str:
     return bytes_sha256("".join(files))
 
 
-def describe(counts: Tally, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Counts as values for JSON."""
+def hand_read(folder: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """Rates of false captions by a person, where a sheet of this very data was read back."""
+    path = folder / HAND_READ
+    rates = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return rates if rates.get("data_sha256") == data_hash(manifest) else None
+
+
+def describe_checks(totals: dict[str, int]) -> dict[str, dict[str, int]]:
+    """Of every check of captions that found something: answers asked again, rows left out and rows warned of."""
+    columns = {"asked again": "asked_again", "failed": "failed", "warned": "warned"}
+    found: dict[str, dict[str, int]] = {}
+    for name, times in totals.items():
+        kind, _, check = name.partition(": ")
+        if check and kind in columns:
+            found.setdefault(check, dict.fromkeys(columns.values(), 0))[columns[kind]] += times
+    return dict(sorted(found.items(), key=lambda one: (-sum(one[1].values()), one[0])))
+
+
+def describe(counts: Tally, manifest: dict[str, Any], read: dict[str, Any] | None = None) -> dict[str, Any]:
+    """
+    Counts as values for JSON.
+
+    Args:
+        counts: of the rows.
+        manifest: of the build.
+        read: rates of false captions by a person.
+
+    Returns:
+        Values by name.
+    """
     rows = sum(counts.splits.values())
     duplicates = manifest["totals"].get("duplicates", 0)
     described = {
@@ -191,6 +237,9 @@ def describe(counts: Tally, manifest: dict[str, Any]) -> dict[str, Any]:
         "duplicate_rate": duplicates / max(1, rows + duplicates),
         "evaluation_sets": manifest.get("evaluation_sets", []),
         "with_coordinates": int(counts.places.sum()),
+        "checks": describe_checks(manifest["totals"]),
+        "scores": {name: {"rows": n, "mean": total / n} for name, (n, total) in counts.scores.items() if n},
+        "hand_read": read,
     }
     unmatched = {name: count for name, count in manifest["totals"].items() if name.startswith("unmatched ")}
     described["left_out"] |= unmatched
@@ -294,7 +343,28 @@ def report(statistics: dict[str, Any]) -> str:
     lines.append(f"- Left out: {left_out}.")
     lines.append(f"- Near-duplicates: {statistics['duplicate_rate']:.2%} of what was read; compared with {against}.")
     lines.append(f"- {statistics['with_coordinates']:,} rows know where on Earth they are.")
+    if read := statistics["hand_read"]:
+        lines.append(f"- Read by a person: {false_captions(read)}.")
+    if statistics["scores"]:
+        lines += ["", _row(["mean", "rows", ""]), _row(["--:", "--:", ":--"])]
+        for name, one in statistics["scores"].items():
+            lines.append(_row([f"{one['mean']:.3f}", f"{one['rows']:,}", SCORES[name]]))
+    if statistics["checks"]:
+        lines += ["", _row(["check", "answers asked again", "rows left out", "rows warned of"])]
+        lines.append(_row([":--", "--:", "--:", "--:"]))
+        for name, one in statistics["checks"].items():
+            lines.append(_row([name, *(f"{times:,}" for times in one.values())]))
     return "\n".join(lines) + "\n"
+
+
+def false_captions(read: dict[str, Any]) -> str:
+    """Rates of false captions in words: `of 200 rows, 12.0 % of the long captions hold a false statement (95 % interval …)`."""
+    rates = (
+        f"{100 * read[which]['rate']:.1f} % of the {which} captions (95 % interval {100 * read[which]['low']:.1f} to "
+        f"{100 * read[which]['high']:.1f} %)"
+        for which in ("long", "short")
+    )
+    return f"of {read['rows']:,} rows, a false statement stands in {' and in '.join(rates)}"
 
 
 def _counted(counts: dict[str, int]) -> str:
@@ -308,7 +378,7 @@ def _row(cells: Sequence[str]) -> str:
 def write(folder: Path) -> dict[str, Any]:
     """Writes statistics.json, statistics.md and the figures into a data set's folder, and returns the statistics."""
     counts = tally(folder, manifest := read_manifest(folder))
-    statistics = describe(counts, manifest)
+    statistics = describe(counts, manifest, hand_read(folder, manifest))
     if not statistics["rows"]:
         raise ValueError(f"{folder} has no rows; see failed.jsonl and skipped.jsonl there.")
     histograms = {which: statistics[which]["histogram"] for which in ("long", "short")}

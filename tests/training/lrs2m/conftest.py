@@ -39,6 +39,8 @@ def write_recipe(tmp_path, tokenizer_folder):
             "captioners": {"mllm": engine | {"model": "tiny/mllm"}, "llm": engine | {"model": "tiny/llm"}},
             "sources": sources,
             "duplicates": {"inside": False},
+            # The loopback server's answers are one text with a few words of the prompt in it; some sources share rows.
+            "checks": dict.fromkeys(("repeated_answer", "repeated_row", "excluded_class", "agreement"), "off"),
             "validation_fraction": 0.2,
         }
         path = tmp_path / "recipe.yaml"

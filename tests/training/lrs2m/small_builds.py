@@ -40,7 +40,7 @@ def short_caption(index: int) -> str:
 def long_caption(index: int) -> str:
     return (
         f"The image shows a {THINGS[index % len(THINGS)]} with the number {index} from above. A grey road runs from the "
-        "left edge to the right edge, and three red cars are parked beside it. South of the road lies a dark green field "
+        "left edge to the right edge, and three red cars are parked beside it. Below the road lies a dark green field "
         "with a small blue pond, and in the upper right corner there are some houses with orange roofs and gardens."
     )
 

@@ -58,12 +58,12 @@ FAULTS = {
     18: [Fault(text=f"**Caption:** \n\n\"{long_caption(18)}\"")],
 }  # fmt: skip
 LOST = {
-    5: "cut off",
+    5: "cut_off",
     8: "HTTP 500 (4 tries)",
     9: "refusal",
-    11: "not English",
-    12: "loop",
-    13: "under 40 tokens",
+    11: "language",
+    12: "repetition",
+    13: "length",
     14: "HTTP 400: image is too large",
 }
 
@@ -94,7 +94,7 @@ def test_every_row_ends_captioned_or_listed(tiles, write_recipe, tmp_path):
     assert {int(row["id"][-2:]): row["reason"] for row in failed} == LOST
     counts = manifest_of(tmp_path / "set")["counts"]["tiles"]
     assert counts["train"] + counts["validation"] == 17 and counts["failed"] == 7
-    assert counts["asked again: refusal"] == 1 and counts["asked again: empty"] == 3
+    assert counts["asked again: refusal"] == 1 and counts["asked again: length"] == 3
     refused = next(row for row in failed if row["reason"] == "refusal")
     assert len({attempt["seed"] for attempt in refused["attempts"]}) == 3  # each attempt with another seed
     assert len([request for request, sent in requests if request.seed is not None]) == len(requests)
@@ -422,7 +422,7 @@ def test_duplicates_are_left_out_before_anything_is_asked(tiles, write_recipe, t
     rows = [
         {"image": f"{name}.jpg", "short_text": f"A {name} of number {i} in a field."} for i, name in enumerate("abcd")
     ]
-    rows.append({"image": "d.jpg", "short_text": "A second caption of number 9 for one image."})
+    rows.append({"image": "d.jpg", "short_text": "A second house of number 9 for one image."})
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     duplicates = {"inside": True, "against": [str(evaluation)]}
     with ChatServer() as server:

@@ -380,9 +380,7 @@ def test_answers_that_leave_the_anchors_out_are_refused(tmp_path, tiles, write_r
         read = {"kind": "table", "path": str(tiles / "captions.jsonl"), "limit": 1}
         recipe = write_recipe([source("anchor", read, labels=labels)], server.url)
         assert build(recipe, tmp_path / "set", "--set", "max_failed_fraction=1") == 0
-    assert [(row["text"], row["reason"]) for row in entries(tmp_path / "set", "failed")] == [
-        ("long", "anchors not mentioned")
-    ]
+    assert [(row["text"], row["reason"]) for row in entries(tmp_path / "set", "failed")] == [("long", "missing_class")]
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,11 @@ class Prompt:
     def places(self) -> set[str]:
         return {field for _, field, _, _ in string.Formatter().parse(self.user) if field}
 
+    @cached_property
+    def instructions(self) -> str:
+        """The words of both turns without what is filled in."""
+        return " ".join([self.system, *(words for words, *_ in string.Formatter().parse(self.user))])
+
     def fill(self, values: dict[str, str]) -> str:
         """The user's words with `values` in their places."""
         return self.user.format(**{place: values[place] for place in self.places})

@@ -71,20 +71,6 @@ def anchors_json(labels: Sequence[Label], sentence: str) -> str:
     return json.dumps({"counts": count_labels(labels), "objects": objects, "text": sentence}, ensure_ascii=False)
 
 
-def mentioned_share(text: str, names: Sequence[str]) -> float:
-    """Which share of the label names a text mentions: by their last word, singular or plural."""
-    if not names:
-        return 1.0
-    words = set(re.findall(r"[a-z]+", text.lower()))
-    joined = re.sub(r"[\W_]+", "", text.lower())  # "baseballdiamond" is mentioned by its two words
-    heads = [re.findall(r"[a-z]+", name.lower()) or [""] for name in names]
-    mentioned = [
-        bool({plural(head[-1]), *_singulars(head[-1])} & words) or len("".join(head)) > 7 and "".join(head) in joined
-        for head in heads
-    ]
-    return sum(mentioned) / len(mentioned)
-
-
 def plural(name: str) -> str:
     """The English plural of a label's last word by its ending."""
     if name.endswith(_NO_PLURAL) or not name:
@@ -92,11 +78,6 @@ def plural(name: str) -> str:
     if re.search(r"(s|x|z|ch|sh)$", name):
         return name if name.endswith("s") and not name.endswith(("ss", "bus")) else name + "es"
     return re.sub(r"y$", "ies", name) if re.search(r"[^aeiou]y$", name) else name + "s"
-
-
-def _singulars(word: str) -> set[str]:
-    """Words that a word may be the plural of."""
-    return {word, word.removesuffix("s"), word.removesuffix("es"), re.sub(r"ies$", "y", word)}
 
 
 def _counted(name: str, count: int) -> str:

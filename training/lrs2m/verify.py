@@ -1,0 +1,379 @@
+"""
+Second opinions on the captions of a finished data set: scores as columns, and a sheet for a person.
+
+    python -m training.lrs2m.verify DIR --config RECIPE.yaml --output DIR2
+
+puts into DIR2 the rows of DIR with the columns that the recipe's section `verify` asks for: similarity to the image of the long
+text, the short one and every sentence, by any CLIP or LRSCLIP; and claims of the long text (objects, counts, colours,
+positions) asked back as yes or no to another captioner. Rows below a threshold of the section are listed in `failed.jsonl`. An
+interrupted run goes on when the same command is run again; no question is asked twice.
+
+    python -m training.lrs2m.verify DIR --sheet 200
+    python -m training.lrs2m.verify DIR --read-sheet
+
+writes 200 rows with thumbnails into DIR/sheet for a person to fill in, and reads the share of false captions back, for the
+statistics and the card.
+"""
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from modeling_lrsclip.encoding import embed_images, embed_texts, load_encoder
+from modeling_lrsclip.files.atomic import replace_json
+from modeling_lrsclip.files.configuration import plain_values
+from modeling_lrsclip.files.hashing import json_sha256
+from modeling_lrsclip.published.registry import resolve as resolve_model
+
+from .build import build_captioner
+from .captioners.captioner import AnswerStore, Captioner, CaptionerDown, Gate, NoAnswer, Request, Sampling
+from .captioners.prompts import Prompt, load_prompt
+from .checks.candidate import split_sentences
+from .checks.claims import Claim, claims_of, read_answer
+from .checks.sheet import SHEET, read_sheet, write_sheet
+from .data_row import Row
+from .output import LISTS, WORK, Output, Progress, load_progress, totals
+from .recipe import Recipe, TextConfig, VerifyConfig, public_recipe, read_recipe
+from .shards import read_shard
+from .sources.images import Picture, read_picture
+from .statistics import HAND_READ, data_hash, read_manifest
+
+
+CHUNK = 32  # rows scored together
+WHOLE_TEXT = 200  # positions from which on a model reads a long text as a whole
+PROMPT = "verify@1"
+
+
+class Similarity:
+    """
+    Similarity of texts to their images.
+
+    Args:
+        model: CLIP or LRSCLIP, as `evaluation.run --model` takes it.
+    """
+
+    def __init__(self, model: str):
+        self.encoder = load_encoder(resolve_model(model), "cuda" if torch.cuda.is_available() else "cpu")
+        self.whole = self.encoder.positions >= WHOLE_TEXT
+
+    def score(self, pictures: Sequence[Picture], rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """The three columns of similarity for each row."""
+        model, processor = self.encoder.model, self.encoder.processor
+        images = embed_images(model, processor, [picture.image for picture in pictures])  # (B, D)
+        columns: list[dict[str, Any]] = []
+        for image, row in zip(images, rows):
+            sentences = split_sentences(row["long_text"])
+            texts = embed_texts(model, processor, [row["long_text"], row["short_text"], *sentences])  # (2 + S, D)
+            long, short, *each = (round(float(value), 4) for value in texts.double() @ image.double())
+            columns.append(
+                {
+                    "long_similarity": long if self.whole else round(sum(each) / len(each), 4),
+                    "short_similarity": short,
+                    "sentence_similarities": each,
+                }
+            )
+        return columns
+
+
+class ClaimCheck:
+    """
+    Claims of long texts, asked back.
+
+    Args:
+        captioner: sees images.
+        prompt: with the place {question}.
+        answers: keeps them.
+        gate: shared with a captioner that gathers batches.
+    """
+
+    def __init__(self, captioner: Captioner, prompt: Prompt, answers: AnswerStore, gate: Gate, max_tokens: int):
+        self.captioner, self.prompt, self.answers, self.gate = captioner, prompt, answers, gate
+        self.sampling = Sampling(0.0, 1.0, max_tokens, 0)
+
+    async def score(self, pictures: Sequence[Picture], rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """
+        The two columns of claims for each row.
+
+        Raises:
+            `ValueError`: where no question of several got an answer.
+        """
+        claims = [claims_of(row["long_text"]) for row in rows]
+        asked = [(picture, claim) for picture, own in zip(pictures, claims) for claim in own]
+        self.gate.rows, self.gate.full = len(asked), True
+        tasks = [asyncio.ensure_future(self._ask(picture, claim)) for picture, claim in asked]
+        try:
+            answers = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        failed = [answer for answer in answers if isinstance(answer, NoAnswer)]
+        if failed and len(failed) == len(answers):
+            raise ValueError(
+                f"captioner {self.captioner.id} left {len(failed)} questions without an answer, the last: {failed[-1]}; see "
+                "that it runs, then run the same command again. Answers so far are kept."
+            )
+        told = iter(answers)
+        return [self._columns(own, [next(told) for _ in own]) for own in claims]
+
+    async def _ask(self, picture: Picture, claim: Claim) -> str | NoAnswer:
+        try:
+            user = self.prompt.fill({"question": claim.question})
+            return (
+                await self.answers.ask(self.captioner, Request(self.prompt.system, user, picture, self.sampling))
+            ).text
+        except NoAnswer as error:
+            return error
+        finally:
+            self.gate.rows -= 1
+            self.gate.settle()
+
+    def _columns(self, claims: Sequence[Claim], answers: Sequence[str | NoAnswer]) -> dict[str, Any]:
+        read = [None if isinstance(answer, NoAnswer) else read_answer(answer) for answer in answers]
+        said = [answer for answer in read if answer is not None]
+        listed = [vars(claim) | {"answer": answer} for claim, answer in zip(claims, read)]
+        return {
+            "claims": json.dumps(listed, ensure_ascii=False),
+            "claims_confirmed": sum(said) / len(said) if said else None,
+        }
+
+
+class Verification:
+    """
+    One run over a data set.
+
+    Args:
+        folder: the finished data set.
+        recipe: with the section `verify`.
+        target: folder to write.
+
+    Raises:
+        `ValueError`: for what cannot be found or does not fit; nothing has been asked by then.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, target: Path):
+        if recipe.verify is None:
+            raise ValueError("the recipe has no section verify; give it a model, a captioner or both.")
+        self.folder, self.target, self.config, self.recipe = folder, target, recipe.verify, recipe
+        self.manifest = read_manifest(folder)
+        what = json_sha256([data_hash(self.manifest), _deciding(recipe)])
+        progress = load_progress(target) or Progress(what)
+        if progress.recipe_hash != what:
+            raise ValueError(f"{target} was begun with other data or another section verify; take another --output.")
+        self.similarity = Similarity(self.config.model) if self.config.model else None
+        self.prompt = load_prompt(TextConfig(captioner="verify", prompt=PROMPT), Path())
+        limits = recipe.shard_rows, recipe.shard_bytes
+        (target / WORK).mkdir(parents=True, exist_ok=True)
+        self.output = Output(target, self.manifest["format"], limits, progress)
+
+    async def run(self) -> dict[str, Any]:
+        """Score what is left of the rows, finish the folder and return its manifest."""
+        gate = Gate()
+        answers = AnswerStore(self.target / WORK / "answers.sqlite", gate)
+        captioner = None
+        try:
+            claims = None
+            if self.config.captioner:
+                config = self.recipe.captioners[self.config.captioner]
+                captioner = build_captioner(config, gate)
+                gate.captioners = [captioner] if hasattr(captioner, "waiting") else []
+                claims = ClaimCheck(captioner, self.prompt, answers, gate, config.max_tokens)
+            if not self.output.progress.complete:
+                await self._score_all(claims)
+            return self._finish()
+        finally:
+            answers.close()
+            self.output.close()
+            if captioner is not None:
+                await captioner.close()
+
+    async def _score_all(self, claims: ClaimCheck | None) -> None:
+        done = self.output.progress.index
+        if not done:
+            self._copy_lists()
+        rows = islice(_rows(self.folder, self.manifest), done, None)
+        total = sum(split["rows"] for split in self.manifest["splits"].values())
+        with tqdm(total=total, initial=done, unit=" rows", disable=None) as bar:
+            while chunk := list(islice(rows, min(CHUNK, self.output.room))):
+                await self._score(chunk, claims)
+                done += len(chunk)
+                bar.update(len(chunk))
+                if self.output.full:
+                    self.output.checkpoint(0, done)
+        self.output.checkpoint(1, done)
+
+    async def _score(self, chunk: list[tuple[str, Row]], claims: ClaimCheck | None) -> None:
+        rows = [row for _, row in chunk]
+        if missing := next((row["id"] for row in rows if not row["image"]), None):
+            raise ValueError(f"row {missing} has no pixels; put them back with training.lrs2m.rejoin first.")
+        pictures = [read_picture(row["image"], 1) for row in rows]
+        for score in (
+            self.similarity and self.similarity.score(pictures, rows),
+            claims and await claims.score(pictures, rows),
+        ):
+            rows = [row | columns for row, columns in zip(rows, score)] if score else rows
+        for (split, _), row in zip(chunk, rows):
+            fault = below_threshold(row, self.config)
+            if fault is None:
+                self.output.add(row, split)
+                continue
+            entry = {"id": row["id"], "source": row["source"], "image_key": row["image_key"], "text": "long"}
+            attempt = {"reason": fault[0], "detail": fault[1], "answer": row["long_text"][:300]}
+            self.output.list_entry("failed", entry | {"reason": fault[0], "attempts": [attempt]})
+            self.output.count(row["source"], "failed")
+            self.output.count(row["source"], f"failed: {fault[0]}")
+
+    def _copy_lists(self) -> None:
+        """Take over what the build left out, and its counts."""
+        for name in LISTS:
+            with (self.folder / f"{name}.jsonl").open(encoding="utf-8") as lines:
+                for line in lines:
+                    self.output.list_entry(name, json.loads(line))
+        for source, counts in self.manifest["counts"].items():
+            for what, times in counts.items():
+                if what not in ("train", "validation"):
+                    self.output.count(source, what, times)
+
+    def _finish(self) -> dict[str, Any]:
+        shown = public_recipe(self.recipe)
+        described = shown["verify"] | {
+            "captioner": shown["captioners"].get(self.config.captioner),
+            "prompt": {"id": self.prompt.id, "hash": self.prompt.hash},
+        }
+        counts = self.output.counts
+        self.output.finish(self.manifest | {"verify": described, "counts": counts, "totals": totals(counts)})
+        return read_manifest(self.target)
+
+
+def below_threshold(row: Row, config: VerifyConfig) -> tuple[str, str] | None:
+    """
+    The threshold that a row's scores do not reach.
+
+    Args:
+        row: with its scores.
+        config: with the thresholds.
+
+    Returns:
+        Its name and the score in words, or None.
+    """
+    if config.min_similarity is not None:
+        for which in ("long", "short"):
+            if (score := row[f"{which}_similarity"]) < config.min_similarity:
+                return "similarity", f"{which} text {score:.3f}, below {config.min_similarity:g}"
+    confirmed = row["claims_confirmed"]
+    if config.min_confirmed is not None and confirmed is not None and confirmed < config.min_confirmed:
+        return "claims", f"{confirmed:.0%} confirmed, below {config.min_confirmed:.0%}"
+    return None
+
+
+def _deciding(recipe: Recipe) -> list[Any]:
+    captioner = recipe.captioners.get(recipe.verify.captioner or "")
+    settings = captioner and [captioner.model, captioner.revision, captioner.max_image_side, captioner.extra]
+    return [plain_values(recipe.verify), settings, recipe.shard_rows, recipe.shard_bytes]
+
+
+def _rows(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, Row]]:
+    for split, described in manifest["splits"].items():
+        for file in described["files"]:
+            yield from ((split, row) for row in read_shard(folder / file["path"]))
+
+
+def verify(folder: Path, recipe: Recipe, target: Path) -> dict[str, Any]:
+    """
+    Score a data set into another folder.
+
+    Args:
+        folder: the finished data set.
+        recipe: with the section `verify`.
+        target: folder to write.
+
+    Returns:
+        The new manifest.
+
+    Raises:
+        `ValueError`: in one sentence, for whatever stops it.
+    """
+    return asyncio.run(Verification(folder, recipe, target).run())
+
+
+def _sheet(folder: Path, count: int) -> str:
+    manifest = read_manifest(folder)
+    rows = (row for _, row in _rows(folder, manifest))
+    drawn = write_sheet(rows, count, folder / "sheet", f"{manifest['name']}: are the captions true?")
+    return (
+        f"{drawn} rows in {folder / 'sheet' / SHEET}; sheet.html beside it shows them. Fill it in, then --read-sheet."
+    )
+
+
+def _read_sheet(folder: Path) -> str:
+    manifest = read_manifest(folder)
+    rates = read_sheet(folder / "sheet" / SHEET)
+    replace_json(folder / HAND_READ, {"data_sha256": data_hash(manifest)} | rates)
+    told = [
+        f"{which}: {one['false']} of {rates['rows']} with a false statement, {one['rate']:.1%} ({one['low']:.1%} to {one['high']:.1%})"
+        for which, one in rates.items()
+        if which != "rows"
+    ]
+    return "\n".join(told)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; what goes wrong is one sentence on standard error and exit status 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.lrs2m.verify",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="a finished data set with pixels")
+    parser.add_argument(
+        "--config", nargs="+", metavar="RECIPE", help="recipe files whose section verify says what to ask"
+    )
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="override fields of the recipe")
+    parser.add_argument("--output", type=Path, help="the folder to make")
+    parser.add_argument("--sheet", type=int, metavar="ROWS", help="write so many rows for a person to read")
+    parser.add_argument("--read-sheet", action="store_true", help="read the filled-in sheet back")
+    options = parser.parse_args(arguments)
+    try:
+        print(_run(options))
+    except Timeout:
+        return _complain(f"another command is at work in {options.output}; wait for it, or take another --output.")
+    except (CaptionerDown, ValueError, OSError) as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        return _complain("interrupted; run the same command again to go on.")
+    return 0
+
+
+def _run(options: argparse.Namespace) -> str:
+    if options.read_sheet:
+        return _read_sheet(options.folder)
+    if options.sheet is not None:
+        if options.sheet < 1:
+            raise ValueError(f"--sheet {options.sheet} asks for no rows; give a number from 1.")
+        return _sheet(options.folder, options.sheet)
+    if not (options.config and options.output):
+        raise ValueError("give --config RECIPE and --output DIR2 to score the rows, or --sheet ROWS, or --read-sheet.")
+    recipe = read_recipe(options.config, options.set)
+    (options.output / WORK).mkdir(parents=True, exist_ok=True)
+    with FileLock(options.output / WORK / "lock", timeout=0):
+        manifest = verify(options.folder, recipe, options.output)
+    rows = sum(split["rows"] for split in manifest["splits"].values())
+    return f"{rows:,} rows with scores in {options.output}"
+
+
+def _complain(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
