@@ -199,7 +199,7 @@ def hand_read(folder: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def describe_checks(totals: dict[str, int]) -> dict[str, dict[str, int]]:
-    """Of every check of captions that found something: answers asked again, rows left out and rows warned of."""
+    """Answers asked again, rows left out and rows warned of, by check, the most frequent first."""
     columns = {"asked again": "asked_again", "failed": "failed", "warned": "warned"}
     found: dict[str, dict[str, int]] = {}
     for name, times in totals.items():

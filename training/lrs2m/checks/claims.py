@@ -9,7 +9,7 @@ from .candidate import split_sentences, word_lists
 from .classes import Mention, find_mentions, joined
 
 
-MOST = 12  # claims of a caption
+MOST = 16  # claims of a caption
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Claim:
 
 def claims_of(text: str) -> list[Claim]:
     """
-    Claims of a caption about things that the lists of words know: that they are there, how many at least, in which colour and
-    where.
+    Claims of a caption about things that the lists of words know: how many there are at least, where they are, in which
+    colour, or only that they are there; of each thing that is named, the one that says most.
 
     Args:
         text: a caption.
@@ -31,9 +31,9 @@ def claims_of(text: str) -> list[Claim]:
     """
     claims: dict[str, Claim] = {}
     for sentence in split_sentences(text):
-        mentions = [mention for mention in find_mentions(sentence, named_things()) if not mention.negated]
-        for mention in mentions:
-            for claim in _claims(mention, alone=len(mentions) == 1):
+        for place, mention in enumerate(find_mentions(sentence, named_things())):
+            if not mention.negated:
+                claim = _claim(mention, first=place == 0)
                 claims.setdefault(claim.question, claim)
     return list(claims.values())[:MOST]
 
@@ -51,16 +51,13 @@ def read_answer(text: str) -> bool | None:
     return word[1].lower() == "yes" if word else None
 
 
-def _claims(mention: Mention, alone: bool) -> list[Claim]:
-    name = mention.phrase
-    coloured = f"{mention.colour} {name}" if mention.colour else name
-    claims = [Claim("colour" if mention.colour else "object", f"Is there {_with_article(coloured)} in this image?")]
+def _claim(mention: Mention, first: bool) -> Claim:
+    name = f"{mention.colour} {mention.phrase}" if mention.colour else mention.phrase
     if mention.number and mention.number > 1 and mention.exact:
-        claims.append(Claim("count", f"Are there at least {mention.number} {plural(coloured)} in this image?"))
-    elif alone and mention.position and not mention.plural:
-        where = mention.position
-        claims.append(Claim("position", f"Is there {_with_article(coloured)} in the {where} of this image?"))
-    return claims
+        return Claim("count", f"Are there at least {mention.number} {plural(name)} in this image?")
+    if first and mention.position and not mention.plural:
+        return Claim("position", f"Is there {_with_article(name)} in the {mention.position} of this image?")
+    return Claim("colour" if mention.colour else "object", f"Is there {_with_article(name)} in this image?")
 
 
 def _with_article(name: str) -> str:

@@ -32,7 +32,7 @@ class Mention:
     part: bool = False  # the sentence says where, or speaks of others too
     colour: str | None = None
     plural: bool = False
-    position: str | None = None  # that its sentence names: `upper left`
+    position: str | None = None  # the one that its sentence names: `upper left`
 
 
 def find_mentions(text: str, phrases: Iterable[str]) -> list[Mention]:
@@ -144,7 +144,7 @@ def _mention(phrase: str, words: list[str], start: int, end: int) -> Mention:
     part = not word_set("parts").isdisjoint(words[:start] + words[end:])
     before = words[max(0, start - 2) : start]
     colour = next((word for word in reversed(before) if word in word_set("colours")), None)
-    place = _POSITION.search(" ".join(words))
+    positions = _POSITION.findall(" ".join(words))
     return Mention(
         phrase,
         negated,
@@ -153,7 +153,7 @@ def _mention(phrase: str, words: list[str], start: int, end: int) -> Mention:
         part,
         colour,
         plural=words[end - 1] != singular(words[end - 1]),
-        position=place[0] if place else None,
+        position=positions[0] if len(positions) == 1 else None,
     )
 
 
@@ -161,8 +161,8 @@ def _negated_before(words: list[str], start: int) -> bool:
     for place in range(start - 1, max(-1, start - 1 - REACH), -1):
         if words[place] in word_set("negators"):
             return True
-        ended = words[place] in word_set("articles") and place > 0 and words[place - 1] == ","
-        if ended or words[place] in word_set("negation_ends"):
+        begins = words[place] in word_set("articles") | word_set("about") or words[place] in _NUMBERS
+        if begins and words[place - 1 : place] in ([","], ["and"]) or words[place] in word_set("negation_ends"):
             return False
     return False
 
