@@ -225,7 +225,7 @@ class TestSkipped:
             train.main([*arguments, "--loop.steps", "60"])
         assert list((tmp_path / "run" / "checkpoints").iterdir()) and not (tmp_path / "run" / "final").exists()
         resumed = [*arguments, "--loop.steps", "60", "--resume", "--data.max_skipped_fraction", "1"]
-        train.main(resumed)
+        train.main([*resumed, "--loop.save_every", "60"])
         assert len((tmp_path / "run" / "skipped.jsonl").read_text().splitlines()) == 4
 
     def test_validation_leaves_them_out(self, spoilt, captioned_folder, run_arguments, tmp_path):
