@@ -45,7 +45,7 @@ def test_footprints_agree_with_rasterios_own_arithmetic(make_index, tmp_path, na
         for row in rows.to_pylist():
             left, top, width, height = row["pixel_box"]
             window = dataset.window_transform(Window(left, top, width, height))
-            corners = [window * corner for corner in ((0, 0), (width, 0), (width, height), (0, height))]
+            corners = [window @ corner for corner in ((0, 0), (width, 0), (width, height), (0, height))]
             lon, lat = rasterio.warp.transform(dataset.crs, "EPSG:4326", *zip(*corners))
             outline = shapely.from_wkb(row["geometry"])
             assert outline.is_valid
