@@ -45,7 +45,14 @@ LIBRARIES += (
     "requests",
 )
 LIBRARIES += ("aiohttp", "jinja2", "pydantic", "psutil", "yaml", "regex", "sklearn.metrics")
-PROJECT = ("training.train", "training.validation", "evaluation.run", "geosearch.shards", "model_cards.push_to_hub")
+PROJECT = (
+    "training.train",
+    "training.run",
+    "evaluation.run",
+    "evaluation.measure",
+    "geosearch.shards",
+    "model_cards.push_to_hub",
+)
 PROJECT += ("torch.utils.tensorboard", "torch.distributed.fsdp", "accelerate.commands.launch", "pytest")
 PATIENCE = 500  # seconds for what should take a few, on a busy machine
 CALL = "import pickle, sys; function, arguments = pickle.load(open(sys.argv[1], 'rb')); function(*arguments)"

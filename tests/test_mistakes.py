@@ -202,7 +202,7 @@ def test_models_of_other_kinds(folders, tiny_model, tmp_path):
 def test_outputs_that_cannot_be_written(command, arguments, rows, folders, tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text(lines(rows))
     said = answer(command, [word.format(tmp=tmp_path) if "tmp" in word else word for word in arguments], capsys)
-    assert "/proc/none" in said and "cannot be made (No such file or directory); give a folder" in said
+    assert "/proc/none" in said and "cannot be written to (No such file or directory); give another folder" in said
 
 
 def test_retries_of_the_hub_are_said_once(caplog):

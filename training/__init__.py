@@ -1,4 +1,4 @@
-"""Fine-tuning of LRSCLIP: `accelerate launch -m training.train --config training/configs/....yaml`."""
+"""Fine-tuning of LRSCLIP: `python -m training.train --config training/configs/....yaml`."""
 
 import ctypes
 import os
@@ -7,6 +7,20 @@ import sys
 from pathlib import Path
 
 
+# Exit codes of `python -m training.train`; `accelerate launch` and `torchrun` say 1 for any but 0.
+FINISHED, FAILED, NOT_FINITE, NOT_SAVED = 0, 1, 3, 4
+ENDED_BY_SIGNAL = 128  # plus its number, as shells say it: 130 for SIGINT, 143 for SIGTERM
+EXIT_CODES = f"""\
+exit codes:
+  {FINISHED}    finished
+  {FAILED}    an error, told in one sentence
+  {NOT_FINITE}    the loss, its gradient or the weights are not finite; the batch is in nonfinite.json
+  {NOT_SAVED}    a checkpoint could not be written (disk full); the one before is whole
+  130  SIGINT (Ctrl-C): the step was finished and saved, --resume goes on; after a second one, at once and unsaved
+  143  SIGTERM: likewise
+accelerate launch and torchrun pass on 1 for any of these but 0. With several processes they kill what has not ended
+30 seconds after a signal; give large models longer to save: export PET_SHUTDOWN_TIMEOUT=300
+"""
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 

@@ -4,107 +4,14 @@ The dual-text contrastive loss, as pure functions of embeddings.
 Shapes: B pairs (of all processes together), P projection width, C rows of a chunk.
 """
 
-import copy
-import math
 from collections.abc import Iterator
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
-from pydantic.dataclasses import dataclass
 from torch.autograd.function import once_differentiable
 
-
-@dataclass(config=ConfigDict(extra="forbid"))
-class Curriculum:
-    """
-    A weight of the long texts that moves during the run: `start` for a share of the steps, then along half a cosine to
-    `end`, where it stays.
-
-    Version 2 of the paper trains with a curriculum over the two losses (DGCL). Its schedule is not known to this
-    project, so this is a shape of that kind, not a reproduction.
-    """
-
-    start: float = Field(0.98, ge=0, le=1)  # mostly long texts at first
-    end: float = Field(0.2, ge=0, le=1)
-    start_share: float = Field(0.2, ge=0, le=1)  # of the steps, at the weight `start`
-    end_share: float = Field(0.2, ge=0, le=1)  # of the steps, at the weight `end`
-
-    @model_validator(mode="after")
-    def _shares_fit_into_the_run(self):
-        if self.start_share + self.end_share > 1:
-            raise ValueError(
-                f"loss.long_weight.start_share and end_share are {self.start_share:g} and {self.end_share:g}, together "
-                "more than the whole run; they may sum to 1 at most"
-            )
-        return self
-
-    def at(self, share: float) -> float:
-        """Return the weight where `share`, from 0 to 1, of the steps is done."""
-        if share < self.start_share:
-            return self.start
-        if share >= 1 - self.end_share:
-            return self.end
-        moved = (share - self.start_share) / (1 - self.start_share - self.end_share)
-        return self.start + (self.end - self.start) * (1 - math.cos(math.pi * moved)) / 2
-
-
-# In parentheses: names of the alternatives, which messages about a field leave out.
-LongWeight = Annotated[
-    Annotated[float, Field(ge=0, le=1), Tag("(constant)")] | Annotated[Curriculum, Tag("(curriculum)")],
-    Discriminator(lambda value: "(curriculum)" if isinstance(value, dict | Curriculum) else "(constant)"),
-]
-
-
-@dataclass(config=ConfigDict(extra="forbid"))
-class LossConfig:
-    # omega of eq. (5): 1 trains on long texts only, 0 on short ones only; or a Curriculum: start, end, their shares
-    long_weight: LongWeight = 0.8
-    pcm_rank: int | None = Field(None, ge=1)  # match short texts to so many principal components; 32 in Long-CLIP
-    short_text: Literal["own", "first_sentence"] = "own"  # first_sentence: of the long text (ablation 6)
-    label_smoothing: float = Field(0.0, ge=0, lt=1)  # 0.1 in Long-CLIP
-    mask_identical_captions: bool = False  # captions equal to a pair's own are not its negatives
-    chunk_size: int | None = Field(None, ge=1)  # rows of the B x B logits held at a time; None: all
-
-    @property
-    def kinds(self) -> list[str]:
-        """
-        Texts that the loss weighs, "long" and "short": with a weight of 0 or 1 the other one is not even read, nor is the
-        short one where the long text's first sentence stands for it.
-        """
-        least, most = self._range
-        return ["long"] * (most > 0) + ["short"] * (least < 1 and self.short_text == "own")
-
-    @property
-    def _range(self) -> tuple[float, float]:
-        """The smallest and the largest weight of the long texts during the run."""
-        weight = self.long_weight
-        both = (weight.start, weight.end) if isinstance(weight, Curriculum) else (weight, weight)
-        return min(both), max(both)
-
-    def at(self, share: float) -> "LossConfig":
-        """
-        Return the loss with the constant weight of one moment of the run.
-
-        Args:
-            share: of the steps that are done, from 0 to 1.
-        """
-        if not isinstance(self.long_weight, Curriculum):
-            return self
-        now = copy.copy(self)
-        now.long_weight = self.long_weight.at(share)
-        return now
-
-    @model_validator(mode="after")
-    def _first_sentences_need_both_texts(self):
-        least, most = self._range
-        if self.short_text == "first_sentence" and least == most and least in (0, 1):
-            raise ValueError(
-                f"loss.short_text is first_sentence and loss.long_weight is {least:g}, which leaves one of "
-                "the two texts out; set a weight between 0 and 1, or short_text to own"
-            )
-        return self
+from .config import LossConfig
 
 
 def info_nce(

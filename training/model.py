@@ -1,18 +1,15 @@
 """The model and processor that a run starts from: a CLIP stretched, a Long-CLIP, an LRSCLIP, or a small one from scratch."""
 
-import difflib
 import os
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass as plain_dataclass
-from dataclasses import fields, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ConfigDict, Field, model_validator
-from pydantic.dataclasses import dataclass
 from torch._inductor import config as inductor_config
 from transformers import AutoConfig, AutoTokenizer
 
@@ -21,78 +18,17 @@ from modeling_lrsclip import (
     LRSCLIPImageProcessor,
     LRSCLIPModel,
     LRSCLIPProcessor,
-    LRSCLIPTextConfig,
-    LRSCLIPVisionConfig,
 )
 from modeling_lrsclip.convert import Prepared, prepare
-from modeling_lrsclip.published.checkpoints import ACTIVATIONS, PRESETS
 from modeling_lrsclip.published.registry import resolve
 from modeling_lrsclip.train_tokenizer import train_tokenizer
 
+from .config import SCRATCH, LoRAConfig, ModelConfig
 
-SCRATCH, TRAIN_TOKENIZER = "scratch", "train"
+
+TRAIN_TOKENIZER = "train"
 # Short words for `init`, by names of the published models (modeling_lrsclip/published/registry.py); the other sizes go by those names.
 SHORTHANDS = {"clip": "clip-vit-b-16", "longclip": "long-clip-vit-b-16", "lrsclip": "lrsclip-vit-b-16"}
-# Linear layers that take low-rank adapters, of each layer of either tower, by module names of transformers' CLIP.
-ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
-TARGETS = (*ATTENTION, "fc1", "fc2", "visual_projection", "text_projection")
-
-
-@dataclass(config=ConfigDict(extra="forbid"))
-class LoRAConfig:
-    rank: int = Field(16, ge=1)  # of each adapter
-    alpha: float = Field(32.0, gt=0)  # the adapter's part is scaled by alpha / rank
-    dropout: float = Field(0.0, ge=0, lt=1)  # of the adapters' inputs
-    targets: list[str] = Field(default_factory=lambda: list(ATTENTION))  # module names, among TARGETS
-
-    def __post_init__(self):
-        if unknown := sorted(set(self.targets) - set(TARGETS)):
-            raise ValueError(f"model.lora.targets names {', '.join(unknown)}; choose among {', '.join(TARGETS)}")
-        if not self.targets:
-            raise ValueError(
-                f"model.lora.targets is empty; choose among {', '.join(TARGETS)}, or leave model.lora out"
-            )
-
-
-@dataclass(config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
-class ModelConfig:
-    # Hub id, folder or published checkpoint file of a CLIP, Long-CLIP or LRSCLIP, its name (clip, longclip, lrsclip,
-    # clip-vit-l-14, long-clip-vit-l-14, remoteclip-vit-l-14, ...), or "scratch"; one of 77 positions is stretched
-    init: str = "openai/clip-vit-base-patch16"
-    preset: str | None = None  # of a checkpoint file that does not say how it computes, see modeling_lrsclip.convert
-    activation: str | None = None  # likewise
-    kept_positions: int = Field(20, ge=0)  # stretching a CLIP: first rows kept ...
-    stretch_ratio: int = Field(4, ge=1)  # ... and rows for each later one; 1 leaves 77 positions
-    freeze_kept_positions: bool = True  # keep those rows bit-equal while training
-    tokenizer: str | None = None  # Hub id, folder, BPE file; by default init's; "train": a BPE from the captions
-    vocab_size: int = Field(1000, ge=514)  # of a tokenizer trained here
-    text: dict[str, Any] = Field(default_factory=dict)  # scratch: fields of LRSCLIPTextConfig
-    vision: dict[str, Any] = Field(default_factory=dict)  # scratch: fields of LRSCLIPVisionConfig
-    projection_dim: int = Field(512, ge=1)  # scratch
-    initial_logit_scale: float | None = Field(None, gt=0, le=100)  # 1 / tau to start from; by default init's
-    attn_implementation: str | None = None  # eager, sdpa, flash_attention_2; by default what transformers picks
-    gradient_checkpointing: bool = False
-    lora: LoRAConfig | None = None  # train low-rank adapters instead of the weights
-
-    @model_validator(mode="after")
-    def _choices_exist(self):
-        for name, choices in (("preset", PRESETS), ("activation", ACTIVATIONS)):
-            value = getattr(self, name)
-            if value is not None and value not in choices:
-                raise ValueError(f"model.{name} is {value}; choose among {', '.join(choices)}")
-        if self.lora and self.init == SCRATCH:
-            raise ValueError("model.lora adapts trained weights and model.init is scratch; leave one of them out")
-        return self
-
-    @model_validator(mode="after")
-    def _tower_fields_exist(self):
-        for section, config_class in ((self.text, LRSCLIPTextConfig), (self.vision, LRSCLIPVisionConfig)):
-            known = {field.name for field in fields(config_class)}
-            for name in section:
-                if name not in known:
-                    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                    raise ValueError(f"{name} is not a field of {config_class.__name__}; did you mean {nearest}?")
-        return self
 
 
 @plain_dataclass

@@ -1,27 +1,10 @@
 """Optimizer and learning-rate schedule."""
 
-from typing import Literal
-
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-
-@dataclass(config=ConfigDict(extra="forbid"))
-class OptimConfig:
-    name: Literal["sgd", "adamw"] = "sgd"  # Table X
-    learning_rate: float = Field(3e-4, gt=0)  # peak
-    momentum: float = Field(0.9, ge=0, lt=1)  # SGD
-    dampening: float = Field(0.1, ge=0, lt=1)  # SGD
-    beta1: float = Field(0.9, ge=0, lt=1)  # AdamW
-    beta2: float = Field(0.999, ge=0, lt=1)  # AdamW
-    eps: float = Field(1e-8, gt=0)  # AdamW
-    weight_decay: float = Field(0.0, ge=0)  # matrices only, see build_optimizer
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)  # linear from 0
-    max_grad_norm: float | None = Field(None, gt=0)  # clip to this norm
+from .config import OptimConfig
 
 
 def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.Optimizer:

@@ -11,11 +11,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 from huggingface_hub import get_token
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+
+from .config import PushConfig
 
 
 ROOT = Path(__file__).parents[1]  # of the clone
@@ -23,17 +22,6 @@ LONGEST_PUSH = 2 * 3600  # seconds, then it counts as failed
 # What a launcher tells the processes of a run and would mislead another program.
 _OF_THE_RUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 _PREFIXES = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "ROLE_")
-
-
-@dataclass(config=ConfigDict(extra="forbid"))
-class PushConfig:
-    repo: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")  # owner/name on the Hub; made if it does not exist
-    private: bool = False  # if it is made now
-    every: Literal["end", "validation"] = "end"  # validation: also each new best model, when it is found
-    license: str | None = None  # of the weights, as the Hub spells it; by default unknown
-    measure: bool = (
-        False  # evaluation.run on data.validation first, for the final model's card; else "not yet measured"
-    )
 
 
 def look_for_a_token(say: Callable[[str], None]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, is_tensorboard_available, is_trackio_available, is_wandb_available
+from accelerate.utils import gather_object
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -28,7 +28,6 @@ from .run_folder import read_record
 
 
 LOG, CURVES = "log.jsonl", "curves.png"  # below a run folder
-TRACKERS = {"tensorboard": is_tensorboard_available, "trackio": is_trackio_available, "wandb": is_wandb_available}
 LOSSES = {"loss": "#22303c", "long_loss": "#1769aa", "short_loss": "#d1603d"}  # colours of the curves
 RECALLS = {"mR": "#22303c", "long_mR": "#1769aa", "short_mR": "#d1603d"}
 _GIB = 2**30

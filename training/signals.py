@@ -1,8 +1,4 @@
-"""
-Runs that are asked to end: a signal is noted and answered after the step that it falls into, on all processes together.
-
-Exit codes of `python -m training.train`; `accelerate launch` and `torchrun` say 1 for any but 0.
-"""
+"""Runs that are asked to end: a signal is noted and answered after the step that it falls into, on all processes together."""
 
 import os
 import signal
@@ -13,22 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from . import FAILED
 from .distributed import cpu_group, largest
 
 
-FINISHED, FAILED, NOT_FINITE, NOT_SAVED = 0, 1, 3, 4
-ENDED_BY_SIGNAL = 128  # plus its number, as shells say it: 130 for SIGINT, 143 for SIGTERM
-EXIT_CODES = f"""\
-exit codes:
-  {FINISHED}    finished
-  {FAILED}    an error, told in one sentence
-  {NOT_FINITE}    the loss, its gradient or the weights are not finite; the batch is in nonfinite.json
-  {NOT_SAVED}    a checkpoint could not be written (disk full); the one before is whole
-  130  SIGINT (Ctrl-C): the step was finished and saved, --resume goes on; after a second one, at once and unsaved
-  143  SIGTERM: likewise
-accelerate launch and torchrun pass on 1 for any of these but 0. With several processes they kill what has not ended
-30 seconds after a signal; give large models longer to save: export PET_SHUTDOWN_TIMEOUT=300
-"""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ONE_SIGNAL = 2.0  # seconds: a terminal and torchrun may both send the same one, which is not a second one
 LONGEST_MEETING = 900  # seconds from the first process of a run to its last one

@@ -1,164 +1,97 @@
 """
 Fine-tunes a CLIP on images with a long and a short caption each (paper, IV-C).
 
-    accelerate launch -m training.train --config training/configs/demo.yaml [--section.field value]
+    python -m training.train --config training/configs/demo.yaml [--section.field value]
+
+Several processes: `accelerate launch -m training.train ...`.
 """
 
-import os
-import signal
-import sys
-from contextlib import nullcontext
-from pathlib import Path
-from typing import NoReturn
+import argparse
+from collections.abc import Mapping
+from typing import Any
 
-from accelerate import Accelerator
-from datasets import disable_progress_bars
-from tqdm import tqdm
-from transformers.utils import logging
+from modeling_lrsclip.files.configuration import (
+    ConfigurationError,
+    field_types,
+    parse_options,
+    read_yaml,
+    set_field,
+    validate,
+)
 
-from modeling_lrsclip import LRSCLIPModel, LRSCLIPProcessor
-from modeling_lrsclip.commands import say_once_that_the_hub_is_away
-from modeling_lrsclip.files.configuration import plain_values
+from . import EXIT_CODES, end_with_the_launcher
+from .config import DataConfig, LossConfig, TrainConfig
 
-from . import end_with_the_launcher
-from .checkpoint import NotSavedError, TrainState
-from .config import TrainConfig, parse_config
-from .data.batches import count_workers, explain_lost_workers
-from .data.held_out import HELD_OUT, hold_out, write_held_out
-from .data.inspection import inspect_pairs
-from .data.pairs import CaptionedImages, Pairs, open_data, resized_side
-from .data.skipped import SKIPPED
-from .data.visiting_order import VisitSampler
-from .distributed import USER_ERRORS, MistakeError, first_process_first, start_processes
-from .loop import NotFiniteError, Trainer
-from .model import build_model, build_processor, open_start
-from .push import look_for_a_token, push
-from .run_folder import RunRecord, check_run_folder, lock_run_folder
-from .signals import ENDED_BY_SIGNAL, FAILED, NOT_FINITE, NOT_SAVED, Interrupted, limited_meeting
-from .validation import Validation
+
+USAGE = """\
+python -m training.train --config FILE [--field value] [--section.field value] ...
+
+Every field of the configuration can be overridden, for example
+  --output_dir runs/mine --data.train tiles/captions.jsonl --loop.batch_size 64 --optim.learning_rate 1e-5
+"""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command; a run that ends early says why in a sentence, and ends with one of `signals.EXIT_CODES`."""
+    """Run the command; a run that ends early says why in a sentence, and ends with one of the `EXIT_CODES`."""
     end_with_the_launcher()
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `training` leaves it while all is imported
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    say_once_that_the_hub_is_away()
-    disable_progress_bars()
-    try:
-        run(parse_config(argv))
-    except Interrupted as interrupted:
-        leave(str(interrupted), ENDED_BY_SIGNAL + interrupted.signal_number)
-    except KeyboardInterrupt:
-        leave("ended before the first step or after the last one; --resume goes on.", ENDED_BY_SIGNAL + signal.SIGINT)
-    except NotFiniteError as error:
-        leave(f"error: {error}", NOT_FINITE)
-    except NotSavedError as error:
-        leave(f"error: {error}", NOT_SAVED)
-    except MistakeError as error:
-        raise SystemExit(f"error: {error}" if is_first() else FAILED) from error
-    except USER_ERRORS as error:
-        raise SystemExit(f"error: {error}") from error
+    config = parse_config(argv)
+    from .run import run_or_say_why_not  # seconds of imports, which --help and a mistyped field do without
+
+    run_or_say_why_not(config)
 
 
-def leave(message: str, exit_code: int) -> NoReturn:
-    """End this process, the reason said once for all of them."""
-    if is_first():
-        print(message, file=sys.stderr)
-    raise SystemExit(exit_code)
+def parse_config(argv: list[str] | None = None) -> TrainConfig:
+    """
+    Read `--config FILE` and the overrides of the command line.
 
-
-def is_first() -> bool:
-    """Whether this is the only process of the run or the first of several, before accelerate knows."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def run(config: TrainConfig) -> Path:
-    """Train as `config` says; returns the folder of the final model."""
-    folder = Path(config.output_dir)
-    with lock_run_folder(folder) if is_first() else nullcontext():
-        check_run_folder(folder, plain_values(config), config.resume)
-        return train(config, folder)
-
-
-def train(config: TrainConfig, folder: Path) -> Path:
-    """Build what a run is made of, train, and record it; returns the folder of the final model."""
-    with limited_meeting():
-        accelerator = start_processes(config.precision, config.seed, folder, config.loop.trackers)
-    if count_workers(config.data, accelerator.device.type):  # whose forks must not wait for the tokenizer's threads
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    logging.disable_progress_bar()
-    pairs, held_out, processor, model = first_process_first(accelerator, lambda: load(config, accelerator))
-    short_from_long, size = config.loss.short_text == "first_sentence", resized_side(processor)
-    images = CaptionedImages(pairs, config.data, config.seed, short_from_long, size)
-    validation = record = None
-    if held_out is not None:
-        validation = Validation(config.data, folder, processor, held_out, accelerator.mixed_precision)
-    if accelerator.is_main_process:
-        steps, data = config.loop.count_steps(len(pairs)), inspect_pairs(pairs, processor, config.data)
-        measured = validation and validation.rows
-        record = RunRecord(folder, plain_values(config), accelerator, steps, data, measured)
-        both = set() if config.data.share or held_out is None else pairs.locations & held_out.locations
-        record.introduce(model, both)
-        if config.data.share:
-            write_held_out(held_out, folder / HELD_OUT)
-            print(f"held out by image: {len(held_out)} rows, in {folder / HELD_OUT} for evaluation.run --data")
-        if config.push_to_hub:
-            look_for_a_token(print)
-
-    def push_best(state: TrainState) -> None:
-        record.describe_model(folder / "best", state, state.best_step)
-        push(config.push, folder / "best", state.best_step, tqdm.write)
-
-    keep_best = push_best if config.push_to_hub and config.push.every == "validation" else None
-    trainer = Trainer(accelerator, model, processor, images, config, validation, keep_best)
-    if config.resume:
-        trainer.resume()
-    if record is not None:
-        record.start(trainer.state.step, trainer.changed_data)
-    try:
-        state = trainer.train()
-    except (Interrupted, NotFiniteError, NotSavedError):  # of all processes together: none waits for another
-        accelerator.end_training()
-        raise
-    except RuntimeError as error:
-        lost = explain_lost_workers(error, images, trainer.state.step + 1)
-        if lost is None:
-            raise
-        raise lost from error
-    accelerator.end_training()
-    if record is not None:
-        record.finish(state)
-        if config.push_to_hub:
-            measured_on = str(folder / HELD_OUT) if config.data.share else config.data.validation
-            measured_on = measured_on if config.push.measure else None
-            push(config.push, folder / "final", state.step, print, measured_on)
-        if state.skipped:
-            print(
-                f"{state.skipped} visits of rows that could not be used went to the row after; see {folder / SKIPPED}"
-            )
-        if validation is not None:
-            print(f"best validation mR {state.best_recall:.1f} at step {state.best_step}: {folder / 'best'}")
-        print(folder / "final")
-    return folder / "final"
-
-
-def load(config: TrainConfig, accelerator: Accelerator) -> tuple[Pairs, Pairs | None, LRSCLIPProcessor, LRSCLIPModel]:
-    """Open the training pairs and the held-out ones, and build the processor and the model to start from."""
-    loop, processes = config.loop, accelerator.num_processes
-    pairs, held_out = open_data(
-        config.data, config.loss.kinds, batch_size=loop.batch_size, seed=config.seed, processes=processes
+    Raises:
+        `SystemExit`: with a message that lists every mistake at once: unknown fields with the nearest valid name,
+            missing ones, values of a wrong type or out of range, and those of the data files, where they are named.
+    """
+    fields = field_types(TrainConfig)
+    parser = argparse.ArgumentParser(
+        prog="training.train",
+        usage=USAGE,
+        description="fields:\n" + "\n".join(f"  {name:32s} {text}" for name, text in fields.items()),
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    if config.data.share:
-        pairs, held_out = hold_out(pairs, config.data.share)
-        VisitSampler(
-            pairs.order(config.seed), loop.batch_size, steps=1, share=(0, processes)
-        )  # are there enough left?
-    start = open_start(config.model)
-    processor = build_processor(start, pairs.all_texts())
-    model = build_model(start, processor)
-    model.config.long_weight = config.loss.at(1.0).long_weight  # of a curriculum, the weight it ends with
-    return pairs, held_out, processor, model
+    parser.add_argument("--config", help="YAML file, see training/configs/")
+    known, rest = parser.parse_known_args(argv)
+    values: dict[str, Any] = {}
+    try:
+        if known.config:
+            values = read_yaml(known.config, "the recipes are in training/configs/")
+        switches = [name for name, text in fields.items() if text.startswith("bool")]
+        for name, value in parse_options(rest, [*switches, *(name.replace("_", "-") for name in switches)]):
+            set_field(values, name.replace("-", "_") if name.replace("-", "_") in switches else name, value)
+        return validate(TrainConfig, values)
+    except ConfigurationError as error:
+        raise SystemExit(str(ConfigurationError(error.mistakes + data_mistakes(values)))) from None
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+
+
+def data_mistakes(values: Mapping[str, Any]) -> list[str]:
+    """
+    List what is wrong with the data that a configuration names, although other parts of it are wrong: where its `data`
+    section is not itself, and its sources are on this machine.
+
+    Args:
+        values: the configuration as nested dictionaries.
+    """
+    from .data.pairs import INPUT_IDS, local_mistakes
+
+    try:
+        data = validate(DataConfig, values.get("data"))
+    except ConfigurationError:
+        return []
+    try:
+        kinds = validate(LossConfig, values.get("loss") or {}).kinds
+    except ConfigurationError:
+        kinds = list(INPUT_IDS)
+    return local_mistakes(data, kinds)
 
 
 if __name__ == "__main__":

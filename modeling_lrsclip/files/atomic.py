@@ -72,7 +72,7 @@ def make_folder(folder: str | Path) -> Path:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = error.strerror or error
-        raise ValueError(f"{folder} cannot be made ({reason}); give a folder that can be written to.") from error
+        raise ValueError(f"{folder} cannot be written to ({reason}); give another folder.") from error
     return Path(folder)
 
 

@@ -161,7 +161,7 @@ def _yaml(path: Path) -> Callable[[], Wholes]:
 
 
 def _read_training_recipe(path: Path) -> None:
-    from training.config import parse_config
+    from training.train import parse_config
 
     parse_config(["--config", str(path), "--output_dir", "x", "--data.train", str(path.parent / "none.jsonl")])
 

@@ -45,7 +45,7 @@ def test_footprints_agree_with_rasterios_own_arithmetic(make_index, tmp_path, na
         for row in rows.to_pylist():
             left, top, width, height = row["pixel_box"]
             window = dataset.window_transform(Window(left, top, width, height))
-            corners = [window @ corner for corner in ((0, 0), (width, 0), (width, height), (0, height))]
+            corners = [window * corner for corner in ((0, 0), (width, 0), (width, height), (0, height))]
             lon, lat = rasterio.warp.transform(dataset.crs, "EPSG:4326", *zip(*corners))
             outline = shapely.from_wkb(row["geometry"])
             assert outline.is_valid
@@ -56,7 +56,7 @@ def test_footprints_agree_with_rasterios_own_arithmetic(make_index, tmp_path, na
                     for turn in (-360, 0, 360)
                 ]
                 assert min(turns) < 1e-7, (name, point, outline)
-            (x,), (y,) = rasterio.warp.transform(dataset.crs, "EPSG:4326", *zip(window @ (width / 2, height / 2)))
+            (x,), (y,) = rasterio.warp.transform(dataset.crs, "EPSG:4326", *zip(window * (width / 2, height / 2)))
             assert abs((row["centre_lon"] - x + 180) % 360 - 180) < 1e-4 or abs(y) > 89.9
             assert abs(row["centre_lat"] - y) < 1e-4 and row["crs"] == crs
             inside = outline.buffer(1e-6).contains(shapely.Point(row["centre_lon"], row["centre_lat"]))

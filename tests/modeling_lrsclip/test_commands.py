@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from modeling_lrsclip import commands
 from tests import processes
 
 
-SETUP = Path(__file__).parents[2] / "setup.py"
+ROOT = Path(__file__).parents[2]
+SETUP = ROOT / "setup.py"
 
 
 def console_scripts() -> list[str]:
@@ -40,3 +42,23 @@ def test_without_a_clone(tmp_path, monkeypatch):
     monkeypatch.setattr(commands, "CLONE", tmp_path)
     with pytest.raises(SystemExit, match="lrsclip-train is run from a clone; install it there with pip install -e"):
         commands.train()
+
+
+COMMANDS = ["training.train", "evaluation.run", "geosearch"]
+ASK_ALL = """
+import contextlib, io, runpy, sys
+
+for name in sys.argv[1:]:
+    sys.argv, printed = [name, "--help"], io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        (runpy.run_path if name.endswith(".py") else runpy.run_module)(name, run_name="__main__")
+    assert "usage: " in printed.getvalue(), name
+    slow = sorted({"torch", "transformers", "accelerate", "datasets"} & set(sys.modules))
+    assert not slow, f"{name} imports {slow} before its options are read"
+"""
+
+
+def test_help_waits_for_no_library():
+    """Seconds of imports come after the options are read."""
+    shown = subprocess.run([sys.executable, "-c", ASK_ALL, *COMMANDS], capture_output=True, text=True, cwd=ROOT)
+    assert shown.returncode == 0, shown.stderr.splitlines()[-1]

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from training.config import parse_config
+from training.config import TRACKERS
 from training.data.pairs import open_data
-from training.run_log import TRACKERS
+from training.train import parse_config
 
 
 def test_file_and_overrides(tmp_path):
@@ -83,13 +83,13 @@ def test_mistakes_of_the_data_are_told_with_the_others(tmp_path):
 
 
 def test_trackers(monkeypatch):
-    monkeypatch.setitem(TRACKERS, "wandb", lambda: False)
+    monkeypatch.setitem(TRACKERS, "wandb", ("no_such_package",))
     required = ["--output_dir", "x", "--data.train", "y"]
     with pytest.raises(
         SystemExit, match="loop.trackers names wandb, which is not installed; pip install it, or set it to none"
     ):
         parse_config([*required, "--loop.trackers", "wandb"])
-    monkeypatch.setitem(TRACKERS, "wandb", lambda: True)
+    monkeypatch.setitem(TRACKERS, "wandb", ("json",))
     for given, expected in (("wandb", ["wandb"]), ("none", []), ("[tensorboard, wandb]", ["tensorboard", "wandb"])):
         assert parse_config([*required, "--loop.trackers", given]).loop.trackers == expected
 

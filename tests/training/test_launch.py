@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from tests import processes
-from training.config import parse_config
 from training.distributed import check_checkpoint, check_launch
-from training.train import run
+from training.run import run
+from training.train import parse_config
 
 
 ROOT = Path(__file__).parents[2]

@@ -7,9 +7,9 @@ from transformers import CLIPConfig, CLIPModel
 
 from modeling_lrsclip import LRSCLIPModel
 from tests.conftest import tower_configs
-from training.config import parse_config
 from training.model import LoRAConfig, ModelConfig, build_model, merged, open_start
-from training.train import run
+from training.run import run
+from training.train import parse_config
 
 
 TABLE = "text_model.embeddings.position_embedding.weight"

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from training.losses import Curriculum, LossConfig, dual_text_loss, info_nce, principal_components
+from training.config import Curriculum, LossConfig
+from training.losses import dual_text_loss, info_nce, principal_components
 
 
 def unit(*shape, seed=0):

@@ -21,12 +21,12 @@ from torch.distributed.tensor import DTensor
 
 from tests import processes
 from training.checkpoint import whole_model
-from training.config import parse_config
 from training.data.pairs import CaptionedImages, load_pairs
 from training.distributed import is_sharded, make_accelerator
 from training.loop import Trainer
 from training.model import build_model, build_processor, open_start
-from training.train import run
+from training.run import run
+from training.train import parse_config
 
 
 WORLDS = (4, 2, 1)

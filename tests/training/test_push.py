@@ -9,9 +9,9 @@ import pytest
 from tests import processes
 from tests.hub_server import Fault, HubServer
 from training import push as push_module
-from training.config import parse_config
 from training.push import PushConfig, measure_command, push_command
-from training.train import run
+from training.run import run
+from training.train import parse_config
 
 
 REPO = "you/mine"

@@ -12,10 +12,10 @@ from modeling_lrsclip.convert import load_published
 from modeling_lrsclip.published import checkpoints
 from tests.modeling_lrsclip.references import published_state
 from tests.modeling_lrsclip.source_files import write_bpe_file, write_source
-from training.config import parse_config
 from training.model import ModelConfig, build_model, build_processor, full_name, open_start, resolve_init
+from training.run import run
 from training.run_folder import MODELS, describe_init
-from training.train import run
+from training.train import parse_config
 
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"

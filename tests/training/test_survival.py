@@ -22,10 +22,10 @@ from PIL import Image
 from tests import processes
 from tests.soak import ROOT, Attempt, Kill, has_reached, leave_alone, make_data, run_arguments, survive
 from tests.training.test_processes import SHARDED, meet
-from training import end_with_the_launcher, train
+from training import FAILED, NOT_FINITE, NOT_SAVED, end_with_the_launcher, train
 from training import signals as interruption
 from training.data import batches
-from training.signals import FAILED, NOT_FINITE, NOT_SAVED, Interruption
+from training.signals import Interruption
 
 
 PATIENCE = 300  # seconds for what should take a few, on a busy machine

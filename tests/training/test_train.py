@@ -16,11 +16,11 @@ from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel
 
 from tests import processes
 from tests.conftest import tower_configs
-from training import distributed, train
+from training import NOT_FINITE, distributed, train
+from training.loop import Trainer
 from training.model import ModelConfig, build_model, open_start
 from training.optim import OptimConfig, build_optimizer, build_scheduler
 from training.run_folder import check_run_folder
-from training.signals import NOT_FINITE
 
 
 ROOT = Path(__file__).parents[2]
@@ -71,14 +71,14 @@ def test_resumed_equals_uninterrupted_to_the_bit(run_arguments, tmp_path, monkey
     class Killed(Exception):
         pass
 
-    plain_step = train.Trainer.step
+    plain_step = Trainer.step
 
     def step_until_killed(self, batch):
         if self.state.step == 5:
             raise Killed
         return plain_step(self, batch)
 
-    monkeypatch.setattr(train.Trainer, "step", step_until_killed)
+    monkeypatch.setattr(Trainer, "step", step_until_killed)
     with pytest.raises(Killed):
         train.main([*arguments, "--output_dir", str(tmp_path / "parts")])
     monkeypatch.undo()
@@ -281,7 +281,7 @@ class TestErrors:
         assert re.search("The loss is nan at step [23]; lower optim.learning_rate", capsys.readouterr().err)
 
     def test_weights_that_are_not_finite_are_not_saved(self, run_arguments, tmp_path, capsys, monkeypatch):
-        plain_step = train.Trainer.step
+        plain_step = Trainer.step
 
         def step_with_a_broken_end(self, batch):
             told = plain_step(self, batch)
@@ -289,7 +289,7 @@ class TestErrors:
                 self.model.visual_projection.weight.data[0, 0] = math.inf
             return told
 
-        monkeypatch.setattr(train.Trainer, "step", step_with_a_broken_end)
+        monkeypatch.setattr(Trainer, "step", step_with_a_broken_end)
         with pytest.raises(SystemExit) as caught:
             train.main([*run_arguments, "--loop.save_every", "1"])
         assert caught.value.code == NOT_FINITE

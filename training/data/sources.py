@@ -15,13 +15,11 @@ import pyarrow.compute as pc
 from datasets import Dataset, load_dataset, load_dataset_builder
 from datasets import Image as ImageFeature
 from fsspec.core import url_to_fs
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator
-from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
-from modeling_lrsclip.encoding.imagery import Augmentation
 from modeling_lrsclip.files.tables import TABLE_SUFFIXES, USUAL_COLUMNS, read_rows
 
+from ..config import DataConfig, SourceConfig
 from .rows import GroupCache, LineRows, ParquetRows, Rows, TableRows, caption_fault, filled
 from .tars import TAR_IMAGES, TarRows
 
@@ -39,84 +37,7 @@ FOLDER_SHARDS = tuple(
     for stem in ("{split}-*", "data/{split}-*", "*-{split}-*", "*", "data/*")
     for suffix in (".parquet", ".tar")
 )
-_COLUMNS = ("image", "long", "short")
 _LISTED = 3  # offenders named in an error
-
-
-@dataclass(config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
-class SourceConfig:
-    path: str  # file, folder, glob, {000..127} or {a,b} pattern, or Hub data set
-    split: str | None = None  # by default data.train_split (of validation data, data.validation_split)
-    weight: float | None = Field(None, gt=0)  # share of the visits beside the other sources'; all have one or none
-    columns: dict[str, str] = Field(default_factory=dict)  # of image, long, short, where named unlike data.*_column
-
-    def __post_init__(self):
-        unknown = [kind for kind in self.columns if kind not in _COLUMNS]
-        if unknown:
-            raise ValueError(f"columns of {self.path} names {', '.join(unknown)}; it may name {', '.join(_COLUMNS)}")
-
-
-@dataclass(config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
-class DataConfig:
-    train: str | list[SourceConfig]  # file (jsonl, json, csv, parquet, tar), pattern, folder, Hub data set, or several
-    train_split: str = "train"  # of a Hub data set or a folder
-    # Likewise, or the share of the training images that is held out, such as 0.1; recall on it picks the best model.
-    validation: float | str | list[SourceConfig] | None = None
-    validation_split: str = "test"
-    validation_pairs: int | None = Field(None, ge=1)  # only the first so many
-    image_column: str = "image"  # a path (relative to the file) or the image itself
-    long_column: str = "long_text"
-    short_column: str = "short_text"
-    streaming: bool = False  # read rows when they are due instead of preparing and checking all of them first
-    shuffle_buffer: int = Field(10_000, ge=1)  # rows shuffled together when streaming
-    shuffle_sentences: bool = False  # of the long text, anew at each visit
-    augment: Augmentation = "none"  # random views; captions that name left, right or north then become wrong
-    # JPEGs are decoded at 1/2, 1/4 or 1/8 down to so many times the model's size; None: all of them.
-    jpeg_margin: float | None = Field(1.0, ge=1)
-    max_skipped_fraction: float = Field(0.01, ge=0, le=1)  # of the rows visited, which could not be used
-    # Processes that read images; None: on a GPU as many as there are cores, up to 8.
-    workers: int | None = Field(None, ge=0)
-    prefetch_factor: int = Field(2, ge=1)  # batches each of them prepares ahead
-
-    @field_validator("train", "validation", mode="before")
-    @classmethod
-    def _sources(cls, value: Any) -> Any:
-        if isinstance(value, (int, float)) and not 0 < value < 1:
-            raise ValueError(f"a share of the training images lies between 0 and 1, as 0.1 does; {value} does not")
-        if not isinstance(value, (list, tuple)):
-            return value
-        if not value:
-            raise ValueError("a list of sources needs at least one, for example [{path: tiles/captions.jsonl}]")
-        sources = [source if isinstance(source, (dict, SourceConfig)) else {"path": source} for source in value]
-        try:
-            sources = TypeAdapter(list[SourceConfig]).validate_python(sources)
-        except ValidationError as error:
-            raise ValueError("; ".join(_explain(mistake) for mistake in error.errors())) from None
-        if len({source.weight is None for source in sources}) > 1:
-            raise ValueError("either all sources have a weight or none has")
-        return sources
-
-    @property
-    def share(self) -> float | None:
-        """The share of the training images that is held out; None where held-out data are named, or none."""
-        return self.validation if isinstance(self.validation, float) else None
-
-    def paths(self) -> list[str]:
-        """Names of the training sources."""
-        return [self.train] if isinstance(self.train, str) else [source.path for source in self.train]
-
-    def columns(self, kinds: Sequence[str]) -> dict[str, str]:
-        """Column names by kind ("image", "long", "short"), where a source does not name its own."""
-        return {kind: getattr(self, f"{kind}_column") for kind in kinds}
-
-
-def _explain(mistake: Any) -> str:
-    number, *field = mistake["loc"]
-    if mistake["type"] == "unexpected_keyword_argument":
-        known = ", ".join(SourceConfig.__pydantic_fields__)
-        return f"source {number} has an unknown field {field[0]}; it may have {known}"
-    where = "".join(f" {name}" for name in field)
-    return f"source {number}{where}: {mistake['msg'].removeprefix('Value error, ')}"
 
 
 def open_source(
