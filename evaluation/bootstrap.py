@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from .retrieval import KS
 
-
+KS = (1, 5, 10)  # of recall at k
 RESAMPLES = 2000
 SEED = 0
 LEVEL = 0.95

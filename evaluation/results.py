@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -28,6 +27,8 @@ VERSIONS_OF = ("torch", "transformers", "tokenizers", "datasets", "pillow", "num
 
 def environment() -> dict[str, Any]:
     """Versions and machine, for whoever wants to repeat a figure."""
+    import torch  # slow, and of no use to the commands that print tables
+
     versions = {}
     for name in VERSIONS_OF:
         try:

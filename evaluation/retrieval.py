@@ -18,9 +18,9 @@ from modeling_lrsclip.encoding.model_inputs import cut_tokens, encode_texts, sha
 from modeling_lrsclip.encoding.ties import SCORE_TIE, best_first
 
 from .benchmarks.retrieval_data import RetrievalData, load_retrieval
+from .bootstrap import KS
 
 
-KS = (1, 5, 10)
 BLOCK_BYTES = 16 * 2**20  # of scores held at once; larger blocks leave the cache of a CPU
 TOKEN_BIN = 10  # tokens a bar of the histogram of text lengths
 EXAMPLES, SHOWN_IMAGES = 4, 5  # queries of the gallery, and images shown for each

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from evaluation import attention
-from evaluation.attention import attention_maps
+from evaluation.attention_maps import attention_maps
 from modeling_lrsclip.encoding import embed_texts
 
 

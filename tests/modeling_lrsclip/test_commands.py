@@ -44,7 +44,8 @@ def test_without_a_clone(tmp_path, monkeypatch):
         commands.train()
 
 
-COMMANDS = ["training.train", "evaluation.run", "geosearch"]
+COMMANDS = ["training.train", "evaluation.run", "evaluation.compare", "evaluation.attention", "geosearch"]
+COMMANDS += [f"evaluation.benchmarks.{name}" for name in ("aerial_scenes", "scene_mosaics", "scene_archive")]
 ASK_ALL = """
 import contextlib, io, runpy, sys
 
