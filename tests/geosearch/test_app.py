@@ -8,7 +8,6 @@ import geopandas
 import pytest
 import rasterio
 
-from geosearch.app import STYLE, SearchPage, build_page, token_markup
 from geosearch.exact_search import read_text, search
 from geosearch.index_store import load_index_encoder
 from tests.geosearch.test_page import requests_of
@@ -24,11 +23,15 @@ WAIT = 120  # seconds at most
 
 @pytest.fixture(scope="module")
 def page(archive_index):
+    from geosearch.app import SearchPage  # only where these tests run: to import gradio takes seconds
+
     return SearchPage(archive_index.folder)
 
 
 @pytest.fixture(scope="module")
 def address(page, browser):
+    from geosearch.app import STYLE, build_page
+
     blocks = build_page(page)
     _, address, _ = blocks.launch(prevent_thread_lock=True, quiet=True, share=False, css=STYLE)
     assert address.startswith("http://127.0.0.1:")
@@ -138,6 +141,8 @@ def test_an_empty_question_says_so(address, browser):
 
 
 def test_what_lies_beyond_77_and_beyond_the_model_is_marked(page):
+    from geosearch.app import token_markup
+
     read = read_text(page.encoder, " ".join([TEXT] * 6) + " <b>")
     markup = token_markup(read)
     assert f"{read.tokens} tokens of 248" in markup and "nobody reads the end" in markup
