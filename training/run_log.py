@@ -50,6 +50,7 @@ class RunLog:
         self.log_ids, self.path, self.bar = log_ids, folder / LOG, None
         self.counts = Counter()  # of this process since the last line
         self.since = (0, 0.0)  # step and seconds of that line
+        self.drawn = 0  # bytes of the log that the curves show
 
     @contextmanager
     def running(self, state: TrainState) -> Iterator[None]:
@@ -143,11 +144,14 @@ class RunLog:
         self.draw()
 
     def draw(self) -> Path | None:
-        """Draw the curves of the log so far, on the main process."""
+        """Draw the curves of the log so far, on the main process, unless they show all of it already."""
         if not self.accelerator.is_main_process or not self.path.exists():
             return None
-        records = [json.loads(line) for line in self.path.read_text().splitlines()]
-        return draw_curves(records, self.folder / CURVES)
+        size = self.path.stat().st_size
+        if size != self.drawn:
+            draw_curves([json.loads(line) for line in self.path.read_text().splitlines()], self.folder / CURVES)
+            self.drawn = size
+        return self.folder / CURVES
 
     def _write(self, kind: str, step: int, numbers: dict[str, float]) -> None:
         self.accelerator.log({f"{kind}/{name}": value for name, value in numbers.items()}, step=step)
