@@ -22,7 +22,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import modeling_lrsclip
 from modeling_lrsclip import LRSCLIPConfig, LRSCLIPModel, LRSCLIPProcessor
-from modeling_lrsclip.convert import convert
+from modeling_lrsclip.conversion import convert
 from modeling_lrsclip.files.atomic import replace_json
 from modeling_lrsclip.files.hashing import file_sha256
 

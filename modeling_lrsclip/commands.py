@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 
+DEFAULT_TOKENIZER = "openai/clip-vit-base-patch16"  # of published files, which bring none
 CLONE = Path(__file__).resolve().parents[1]  # where an editable installation finds this package
 
 

@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from .convert import load_published
+from .conversion import load_published
 from .files.atomic import growing_folder, make_folder, publish_folder
 from .files.documents import first_line
 from .modeling_lrsclip import LRSCLIPModel

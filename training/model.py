@@ -19,7 +19,7 @@ from modeling_lrsclip import (
     LRSCLIPModel,
     LRSCLIPProcessor,
 )
-from modeling_lrsclip.convert import Prepared, prepare
+from modeling_lrsclip.conversion import Prepared, prepare
 from modeling_lrsclip.published.registry import resolve
 from modeling_lrsclip.train_tokenizer import train_tokenizer
 

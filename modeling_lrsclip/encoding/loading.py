@@ -207,7 +207,7 @@ class TextsAndImages:
 
 
 def _load_file(source: ModelSource, tokenizer: str | None) -> tuple[Any, Any]:
-    from modeling_lrsclip.convert import load_published
+    from ..conversion import load_published
 
     try:
         return load_published(source.path, tokenizer=tokenizer, dtype=torch.float32, **source.load_options)
