@@ -62,7 +62,17 @@ setup(
             "tqdm",
         ],
         # The data set builder (training/lrs2m); it needs train and eval as well.
-        "lrs2m": ["datasketch", "filelock", "ijson", "numpy>=2", "openai", "pyogrio", "rasterio>=1.4", "shapely>=2"],
+        "lrs2m": [
+            "datasketch",
+            "faiss-cpu>=1.9",
+            "filelock",
+            "ijson",
+            "numpy>=2",
+            "openai",
+            "pyogrio",
+            "rasterio>=1.4",
+            "shapely>=2",
+        ],
         # Search over georeferenced imagery; `map` adds its page in the browser, `ray` its run on a cluster.
         "geosearch": [
             "accelerate>=1.10",

@@ -1,9 +1,9 @@
 """
-Near-duplicates of images: re-encoded, resized, turned, mirrored or cropped copies, inside a set and against evaluation
-images.
+Near-duplicates of images: re-encoded, resized, blurred, marked, framed, turned, mirrored or cropped copies, inside a set
+and against evaluation images.
 
-Candidates come from 64-bit perceptual hashes of whole images and of their parts, in all eight turns; a candidate counts
-when one thumbnail, laid over the other, correlates with it.
+Candidates come from 64-bit perceptual hashes of whole images and of their parts, in all eight turns; the likeliest are
+laid over the image, moved until they fit, and count when their details correlate.
 """
 
 import json
@@ -23,14 +23,31 @@ from modeling_lrsclip.encoding.imagery import ImageFiles, is_image_file
 from modeling_lrsclip.encoding.ties import best_first
 from modeling_lrsclip.files.hashing import bytes_sha256
 
-from .fingerprints import PARTS, SIDE, TURNS, coefficients, correlation, hashes, is_flat, likeness, thumbnail, turned
-from .hash_index import HashIndex, probe_keys
+from .fingerprints import (
+    PARTS,
+    SIDE,
+    TURNS,
+    align,
+    coefficients,
+    hashes,
+    is_flat,
+    part_profiles,
+    profile,
+    thumbnail,
+    turned,
+)
+from .hash_index import HashIndex
 
 
 REACH = 18  # bits by which the hash of a part may differ from that of a crop
-LIKE = 0.65  # least cosine of low frequencies, before two thumbnails are laid over each other
-SAME = 0.9  # least correlation of the two
-LOOKED_AT, LAID = 64, 4  # candidates of one image: compared by low frequencies, laid over each other
+LIKE = 0.35  # least cosine of low frequencies, before two thumbnails are laid over each other
+SAME = 0.6  # least correlation of the two
+CLOSE, CLOSELY_LIKE, SAME_IF_CLOSE = 10, 0.8, 0.2  # of whole images as near as this in bits and cosine, less is enough
+CANDIDATES = 48, 6  # entries a query: of parts for the image in one turn, of whole images for one of its parts
+LOOKED_THROUGH = 20_000, 500_000  # hashes a query, of whole images and of parts; the former have 24 times the queries
+LOOKED_AT, LAID = 256, 5  # candidates of one image: compared by low frequencies, laid over each other
+WHOLE = 0.95  # share of a side from which on a match is not a crop
+BLOCK = 1024  # images that are searched apart from all before them
 INSIDE = ""  # the owner of rows of the set itself
 _COMMIT = 512  # images
 _TABLES = """
@@ -50,23 +67,55 @@ class Match:
     kind: str  # copy; crop (the row's image is a part of the match); contains (the match is a part of it)
     turn: str  # what turns the row's image into the match, one of `TURNS`; empty: nothing
     distance: int  # bits of 64 that differ
-    correlation: float  # of the thumbnails, -1 to 1
+    correlation: float  # of the thumbnails' details, -1 to 1
 
 
-class _Numbers:
-    """Small integers in an array that grows."""
+class _Prints:
+    """Hashes of images, to be found as a whole or by a part."""
 
-    def __init__(self):
-        self.values, self._length = np.full(1024, -1, np.int16), 0
+    def __init__(self, crops: bool):
+        self.crops = crops
+        self._wholes, self._parts = (HashIndex(number) for number in LOOKED_THROUGH)
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._wholes)
 
-    def append(self, value: int) -> None:
-        if self._length == len(self.values):
-            self.values = np.concatenate([self.values, np.full_like(self.values, -1)])
-        self.values[self._length] = value
-        self._length += 1
+    def add(self, numbers: np.ndarray, codes: np.ndarray) -> None:
+        """Takes (n,) numbers and (n, P) hashes of images."""
+        self._wholes.add(codes[:, 0], numbers)
+        if self.crops:
+            entries = numbers[:, None] * len(PARTS) + np.arange(len(PARTS))
+            self._parts.add(codes.ravel(), entries.ravel())
+
+    def clear(self) -> None:
+        self._wholes.clear()
+        self._parts.clear()
+
+    def candidates(self, codes: np.ndarray, distance: int) -> np.ndarray:
+        """
+        The nearest images.
+
+        Args:
+            codes (8, P): hashes of the query in all turns.
+            distance: bits that may differ where crops are not looked for.
+
+        Returns:
+            (n, 5) int64 of number, turn of the query, part, bits that differ, and whether it is the query that holds the
+            other; the fewest bits first, an image perhaps several times.
+        """
+        of_parts, of_wholes = CANDIDATES
+        if self.crops:
+            asked, entry, bits = self._parts.search(codes[:, 0], REACH, of_parts)
+            matches = [(entry // len(PARTS), asked, entry % len(PARTS), bits, np.zeros(len(asked), bool))]
+            asked, entry, bits = self._wholes.search(codes[:, 1:].ravel(), REACH, of_wholes)
+            turn, part = np.divmod(asked, len(PARTS) - 1)
+            matches.append((entry, turn, part + 1, bits, np.ones(len(asked), bool)))
+        else:
+            asked, entry, bits = self._wholes.search(codes[:, 0], distance, of_parts)
+            matches = [(entry, asked, np.zeros_like(asked), bits, np.zeros(len(asked), bool))]
+        number, turn, part, bits, contains = (np.concatenate(column) for column in zip(*matches))
+        rows = np.stack([number, turn, part, bits, contains], axis=1).astype(np.int64)
+        return rows[np.lexsort((rows[:, 4], rows[:, 2], rows[:, 1], rows[:, 0], rows[:, 3]))]
 
 
 class DuplicateFinder:
@@ -98,11 +147,14 @@ class DuplicateFinder:
             raise ValueError(f"distance={distance} must be 0 to {REACH}: the bits of 64 in which copies may differ.")
         self.against = tuple(dict.fromkeys(map(str, against)))
         self.inside, self.distance, self.crops = inside, distance, crops
-        self._wholes, self._parts = HashIndex(buffer=512), HashIndex(buffer=8192)
+        # Evaluation images; images shown, up to the last whole block; those after it, with their numbers and hashes.
+        self._evaluated, self._earlier, self._recent = _Prints(crops), _Prints(crops), _Prints(crops)
+        self._recent_codes: list[tuple[int, np.ndarray]] = []
+        self._shown, self._next = 0, 0  # images shown; number of the next one in the store
+        self._owner_of: dict[int, str] = {}  # of evaluation images, by number
         self._store = sqlite3.connect(store or ":memory:", check_same_thread=False)
         self._store.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + _TABLES)
         self._pending = 0
-        self._owners = _Numbers()  # by number: index in self.against + 1, 0 for the set itself, -1 not searched
         for source in self.against:
             self._read_evaluation(source)
         self._load()
@@ -152,63 +204,62 @@ class DuplicateFinder:
         if thumb is None or is_flat(thumb):
             self._remember(INSIDE, name, None, thumb)
             return None
-        allowed = {index + 1 for index, source in enumerate(self.against) if against is None or source in against}
-        turns = coefficients(turned(thumb))  # (8, P, 64)
+        allowed = self.against if against is None else tuple(source for source in self.against if source in against)
+        low = coefficients(turned(thumb))  # (8, P, 64)
         # Evaluation images first and by themselves: whether an image is near one does not hang on the set.
-        match = self._find(row_id, thumb, turns, allowed) if allowed else None
+        match = self._find(row_id, thumb, low, self._evaluated, allowed) if allowed else None
         if match is None and self.inside:
-            match = self._find(row_id, thumb, turns, {0})
-        self._remember(INSIDE, name, turns[0], thumb, match)
+            both = [self._find(row_id, thumb, low, prints) for prints in (self._earlier, self._recent)]
+            match = max(filter(None, both), key=lambda one: one.correlation, default=None)
+        self._remember(INSIDE, name, low[0], thumb, match)
         return match
 
-    def _find(self, row_id: str, thumb: np.ndarray, turns: np.ndarray, allowed: set[int]) -> Match | None:
-        candidates = self._candidates(turns, allowed)
+    def _find(
+        self, row_id: str, thumb: np.ndarray, low: np.ndarray, prints: _Prints, allowed: Sequence[str] = ()
+    ) -> Match | None:
+        """The most correlated of an image's candidates that is the same; of evaluation images, of those allowed."""
+        if not len(prints):
+            return None
+        candidates = prints.candidates(hashes(low), self.distance)
+        if allowed and len(allowed) < len(self.against):
+            kept = [self._owner_of[number] in allowed for number in candidates[:, 0].tolist()]
+            candidates = candidates[np.array(kept, bool)]
+        candidates = candidates[:LOOKED_AT]
         if not len(candidates):
             return None
-        thumbs = np.stack([self._thumb(number) for number in candidates[:, 0]])
         numbers, turn, part, bits, contains = candidates.T
-        theirs = coefficients(thumbs)[np.arange(len(thumbs)), np.where(contains, 0, part)]
-        alike = likeness(theirs, turns[turn, np.where(contains, part, 0)])
-        views, best = turned(thumb), None
-        for row in best_first(alike)[:LAID]:
-            if alike[row] < LIKE:
+        thumbs = self._thumbs(numbers)
+        theirs = part_profiles(thumbs, np.where(contains, 0, part))
+        views, best, laid_numbers = turned(thumb), None, set()
+        alike = (theirs * profile(low[turn, np.where(contains, part, 0)])).sum(axis=-1)
+        for row in best_first(alike):
+            if alike[row] < LIKE or len(laid_numbers) == LAID:
                 break
-            laid, kind = _lay(thumbs[row], views[turn[row]], int(part[row]), bool(contains[row]))
-            laid = round(float(laid), 4)  # last bits of a correlation are the processor's: of equal ones the first
-            if laid >= SAME and (best is None or laid > best.correlation):
-                kind = "copy" if part[row] == 0 and bits[row] <= self.distance else kind
-                query = "SELECT owner, id FROM images WHERE number = ?"
-                owner, name = self._store.execute(query, (int(numbers[row]),)).fetchone()
-                best = Match(row_id, name, owner, kind, list(TURNS)[turn[row]], int(bits[row]), laid)
-        return best
+            if numbers[row] in laid_numbers:
+                continue
+            laid_numbers.add(numbers[row])
+            view = views[turn[row]]
+            whole, inner = (view, thumbs[row]) if contains[row] else (thumbs[row], view)
+            correlation, share = align(whole, inner, int(part[row]))
+            correlation = round(correlation, 4)  # its last bits are the processor's: of equal ones the first
+            close = part[row] == 0 and bits[row] <= CLOSE and alike[row] >= CLOSELY_LIKE
+            if correlation >= (SAME_IF_CLOSE if close else SAME) and (best is None or correlation > best[0]):
+                best = correlation, row, share
+        if best is None:
+            return None
+        correlation, row, share = best
+        holds = bool(contains[row]) != (share > 1)
+        kind = "copy" if WHOLE <= share <= 1 / WHOLE else "contains" if holds else "crop"
+        query = "SELECT owner, id FROM images WHERE number = ?"
+        owner, name = self._store.execute(query, (int(numbers[row]),)).fetchone()
+        return Match(row_id, name, owner, kind, list(TURNS)[turn[row]], int(bits[row]), correlation)
 
-    def _thumb(self, number: int) -> np.ndarray:
-        (content,) = self._store.execute("SELECT thumb FROM images WHERE number = ?", (int(number),)).fetchone()
-        return np.frombuffer(content, np.uint8).reshape(SIDE, SIDE)
-
-    def _candidates(self, turns: np.ndarray, allowed: set[int]) -> np.ndarray:
-        """
-        The nearest of the known images: (n, 5) int64 of number, turn of the query, part, bits that differ, and whether
-        it is the query that holds the other.
-        """
-        wholes = turns[:, 0]  # (8, 64)
-        keys, codes = probe_keys(wholes), hashes(wholes)
-        if self.crops:
-            asked, entry, bits = self._parts.search(codes, keys, REACH)
-            matches = [(entry // len(PARTS), asked, entry % len(PARTS), bits, np.zeros(len(asked), bool))]
-            parts = turns[:, 1:].reshape(-1, turns.shape[-1])  # (8 * (P - 1), 64)
-            asked, entry, bits = self._wholes.search(hashes(parts), probe_keys(parts), REACH)
-            turn, part = np.divmod(asked, len(PARTS) - 1)
-            matches.append((entry, turn, part + 1, bits, np.ones(len(asked), bool)))
-        else:
-            asked, entry, bits = self._wholes.search(codes, keys, self.distance)
-            matches = [(entry, asked, np.zeros_like(asked), bits, np.zeros(len(asked), bool))]
-        number, turn, part, bits, contains = (np.concatenate(column) for column in zip(*matches))
-        allowed_owner = np.isin(self._owners.values[number], list(allowed))
-        rows = np.stack([number, turn, part, bits, contains], axis=1).astype(np.int64)[allowed_owner]
-        rows = rows[np.lexsort((rows[:, 4], rows[:, 2], rows[:, 1], rows[:, 0], rows[:, 3]))]
-        _, first = np.unique(rows[:, 0], return_index=True)  # the best way to lay each image
-        return rows[np.sort(first)[:LOOKED_AT]]
+    def _thumbs(self, numbers: np.ndarray) -> np.ndarray:
+        """(n, S, S): thumbnails by their images' numbers."""
+        listed, places = np.unique(numbers, return_inverse=True)
+        query = f"SELECT thumb FROM images WHERE number IN ({','.join(map(str, listed.tolist()))}) ORDER BY number"
+        content = b"".join(row[0] for row in self._store.execute(query))
+        return np.frombuffer(content, np.uint8).reshape(len(listed), SIDE, SIDE)[places]
 
     # ------------------------------------------------------------------------------------------------- remembering
 
@@ -220,44 +271,56 @@ class DuplicateFinder:
         thumb: np.ndarray | None,
         match: Match | None = None,
     ) -> None:
-        """Keeps an answer, and the fingerprint (`own`: (P, 64) coefficients) of an image that others may match."""
+        """Keeps an answer, and the fingerprint ((P, 64) coefficients) of an image that others may match."""
         codes = None if fingerprint is None or match else hashes(fingerprint)
-        number = len(self._owners)
+        number = self._next
         stored_match = match and json.dumps(asdict(match))
         content = thumb.tobytes() if codes is not None else None
         blob = codes.tobytes() if codes is not None else None
         self._store.execute(
             "INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", (number, owner, name, blob, content, stored_match)
         )
-        self._owners.append(-1 if codes is None else self.against.index(owner) + 1 if owner else 0)
-        if codes is not None:
-            self._index(np.array([number]), codes[None])
+        self._next += 1
+        self._show(number, codes)
         self._pending += 1
         if self._pending >= _COMMIT:
             self._store.commit()
             self._pending = 0
 
-    def _index(self, numbers: np.ndarray, codes: np.ndarray) -> None:
-        """Takes (n,) numbers and (n, P) hashes into the index."""
-        self._wholes.add(codes[:, 0], numbers)
-        if self.crops:
-            entries = numbers[:, None] * len(PARTS) + np.arange(len(PARTS))
-            self._parts.add(codes.ravel(), entries.ravel())
+    def _show(self, number: int, codes: np.ndarray | None) -> None:
+        """Take an image into the search, or one that is not to be found (None)."""
+        self._shown += 1
+        if codes is not None and self.inside:
+            self._recent.add(np.array([number]), codes[None])
+            self._recent_codes.append((number, codes))
+        if self._shown % BLOCK == 0 and self._recent_codes:
+            numbers, blocked = zip(*self._recent_codes)
+            self._earlier.add(np.array(numbers), np.stack(blocked))
+            self._recent.clear()
+            self._recent_codes = []
 
     def _load(self) -> None:
         """Builds the index from the store."""
-        owners = {source: index + 1 for index, source in enumerate(self.against)} | {INSIDE: 0}
         rows = self._store.execute("SELECT number, owner, hashes FROM images ORDER BY number")
-        self._owners = _Numbers()
+        shown = self._store.execute("SELECT COUNT(*) FROM images WHERE owner = ?", (INSIDE,)).fetchone()[0]
+        whole_blocks = shown // BLOCK * BLOCK
         while piece := rows.fetchmany(65536):
+            self._next = piece[-1][0] + 1
+            kept: dict[bool, list[tuple[int, bytes]]] = {True: [], False: []}  # of evaluation images, of others
             for number, owner, blob in piece:
-                while len(self._owners) < number:  # images of a set that is no longer asked for
-                    self._owners.append(-1)
-                self._owners.append(owners.get(owner, -1) if blob else -1)
-            kept = [(number, blob) for number, owner, blob in piece if blob and owner in owners]
-            if kept:
-                codes = np.frombuffer(b"".join(blob for _, blob in kept), np.uint64).reshape(len(kept), len(PARTS))
-                self._index(np.array([number for number, _ in kept]), codes)
+                if owner != INSIDE and blob and owner in self.against:
+                    self._owner_of[number] = owner
+                    kept[True].append((number, blob))
+                elif owner == INSIDE and self._shown < whole_blocks:
+                    self._shown += 1
+                    kept[False] += [(number, blob)] if blob and self.inside else []
+                elif owner == INSIDE:
+                    self._show(number, np.frombuffer(blob, np.uint64) if blob else None)
+            for evaluated, some in kept.items():
+                if some:
+                    codes = np.frombuffer(b"".join(blob for _, blob in some), np.uint64).reshape(-1, len(PARTS))
+                    prints = self._evaluated if evaluated else self._earlier
+                    prints.add(np.array([number for number, _ in some]), codes)
 
     def _read_evaluation(self, source: str) -> None:
         """Fingerprints of an evaluation set, unless the store has them for these very files."""
@@ -304,13 +367,6 @@ class StoredThumbnails:
 
     def close(self) -> None:
         self._store.close()
-
-
-def _lay(known: np.ndarray, other: np.ndarray, part: int, contains: bool) -> tuple[float, str]:
-    """Correlation of two thumbnails, and the kind of match."""
-    crop = correlation(known, other, part) if not contains else -1.0
-    holds = correlation(other, known, part) if contains or part == 0 else -1.0
-    return (crop, "crop") if crop >= holds else (holds, "contains")
 
 
 def _fingerprints(source: str, images: ImageFiles, number: int) -> Iterator[tuple[Any, ...]]:

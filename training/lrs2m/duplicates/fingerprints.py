@@ -1,8 +1,10 @@
 """
-Fingerprints of images: what is left of one after JPEG, another size, a turn or a crop, in a kilobyte.
+Fingerprints of images: what is left of one after JPEG, another size, a turn, a crop or a frame, in a kilobyte.
 
 N images, S = 32 pixels a side of a thumbnail, K = 8 frequencies a direction, P = 25 parts of an image.
 """
+
+import contextlib
 
 import cv2
 import numpy as np
@@ -31,14 +33,85 @@ TURNS = {
 # processor and number of thumbnails; a frequency this little above the median does not count as above it.
 NOISE = 0.25
 FLAT = 1.5  # grey levels of deviation below which a thumbnail shows noise rather than the image
-FAR = 0.6  # correlation at whole pixels below which a pair is not looked at closer
-SMALLEST = 0.76  # share of a side that a crop keeps, where placements are tried
+BLACK, WHITE = 4, 251  # grey levels from which on a pixel may be a border or no-data
+NEARLY_BLACK, NEARLY_WHITE = 24, 231  # beside a border, after JPEG
+BLANK_LINE, NEARLY_BLANK_LINE = 0.99, 0.8  # share of such pixels in a row or column of a border, and at its rim
+LEAST_CONTENT = 0.25  # of a side, that a border leaves
+MASK_SIDE = 128  # pixels, at which no-data in the corners is looked for
+FARTHEST = 5.0  # pixels of the thumbnail by which an alignment may move a corner
+_STEPS = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 25, 1e-3)  # of an alignment
 
 
 def thumbnail(image: Image.Image) -> np.ndarray:
-    """(S, S) uint8 grey levels, as `imagehash.phash` sees an image."""
+    """(S, S) uint8 grey levels, as `imagehash.phash` sees the image once its black or white border is cut off."""
     image = image if image.mode in ("L", "RGB") else to_rgb(image)
-    return np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+    grey = without_border(image.convert("L"))
+    return np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+
+
+def without_border(grey: Image.Image) -> Image.Image:
+    """
+    The part of a grey image inside its black or white border; black or white that still touches an edge, such as the
+    corners of a turned scene, becomes the mean of the rest. Images without either come back as they are.
+    """
+    pixels = np.asarray(grey)
+    edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    for blank, kind in ((edges <= BLACK, "black"), (edges >= WHITE, "white")):
+        if blank.mean() < 0.05:
+            continue
+        black = kind == "black"
+        mask, near = (pixels <= BLACK, pixels <= NEARLY_BLACK) if black else (pixels >= WHITE, pixels >= NEARLY_WHITE)
+        top, bottom = _content(mask.mean(axis=1), near.mean(axis=1))
+        left, right = _content(mask[top:bottom].mean(axis=0), near[top:bottom].mean(axis=0))
+        if bottom - top < LEAST_CONTENT * len(mask) or right - left < LEAST_CONTENT * mask.shape[1]:
+            continue
+        grey = grey.crop((left, top, right, bottom))
+        pixels = _filled(np.asarray(grey), mask[top:bottom, left:right])
+        grey = Image.fromarray(pixels)
+    return grey
+
+
+def _content(blank: np.ndarray, nearly: np.ndarray) -> tuple[int, int]:
+    """
+    First line inside a border and the one after the last; 0, 0 where all are blank.
+
+    Args:
+        blank, nearly (n,): share of blank pixels of each line, and of those that JPEG may have made of them.
+
+    Returns:
+        Indices. Lines that are nearly blank go with a border beside them, a few at most.
+    """
+    inside = np.flatnonzero(blank < BLANK_LINE)
+    if not len(inside):
+        return 0, 0
+    first, last = int(inside[0]), int(inside[-1]) + 1
+    few = max(1, len(blank) // 50)
+    ahead, behind = nearly[first : first + few], nearly[last - few : last][::-1]
+    if first:
+        first += int(np.argmin(np.append(ahead >= NEARLY_BLANK_LINE, False)))
+    if last < len(blank):
+        last -= int(np.argmin(np.append(behind >= NEARLY_BLANK_LINE, False)))
+    return first, last
+
+
+def _filled(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A grey image whose masked regions at its edges, where they are large, have the mean of the other pixels."""
+    scale = min(1.0, MASK_SIDE / max(mask.shape))
+    size = max(1, round(mask.shape[1] * scale)), max(1, round(mask.shape[0] * scale))
+    small = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+    count, labels = cv2.connectedComponents(small, connectivity=4)
+    at_edges = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
+    areas = np.bincount(labels.ravel(), minlength=count)
+    large = [label for label in at_edges if label and areas[label] >= 0.02 * labels.size]
+    share = areas[large].sum() / labels.size
+    if not large or share > 1 - LEAST_CONTENT:
+        return pixels
+    region = np.isin(labels, large).astype(np.uint8)
+    grown = cv2.dilate(region, np.ones((3, 3), np.uint8))  # what resampling mixed with it
+    region = cv2.resize(grown, mask.shape[::-1], interpolation=cv2.INTER_NEAREST) > 0
+    filled = pixels.copy()
+    filled[region] = round(float(pixels[~region].mean())) if not region.all() else 0
+    return filled
 
 
 def is_flat(thumb: np.ndarray) -> bool:
@@ -90,55 +163,86 @@ def margins(coefficients: np.ndarray) -> np.ndarray:
     return coefficients - (np.median(coefficients, axis=-1, keepdims=True) + NOISE)
 
 
-def likeness(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Cosine of low frequencies (…, K * K) without the mean grey: a quick look before [`correlation`]."""
-    one, other = one[..., 1:], other[..., 1:]
-    norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
-    return (one * other).sum(axis=-1) / np.maximum(norms, 1e-6)
-
-
-def correlation(whole: np.ndarray, part: np.ndarray, part_index: int) -> float:
+def profile(coefficients: np.ndarray) -> np.ndarray:
     """
-    Correlation of `part` laid over `whole` near one of the `PARTS`.
+    Low frequencies for comparison by their cosine: each weighted by its frequency, as an image's fall off with it, and
+    none above a limit, so that a caption or a seam does not decide.
+
+    Args:
+        coefficients (…, K * K).
+
+    Returns:
+        (…, K * K - 1) float32 of unit length.
+    """
+    weighted = coefficients[..., 1:] * _FREQUENCY
+    limit = 2 * np.median(np.abs(weighted), axis=-1, keepdims=True) + 1e-3
+    clipped = np.clip(weighted / limit, -1, 1)
+    return clipped / np.maximum(np.linalg.norm(clipped, axis=-1, keepdims=True), 1e-6)
+
+
+def part_profiles(thumbs: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """
+    [`profile`] of one part of each thumbnail.
+
+    Args:
+        thumbs (N, S, S): of as many images.
+        parts (N,): indices in `PARTS`.
+
+    Returns:
+        (N, K * K - 1) float32.
+    """
+    rows, columns = np.divmod(parts, len(WINDOWS))
+    low = _BASES[rows] @ thumbs.astype(np.float32) @ _BASES[columns].transpose(0, 2, 1)  # (N, K, K)
+    return profile(low.reshape(len(thumbs), LOW * LOW))
+
+
+def align(whole: np.ndarray, part: np.ndarray, part_index: int) -> tuple[float, float]:
+    """
+    How much of `part` is seen in `whole` near one of the `PARTS`, after it was moved, stretched, turned and sheared a
+    little to fit as well as it can (`cv2.findTransformECC`; Evangelidis and Psarakis, 2008).
 
     Args:
         whole, part (S, S): thumbnails.
         part_index: index in `PARTS`.
 
     Returns:
-        `float`: the highest normalised correlation, -1 to 1, of the sizes and offsets tried: sides around those of the
-        part, `SMALLEST` to 1, by whole pixels of the thumbnail first; where that comes to `FAR` or more, by half
-        pixels around the best.
+        The correlation, -1 to 1, of both without their coarse shades and with evened contrasts, so that light, contrast
+        and a caption in one place count little; and the share of a side of `whole` that `part` covers.
     """
-    lengths = [_lengths(length) for _, length in PARTS[part_index]]
-    sizes = {(high, wide) for high in lengths[0] for wide in lengths[1] if abs(high - wide) <= 4}
-    best, (high, wide) = _lay(whole, part, sizes)
-    if best < FAR:
-        return best
-    large = cv2.resize(whole.astype(np.float32), (2 * SIDE, 2 * SIDE), interpolation=cv2.INTER_CUBIC)
-    high, wide = 2 * high, 2 * wide
-    for step in (2, 1):
-        near = {(high + step * down, wide + step * right) for down in (-1, 0, 1) for right in (-1, 0, 1)}
-        near = {size for size in near if min(size) >= 2 * SIDE * SMALLEST and max(size) <= 2 * SIDE}
-        best, (high, wide) = _lay(large, part, near)
-    return best
-
-
-def _lay(whole: np.ndarray, part: np.ndarray, sizes: set[tuple[int, int]]) -> tuple[float, tuple[int, int]]:
-    """The best correlation of `part`, drawn to each of the sizes (high, wide), anywhere on `whole`; and its size."""
     whole, part = whole.astype(np.float32), part.astype(np.float32)
-    tried = []
-    for high, wide in sorted(sizes, reverse=True):
-        drawn = cv2.resize(part, (wide, high), interpolation=cv2.INTER_CUBIC)
-        tried.append((float(cv2.matchTemplate(whole, drawn, cv2.TM_CCOEFF_NORMED).max()), (high, wide)))
-    return max(tried)
+    (top, high), (left, wide) = PARTS[part_index]
+    start = np.array(
+        [[wide, 0, (left + wide / SIDE / 2) * SIDE - 0.5], [0, high, (top + high / SIDE / 2) * SIDE - 0.5]], np.float32
+    )
+    fits = [(_fit(whole, part, start), start)]
+    with contextlib.suppress(cv2.error):  # two images that have nothing in common
+        _, moved = cv2.findTransformECC(part, whole, start.copy(), cv2.MOTION_AFFINE, _STEPS, None, 5)
+        if np.abs((moved - start) @ _CORNERS).max() <= FARTHEST:
+            fits.append((_fit(whole, part, moved), moved))
+    correlation, matrix = max(fits, key=lambda fit: fit[0])
+    return correlation, float(np.sqrt(abs(np.linalg.det(matrix[:, :2].astype(np.float64)))))
 
 
-def _lengths(length: float) -> list[int]:
-    """Sides to try first, in pixels of the thumbnail: down from the whole, or around that of a part."""
-    nominal, smallest = round(SIDE * length), int(np.ceil(SIDE * SMALLEST))
-    steps = (0, -2, -4, -6) if length == 1 else (-2, 0, 2)
-    return sorted({min(SIDE, max(smallest, nominal + step)) for step in steps})
+def _fit(whole: np.ndarray, part: np.ndarray, matrix: np.ndarray) -> float:
+    """Correlation of the details of `part` and of what `matrix` (2, 3), from its pixels to those of `whole`, lays on it."""
+    inverse = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
+    laid = cv2.warpAffine(whole, matrix, (SIDE, SIDE), flags=inverse, borderMode=cv2.BORDER_REFLECT)
+    nearest = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
+    shared = cv2.warpAffine(np.ones_like(whole), matrix, (SIDE, SIDE), flags=nearest)
+    sharp, soft = (_correlation(_details(laid, blur), _details(part, blur), shared) for blur in (0.0, 0.7))
+    return (sharp + soft) / 2
+
+
+def _details(thumb: np.ndarray, blur: float) -> np.ndarray:
+    """A thumbnail without its coarse shades and with contrasts evened out."""
+    thumb = cv2.GaussianBlur(thumb, (0, 0), blur) if blur else thumb
+    fine = thumb - cv2.GaussianBlur(thumb, (0, 0), 3.0)
+    return fine / (np.sqrt(cv2.GaussianBlur(fine * fine, (0, 0), 3.0)) + FLAT)
+
+
+def _correlation(one: np.ndarray, other: np.ndarray, shared: np.ndarray) -> float:
+    one, other = one * shared, other * shared
+    return float((one * other).sum() / np.sqrt((one * one).sum() * (other * other).sum() + 1e-6))
 
 
 def _basis(start: float, length: float) -> np.ndarray:
@@ -153,3 +257,5 @@ def _basis(start: float, length: float) -> np.ndarray:
 
 
 _BASES = np.stack([_basis(*window) for window in WINDOWS]).astype(np.float32)  # (W, K, S)
+_FREQUENCY = np.hypot(*np.divmod(np.arange(1, LOW * LOW), LOW)).astype(np.float32)  # (K * K - 1,)
+_CORNERS = np.array([[0, SIDE, 0, SIDE], [0, 0, SIDE, SIDE], [1, 1, 1, 1]], np.float32)

@@ -1,152 +1,90 @@
 """
-An index of 64-bit hashes that finds near ones without looking at all: multi-probe locality-sensitive hashing.
+An index of 64-bit hashes on `faiss`: each hash lies in the list of the nearest of `LISTS` fixed codes, and a query looks
+through the lists of the codes nearest to it. Few hashes are looked through one by one.
 
-Each of `TABLES` looks at 20 of the 44 lowest frequencies, which JPEG and small shifts change least. A query asks each
-table for the key it has and for those that the `WEAK` bits nearest to their threshold would give (Lv et al., 2007,
-"Multi-Probe LSH"), then counts the bits that differ over all 64.
+The codes are drawn once and for all, so nothing is trained, and what a query finds hangs on the hashes alone, not on the
+order or the steps in which they came. How many lists are looked through falls with the number of hashes, so that the time
+stays flat.
 """
 
-import random
-from dataclasses import dataclass
-
+import faiss
 import numpy as np
 
-from .fingerprints import LOW, margins
+
+LISTS = 1024
+FEWEST_LISTS, MOST_LISTS = 8, 64  # that a query looks through
 
 
-TABLES, KEY_BITS, LOWEST, WEAK = 4, 20, 44, 6
-_FANOUT = 4  # sorted pieces are put together once the older is at most so many times as large
-_CHUNK = 2**20
-
-
-def _choose_bits() -> np.ndarray:
-    """(TABLES, KEY_BITS) places in a hash, 0 the first frequency; drawn once and for all."""
-    order = sorted((u * u + v * v, u, v) for u in range(LOW) for v in range(LOW) if u + v)
-    lowest = [u * LOW + v for _, u, v in order][:LOWEST]
-    return np.array([sorted(random.Random(table).sample(lowest, KEY_BITS)) for table in range(TABLES)])
-
-
-_BITS = _choose_bits()
-_WEIGHTS = 1 << np.arange(KEY_BITS)
-_MASKS = np.array([[bool(mask >> bit & 1) for bit in range(WEAK)] for mask in range(2**WEAK)])  # (probes, WEAK)
-
-
-def probe_keys(coefficients: np.ndarray) -> np.ndarray:
-    """
-    The keys to ask for.
-
-    Args:
-        coefficients (Q, 64): low frequencies of the queries.
-
-    Returns:
-        (TABLES, Q, 2 ** WEAK) int64.
-    """
-    distances = margins(coefficients)[:, _BITS].transpose(1, 0, 2)  # (TABLES, Q, KEY_BITS)
-    keys = (distances > 0) @ _WEIGHTS  # (TABLES, Q)
-    weak = np.argpartition(np.abs(distances), WEAK, axis=-1)[..., :WEAK]
-    flips = (1 << weak) @ _MASKS.T.astype(np.int64)  # (TABLES, Q, probes)
-    return keys[..., None] ^ flips
-
-
-def stored_keys(hashes: np.ndarray, table: int) -> np.ndarray:
-    """(N,) int32: the keys under which one table keeps hashes."""
-    keys = np.empty(len(hashes), np.int32)
-    for start in range(0, len(hashes), _CHUNK):
-        piece = hashes[start : start + _CHUNK]
-        key = np.zeros(len(piece), np.int32)
-        for position, bit in enumerate(_BITS[table]):
-            key |= ((piece >> np.uint64(63 - bit)) & np.uint64(1)).astype(np.int32) << position
-        keys[start : start + len(piece)] = key
-    return keys
-
-
-@dataclass
-class _Piece:
-    hashes: np.ndarray  # (n,) uint64
-    entries: np.ndarray  # (n,) int32
-    order: np.ndarray  # (TABLES, n) int32, by key
-    starts: np.ndarray  # (TABLES, 2 ** KEY_BITS + 1) int32
-
-    @classmethod
-    def sort(cls, hashes: np.ndarray, entries: np.ndarray) -> "_Piece":
-        order = np.empty((TABLES, len(hashes)), np.int32)
-        starts = np.zeros((TABLES, 2**KEY_BITS + 1), np.int32)
-        for table in range(TABLES):
-            keys = stored_keys(hashes, table)
-            order[table] = np.argsort(keys, kind="stable")
-            np.cumsum(np.bincount(keys, minlength=2**KEY_BITS), out=starts[table, 1:])
-        return cls(hashes, entries, order, starts)
+def _draw_codes() -> np.ndarray:
+    """(LISTS, 8) uint8: of random bits, as those of hashes are."""
+    return np.random.default_rng(0).integers(0, 256, (LISTS, 8), dtype=np.uint8)
 
 
 class HashIndex:
     """
-    Hashes with a number each (an entry), to be found by near hashes. Memory: 28 bytes a hash.
+    Hashes with a number each (an entry), to be found by near hashes. Memory: 16 to 32 bytes a hash.
 
     Args:
-        buffer: hashes that are looked at one by one before they are sorted into tables.
+        looked_through: hashes that a query is compared with, about; up to so many, with all.
     """
 
-    def __init__(self, buffer: int = 1024):
-        self._pieces: list[_Piece] = []
-        self._hashes = np.empty(buffer, np.uint64)
-        self._entries = np.empty(buffer, np.int32)
-        self._filled = 0
+    def __init__(self, looked_through: int):
+        self.looked_through = looked_through
+        self.clear()
 
     def __len__(self) -> int:
-        return self._filled + sum(len(piece.hashes) for piece in self._pieces)
+        return self._index.ntotal
+
+    def clear(self) -> None:
+        """Forget all hashes."""
+        self._index = faiss.IndexBinaryFlat(64)
+        self._entries: list[np.ndarray] = []  # of a flat index, which only counts
 
     def add(self, hashes: np.ndarray, entries: np.ndarray) -> None:
-        """Takes (n,) uint64 hashes and their numbers, below 2 ** 31."""
-        if self._filled + len(hashes) > len(self._hashes):
-            held = slice(0, self._filled)
-            hashes = np.concatenate([self._hashes[held], hashes])
-            entries = np.concatenate([self._entries[held], entries]).astype(np.int32)
-            self._filled = 0
-            self._push(_Piece.sort(hashes, entries))
+        """Takes (n,) uint64 hashes and their numbers."""
+        if isinstance(self._index, faiss.IndexBinaryIVF):
+            self._index.add_with_ids(_bytes(hashes), entries.astype(np.int64))
             return
-        free = slice(self._filled, self._filled + len(hashes))
-        self._hashes[free], self._entries[free] = hashes, entries
-        self._filled += len(hashes)
+        self._index.add(_bytes(hashes))
+        self._entries.append(entries.astype(np.int64))
+        if len(self) > self.looked_through:
+            stored = faiss.vector_to_array(self._index.xb).reshape(-1, 8)
+            codes = faiss.IndexBinaryFlat(64)
+            codes.add(_draw_codes())
+            self._index = faiss.IndexBinaryIVF(codes, 64, LISTS)
+            self._index.is_trained = True
+            self._index.referenced_objects = [codes]  # faiss keeps a bare pointer
+            self._index.add_with_ids(stored, np.concatenate(self._entries))
+            self._entries = []
 
-    def _push(self, piece: _Piece) -> None:
-        while self._pieces and len(self._pieces[-1].hashes) <= _FANOUT * len(piece.hashes):
-            older = self._pieces.pop()
-            hashes = np.concatenate([older.hashes, piece.hashes])
-            entries = np.concatenate([older.entries, piece.entries])
-            del older  # its tables go before the new ones are made
-            piece = _Piece.sort(hashes, entries)
-        self._pieces.append(piece)
-
-    def search(self, hashes: np.ndarray, keys: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def search(self, hashes: np.ndarray, reach: int, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """
         Entries near the queries.
 
         Args:
             hashes (Q,): of the queries.
-            keys: of the queries, from [`probe_keys`].
             reach: bits that may differ.
+            most: entries a query, the nearest.
 
         Returns:
-            Three arrays of the same length: the query's index, the entry, the bits that differ. A pair may recur.
+            Three arrays of the same length: the query's index, the entry, the bits that differ.
         """
-        near = np.bitwise_count(hashes[:, None] ^ self._hashes[None, : self._filled])  # (Q, filled)
-        query, row = np.nonzero(near <= reach)
-        matches = [(query, self._entries[row], near[query, row])]
-        asked = np.repeat(np.arange(len(hashes)), keys.shape[2])  # (Q * probes,)
-        for piece in self._pieces:
-            for table in range(TABLES):
-                flat = keys[table].ravel()
-                starts = piece.starts[table][flat]
-                lengths = piece.starts[table][flat + 1] - starts
-                hit = np.flatnonzero(lengths)
-                if not len(hit):
-                    continue
-                starts, lengths = starts[hit], lengths[hit]
-                ends = np.cumsum(lengths)
-                spread = np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1])
-                row = piece.order[table][spread]
-                query = np.repeat(asked[hit], lengths)
-                bits = np.bitwise_count(piece.hashes[row] ^ hashes[query])
-                kept = bits <= reach
-                matches.append((query[kept], piece.entries[row[kept]], bits[kept]))
-        return tuple(np.concatenate(column) for column in zip(*matches))
+        if not len(self):
+            return tuple(np.empty(0, np.int64) for _ in range(3))
+        flat = isinstance(self._index, faiss.IndexBinaryFlat)
+        if not flat:
+            share = self.looked_through / len(self)
+            self._index.nprobe = int(np.clip(np.ceil(LISTS * share), FEWEST_LISTS, MOST_LISTS))
+        bits, entries = self._index.search(_bytes(hashes), min(most, len(self)))
+        query, place = np.nonzero((bits <= reach) & (entries >= 0))
+        entries = entries[query, place]
+        if flat:
+            if len(self._entries) > 1:
+                self._entries = [np.concatenate(self._entries)]
+            entries = self._entries[0][entries]
+        return query, entries, bits[query, place]
+
+
+def _bytes(hashes: np.ndarray) -> np.ndarray:
+    """(n, 8) uint8, as faiss takes binary codes."""
+    return np.ascontiguousarray(hashes, np.uint64).view(np.uint8).reshape(-1, 8)

@@ -5,12 +5,13 @@ import io
 import imagehash
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from evaluation.benchmarks.aerial_scenes.data_set import scene_row
+from training.lrs2m.duplicates import finder as finder_module
 from training.lrs2m.duplicates.finder import DuplicateFinder
 from training.lrs2m.duplicates.fingerprints import PARTS, TURNS, coefficients, hashes, thumbnail, turned
-from training.lrs2m.duplicates.hash_index import HashIndex, probe_keys
+from training.lrs2m.duplicates.hash_index import HashIndex
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,6 @@ def test_stripes_and_mirror_axes_have_one_hash_on_every_processor(tmp_path):
         low = coefficients(thumb[None])  # about half of them are 0 but for last bits
         noisy = low + rng.uniform(-0.06, 0.06, (40, *low.shape[1:]))
         assert (hashes(noisy)[:, 0] == hashes(low)[0, 0]).all()
-        assert (probe_keys(noisy[:, 0])[..., 0] == probe_keys(low[:, 0])[..., 0]).all()
     Image.fromarray(stripes).save(tmp_path / "stripes.png")
     match = DuplicateFinder([tmp_path]).check("copy", Image.fromarray(stripes))
     assert (match.match, match.kind, match.distance) == ("stripes.png", "copy", 0)
@@ -61,32 +61,46 @@ def test_turns_are_what_they_are_called():
     assert len({view.tobytes() for view in views.values()}) == 8
 
 
-def test_the_index_finds_what_looking_at_all_finds():
+@pytest.mark.parametrize("looked_through, least", [(10_000, 1.0), (1_000, 0.97)])
+def test_the_index_finds_what_looking_at_all_finds(looked_through, least):
+    """While there are few, and through the lists of the nearest codes when there are more."""
     rng = np.random.default_rng(0)
     known = rng.normal(size=(5000, 64))
-    index = HashIndex(buffer=1500)
+    index = HashIndex(looked_through)
+    assert not len(index.search(hashes(known[:2]), 10, 8)[0])
     for start in range(0, 5000, 100):
-        index.add(hashes(known[start : start + 100]), np.arange(start, start + 100))
+        index.add(hashes(known[start : start + 100]), np.arange(start, start + 100) * 3)
     assert len(index) == 5000
     asked = known[::50] + 0.1 * rng.normal(size=(100, 64))
-    query, entry, bits = index.search(hashes(asked), probe_keys(asked), 10)
+    query, entry, bits = index.search(hashes(asked), 10, 8)
     every = np.bitwise_count(hashes(asked)[:, None] ^ hashes(known)[None])
-    found = set(zip(query.tolist(), entry.tolist()))
+    found = set(zip(query.tolist(), (entry // 3).tolist()))
     near = set(zip(*(places.tolist() for places in np.nonzero(every <= 10))))
-    assert found <= near and len(found) >= 0.97 * len(near) >= 97
-    assert (bits == every[query, entry]).all()
+    assert found <= near and len(found) >= least * len(near) >= 97
+    assert (entry % 3 == 0).all() and (bits == every[query, entry // 3]).all()
 
 
-@pytest.mark.parametrize("buffered", [True, False])
-def test_the_farthest_entry_that_counts(buffered):
-    """`reach` bits are near, one more is not; in the buffer and in the sorted pieces."""
-    index = HashIndex(buffer=100 if buffered else 1)
+def test_what_a_query_finds_does_not_hang_on_the_steps():
+    rng = np.random.default_rng(1)
+    codes = rng.integers(0, 2**63, 3000, dtype=np.uint64)
+    one, many = HashIndex(500), HashIndex(500)
+    one.add(codes, np.arange(3000))
+    for start in range(0, 3000, 70):
+        many.add(codes[start : start + 70], np.arange(start, min(start + 70, 3000)))
+    asked = codes[:50] ^ np.uint64(0b1011)
+    for first, second in zip(one.search(asked, 18, 4), many.search(asked, 18, 4)):
+        assert np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("looked_through", [100, 1])
+def test_the_farthest_entry_that_counts(looked_through):
+    """`reach` bits are near, one more is not; flat and in lists."""
+    index = HashIndex(looked_through)
     codes = np.array([0b111, 0b1111], dtype=np.uint64)
     for number in range(2):
         index.add(codes[number : number + 1], np.array([number]))
-    keys = probe_keys(np.where(np.arange(64) < 61, -1.0, 1.0)[None])  # of 0b111
-    query, entry, bits = index.search(np.zeros(1, np.uint64), keys, 3)
-    assert set(zip(entry.tolist(), bits.tolist())) == {(0, 3)}
+    query, entry, bits = index.search(np.zeros(1, np.uint64), 3, 8)
+    assert list(zip(query.tolist(), entry.tolist(), bits.tolist())) == [(0, 0, 3)]
 
 
 def test_the_farthest_copy_that_counts(scenes):
@@ -103,7 +117,28 @@ def test_the_farthest_copy_that_counts(scenes):
     assert nearer is None or nearer.kind != "copy"
 
 
+def marked(image: Image.Image) -> Image.Image:
+    image = image.copy()
+    for line in range(2):
+        ImageDraw.Draw(image).text((4, 20 + 40 * line), "PREVIEW", fill="white", font_size=14)
+    return image
+
+
+def turned_a_little(image: Image.Image) -> Image.Image:
+    return image.rotate(3, Image.Resampling.BICUBIC)
+
+
+def framed(image: Image.Image, colour: str) -> Image.Image:
+    return jpeg(ImageOps.expand(image, 12, colour), 80)
+
+
 OTHERWISE = {
+    "blurred": (lambda image: image.filter(ImageFilter.GaussianBlur(4)), "copy", ""),
+    "marked": (marked, "copy", ""),
+    "turned by 3 degrees": (turned_a_little, "copy", ""),
+    "equalised": (ImageOps.equalize, "copy", ""),
+    "framed in white": (lambda image: framed(image, "white"), "copy", ""),
+    "framed in black": (lambda image: framed(image, "black"), "copy", ""),
     "JPEG of quality 30": (lambda image: jpeg(image, 30), "copy", ""),
     "half as large": (lambda image: image.resize((48, 48)), "copy", ""),
     "turned": (lambda image: jpeg(image.rotate(90), 60), "copy", "turned by 90 clockwise"),
@@ -113,6 +148,9 @@ OTHERWISE = {
     "85 % of each side": (lambda image: crop(image, 0.85, 0.9), "crop", ""),
     "a turned crop": (lambda image: crop(image, 0.88, 0.5).rotate(-90), "crop", "turned by 90 counterclockwise"),
 }
+
+
+HARD = ("marked", "turned by 3 degrees", "equalised", "framed in black")
 
 
 @pytest.mark.parametrize("change", OTHERWISE)
@@ -129,8 +167,10 @@ def test_planted_copies_are_found(scenes, tmp_path, change, evaluation):
     found = [finder.check(f"copy-{index}", alter(scene)) for index, scene in enumerate(scenes)]
     names = [f"{index}.png" if evaluation else f"scene-{index}" for index in range(len(scenes))]
     right = [match for match, name in zip(found, names) if match and match.match == name]
-    assert len(right) >= (0.9 if kind == "crop" else 1) * len(scenes)
-    assert sum(match.kind == kind and match.turn == turn for match in right) >= 0.75 * len(right)
+    hard = kind == "crop" or change in HARD
+    assert len(right) >= (0.9 if hard else 1) * len(scenes)
+    kinds = (kind, "contains") if change.startswith("framed") else (kind,)  # a line of the frame may stay
+    assert sum(match.kind in kinds and match.turn == turn for match in right) >= 0.75 * len(right)
     assert {match.against for match in right} == {str(tmp_path) if evaluation else ""}
     assert not [match for match, name in zip(found, names) if match and match.match != name]
 
@@ -168,6 +208,35 @@ def test_rows_of_one_image_get_one_answer(scenes):
     assert finder.check("row-2", jpeg(scenes[0], 50), key="b.jpg").match == "a.png"
     again = finder.check("row-3", jpeg(scenes[0], 50), key="b.jpg")
     assert (again.id, again.match) == ("row-3", "a.png")
+
+
+def test_different_scenes_in_one_frame_are_different(scenes):
+    finder = DuplicateFinder()
+    corners = Image.new("L", (96, 96), 0)
+    ImageDraw.Draw(corners).polygon([(48, 0), (96, 48), (48, 96), (0, 48)], fill=255)
+    for index, scene in enumerate(scenes):
+        nothing = Image.new("RGB", scene.size)
+        for name, image in (
+            ("frame", ImageOps.expand(scene, 20, "white")),
+            ("corners", Image.composite(scene, nothing, corners)),
+        ):
+            match = finder.check(f"{name}-{index}", image, key=f"{name}-{index}")
+            assert match is None or match.match.endswith(f"-{index}")  # another cut of the same scene
+
+
+def test_whatever_block_an_image_lies_in_it_is_found(scenes, monkeypatch, tmp_path):
+    """Images before the last whole block of those shown and after it, in one run and in one that was stopped."""
+    monkeypatch.setattr(finder_module, "BLOCK", 7)
+    one, store = DuplicateFinder(), tmp_path / "prints.sqlite"
+    for index, scene in enumerate(scenes[:24]):
+        assert one.check(f"scene-{index}", scene) is None
+        stopped = DuplicateFinder(store=store)
+        assert stopped.check(f"scene-{index}", scene) is None
+        stopped.close()
+    stopped = DuplicateFinder(store=store)
+    for index, scene in enumerate(scenes[:24]):
+        copies = [finder.check(f"copy-{index}", jpeg(scene, 50)) for finder in (one, stopped)]
+        assert copies[0] == copies[1] and copies[0].match == f"scene-{index}"
 
 
 def test_flat_images_are_no_copies_of_each_other():
