@@ -1,27 +1,29 @@
 """Models measured on tasks: what `evaluation.run` does once its options are read."""
 
 import argparse
+import contextlib
 import datetime
 import functools
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from modeling_lrsclip.encoding import load_encoder
 from modeling_lrsclip.files.atomic import make_folder, replace_json, replace_text
 from modeling_lrsclip.files.documents import first_line
-from modeling_lrsclip.published.registry import label_models, resolve
+from modeling_lrsclip.published.registry import ModelSource, label_models, resolve
 
 from .results import SCHEMA_VERSION, Table, csv_lines, environment, make_console, markdown, print_table
-from .tasks import Benchmark, choose_tasks, load_benchmarks
+from .tasks import Benchmark, Task, choose_tasks, load_benchmarks
 
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
@@ -51,6 +53,31 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     main_process = processes is None or processes.is_main_process
     device = check_device(str(processes.device) if processes else wanted)
     output = prepare_output(options.output)
+    with only_writer(output) if main_process else contextlib.nullcontext():
+        return measure_all(options, tasks, dict(zip(labels, sources, strict=True)), device, processes)
+
+
+def measure_all(
+    options: argparse.Namespace,
+    tasks: Sequence[Task],
+    sources: dict[str, ModelSource],
+    device: str,
+    processes: PartialState | None,
+) -> dict[str, Any]:
+    """
+    Measure models as [`evaluate`] does, once their names and the output folder are known to be usable.
+
+    Args:
+        options: of the command line.
+        tasks: that `--tasks` names.
+        sources: of the models, by label.
+        device: that they run on.
+        processes: of an `accelerate launch`; None for one by itself.
+
+    Returns:
+        `dict`: content of `results.json`.
+    """
+    output, main_process = Path(options.output), processes is None or processes.is_main_process
     console = make_console(quiet=not main_process)
     benchmarks = load_benchmarks(tasks, options, lambda text: console.print(text, markup=False))
     document: dict[str, Any] = {
@@ -64,7 +91,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         "models": [],
         "results": [],
     }
-    for source, label in zip(sources, labels, strict=True):
+    for label, source in sources.items():
         encoder = load_encoder(
             source,
             device,
@@ -150,6 +177,28 @@ def prepare_output(path: str) -> Path:
     except OSError as error:
         raise ValueError(f"--output {path} cannot be written: {error.strerror or error}") from error
     return output
+
+
+@contextlib.contextmanager
+def only_writer(output: Path) -> Iterator[None]:
+    """
+    Hold the output folder, in which two evaluations would replace each other's results.
+
+    Raises:
+        `ValueError`: where another one holds it.
+    """
+    lock = FileLock(output / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"--output {output} is being written by another evaluation; wait for it, or name another folder."
+        ) from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 # ------------------------------------------------------------------------------------------------------------- output

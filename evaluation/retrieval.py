@@ -23,6 +23,8 @@ from .bootstrap import KS
 
 BLOCK_BYTES = 16 * 2**20  # of scores held at once; larger blocks leave the cache of a CPU
 TOKEN_BIN = 10  # tokens a bar of the histogram of text lengths
+LAST_BAR = 2000  # tokens from which on all texts are in the histogram's last bar
+LONGEST_EXAMPLE = 3000  # characters of a text that the gallery shows
 EXAMPLES, SHOWN_IMAGES = 4, 5  # queries of the gallery, and images shown for each
 
 
@@ -246,7 +248,7 @@ class RetrievalTask:
             "tokens": {
                 "mean": sum(lengths) / len(lengths),
                 "longest": max(lengths),
-                "histogram": torch.bincount(torch.tensor(lengths) // TOKEN_BIN).tolist(),
+                "histogram": torch.bincount(torch.tensor(lengths).clamp(max=LAST_BAR) // TOKEN_BIN).tolist(),
             },
             "share_truncated": share_truncated(lengths, encoder.positions),
             "seconds": {"images": image_seconds, "texts": text_seconds},
@@ -298,6 +300,11 @@ def spread_evenly(count: int) -> list[int]:
     return [int((position + 0.5) * count / shown) for position in range(shown)]
 
 
+def shorten(text: str) -> str:
+    """Return the text as the gallery shows it: a word of a million characters takes minutes to draw."""
+    return text if len(text) <= LONGEST_EXAMPLE else f"{text[:LONGEST_EXAMPLE]} …"
+
+
 def _examples(
     encoder: Encoder, image_embeds: Tensor, text_embeds: Tensor, data: RetrievalData, ranks: RetrievalRanks
 ) -> list[dict[str, Any]]:
@@ -307,11 +314,12 @@ def _examples(
     nearest = [best_first(row)[:SHOWN_IMAGES] for row in scores]
     examples = []
     for position, index in enumerate(indices):
-        words = data.texts[index].split()
+        text = shorten(data.texts[index])
+        words = text.split()
         lengths = [length - 2 for length in token_lengths(encoder.processor, words)]  # BPE never crosses white space
         examples.append(
             {
-                "text": data.texts[index],
+                "text": text,
                 "word_tokens": list(itertools.accumulate(lengths)),  # tokens up to the end of each word
                 "image": data.text_to_image[index],
                 "rank": ranks.text_to_image[index].item(),

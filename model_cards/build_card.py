@@ -27,7 +27,7 @@ from model_cards.checkpoint import ModelFacts, published_model, read_checkpoint
 from model_cards.redaction import command_for, without_paths
 from model_cards.result_tables import eval_results, paper_tables, results_section, select_model, tokens_section
 from modeling_lrsclip.files.atomic import make_folder, replacing
-from modeling_lrsclip.files.documents import read_json
+from modeling_lrsclip.files.documents import read_json, without_markup
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -95,24 +95,27 @@ def build_card(
     paper_model = published or next(
         (result["paper_model"] for result in model_results if "paper_model" in result), None
     )
+    # What others wrote goes into the body as plain text; the metadata above are YAML, which quotes it.
+    shown = without_markup(model_results)
+    address = re.sub(r"[\s\"`]+", "-", address)  # it stands in lines of Python and of the shell
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        title=description["name"] if description else title,
+        title=without_markup(description["name"] if description else title),
         facts=facts,
-        conversion=conversion,
+        conversion=without_markup(conversion),
         text=facts.config.text_config,
         vision=facts.config.vision_config,
         address=address,
         plain_repo=plain_repo,
-        results_section=results_section(model_results, paper_model),
-        tokens_section=tokens_section(model_results),
+        results_section=results_section(shown, paper_model),
+        tokens_section=tokens_section(shown),
         paper_name=paper_tables()["names"].get(paper_model),
         commands=_commands(address, description, training, results),
-        versions_section=_versions(results, measured, model_results, training),
+        versions_section=_versions(*map(without_markup, (results, measured, model_results, training))),
         arxiv=paper_tables()["source"]["arxiv"],
         second=paper_tables()["sources"]["v2"],
-        **_origin(description, training),
+        **_origin(description, without_markup(training), training and training["config"]),
     )
     return ModelCard(re.sub(r"\n{3,}", "\n\n", card.content))
 
@@ -208,7 +211,9 @@ def _same_file(measured_on: Any, trained_on: str) -> bool:
     return os.path.abspath(measured_on) == os.path.abspath(trained_on)
 
 
-def _origin(description: dict[str, Any] | None, training: dict[str, Any] | None) -> dict[str, Any]:
+def _origin(
+    description: dict[str, Any] | None, training: dict[str, Any] | None, whole_config: dict[str, Any] | None
+) -> dict[str, Any]:
     """The template's variables on where the weights come from."""
     variables: dict[str, Any] = {"published": description, "training": training}
     if description:
@@ -231,13 +236,18 @@ def _origin(description: dict[str, Any] | None, training: dict[str, Any] | None)
         variables |= {
             "captions": " and ".join(f"`{name}`" for name in training["data"]["captions"]),
             "config": config,
-            "config_yaml": yaml.safe_dump(without_paths(config), sort_keys=False, width=110).strip(),
+            "config_yaml": _fenced(yaml.safe_dump(without_paths(whole_config), sort_keys=False, width=110).strip()),
             "data_name": without_paths(training["data"]["name"]),
             "init_data_name": training["init_run"] and without_paths(training["init_run"]["data"]["name"]),
             "weights_of_losses": _weights_of_losses(config["loss"]["long_weight"]),
             "started_from": started_from,
         }
     return variables
+
+
+def _fenced(code: str) -> str:
+    """Code that does not end the fence it stands in."""
+    return code.replace("```", "'''")
 
 
 def _weights_of_losses(long_weight: float | dict[str, float]) -> str:
@@ -271,7 +281,7 @@ def _commands(
     if training:
         commands.append("accelerate launch -m training.train --config config.yaml")
     if results and "command" in results:
-        return [*commands, command_for(results["command"], address)]
+        return [*commands, _fenced(" ".join(command_for(results["command"], address).split()))]
     commands.append(f"python -m evaluation.run --model {address} --tasks all --data DATA --output results")
     card = f"python model_cards/build_card.py --checkpoint {address} --results results/results.json"
     return [*commands, card + (f" --published {description['key']}" if description else "")]

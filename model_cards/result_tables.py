@@ -69,7 +69,8 @@ def select_model(document: dict[str, Any], weights_sha256: str, folder: Path) ->
         Description and results.
 
     Raises:
-        `ValueError`: for a document that is not evaluation.run's, or that measured other weights only.
+        `ValueError`: for a document that is not evaluation.run's, that measured other weights only, or that holds a metric
+            which can be none.
     """
     if not isinstance(document, dict) or not {"models", "results", "environment"} <= document.keys():
         raise ValueError(
@@ -77,13 +78,27 @@ def select_model(document: dict[str, Any], weights_sha256: str, folder: Path) ->
         )
     for model in document["models"]:
         if model.get("weights_sha256") == weights_sha256:
-            return model, [result for result in document["results"] if result["model"] == model["label"]]
+            results = [result for result in document["results"] if result["model"] == model["label"]]
+            _check_metrics(results)
+            return model, results
     hashes = [(model.get("label"), model.get("weights_sha256")) for model in document["models"]]
     measured = ", ".join(f"{label} ({sha256[:12] if sha256 else 'no hash'})" for label, sha256 in hashes)
     raise ValueError(
         f"the results are those of {measured or 'no model'}, not of the weights in {folder} ({weights_sha256[:12]}); "
         f"measure these: python -m evaluation.run --model {folder} …"
     )
+
+
+def _check_metrics(results: Sequence[dict[str, Any]]) -> None:
+    for result in results:
+        most = 1 if result["task"] == "selo" else 100
+        for name, value in result["metrics"].items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 <= value <= most:  # NaN is neither
+                raise ValueError(
+                    f"the results say {name} = {value} for {result['task']} on {result['dataset']}, which lies between 0 and "
+                    f"{most}; give the results.json as evaluation.run wrote it."
+                )
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -167,7 +182,7 @@ def _unmeasured(measured: Sequence[dict[str, Any]], paper: dict[str, dict[str, f
 def _dataset(result: dict[str, Any]) -> str:
     counts = [f"{result[noun]:,} {noun}" for noun in ("images", "texts") if noun in result]
     counted = f" ({', '.join(counts)})" if counts else ""
-    return result["dataset"].replace("|", "\\|") + counted + (" †" if "seen" in result else "")
+    return result["dataset"] + counted + (" †" if "seen" in result else "")
 
 
 def _paper_name(key: str) -> str:
@@ -218,7 +233,7 @@ def tokens_section(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _named(result: dict[str, Any]) -> str:
-    return f"{result['dataset']}, {TASKS.get(result['task'], result['task'])}".replace("|", "\\|")
+    return f"{result['dataset']}, {TASKS.get(result['task'], result['task'])}"
 
 
 # ---------------------------------------------------------------------------------------------------------- model-index

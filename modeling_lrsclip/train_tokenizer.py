@@ -2,6 +2,7 @@
 """A BPE tokenizer of CLIP's kind, trained on one's own captions: for other languages, and where the Hub is out of reach."""
 
 import json
+import re
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, models, trainers
@@ -11,6 +12,8 @@ from transformers import CLIPTokenizer
 from .processing_lrsclip import clean_text
 
 
+LONGEST_WORD = 256  # characters that merges are learnt within; the time for one word grows with its square
+_LONG_WORDS = re.compile(rf"\S{{{LONGEST_WORD}}}(?=\S)")
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -19,7 +22,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1000, model_max_leng
     Trains a byte-level BPE with CLIP's normalization, word split and end-of-word mark.
 
     Args:
-        texts (iterable of `str`): captions to learn the merges from; cleaned as the processor cleans them.
+        texts (iterable of `str`): captions to learn the merges from; cleaned as the processor cleans them. A word of
+            more than `LONGEST_WORD` characters counts as several.
         vocab_size (`int`, defaults to 1000): entries, at least 514: 256 bytes, each also as a word's end, and the two
             special tokens, which come last as in CLIP's own vocabulary.
         model_max_length (`int`, defaults to 248): tokens at which the processor cuts a text.
@@ -48,7 +52,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1000, model_max_leng
         end_of_word_suffix="</w>",
         show_progress=False,
     )
-    bpe.train_from_iterator((clean_text(text) for text in texts), trainer)
+    bpe.train_from_iterator((_LONG_WORDS.sub(r"\g<0> ", clean_text(text)) for text in texts), trainer)
 
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     entries = [*alphabet, *endings, *("".join(merge) for merge in merges), START, END]

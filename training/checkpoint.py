@@ -21,7 +21,7 @@ from modeling_lrsclip import LRSCLIPModel, LRSCLIPProcessor
 from modeling_lrsclip.files.atomic import OLD, PARTIAL, growing_folder, publish_folder, replace_json, restore_folder
 from modeling_lrsclip.files.hashing import file_sha256
 
-from .distributed import MistakeError, check_checkpoint, is_sharded, runs_deepspeed
+from .distributed import MistakeError, check_checkpoint, is_sharded, runs_deepspeed, wait_for_all
 from .model import has_adapters, merged
 
 
@@ -122,6 +122,7 @@ def _together(accelerator: Accelerator, folder: Path, action: Callable[[], None]
         if type(error) is not Exception:  # which is all that tokenizers say when a disk is full
             raise
         failure = error
+    wait_for_all(f"{folder} was written")
     failures = [reason for reason in gather_object([failure and _reason(failure)]) if reason is not None]
     if failures:
         if accelerator.is_main_process:
@@ -222,6 +223,7 @@ def load_newest_state(
     if accelerator.is_main_process:
         clean_up(run_folder)
         outcome = [*_newest_whole(run_folder, say)]
+    wait_for_all("the first one looked through the checkpoints")
     folder, problem = broadcast_object_list(outcome)
     if problem is not None:
         raise MistakeError(problem)

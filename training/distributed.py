@@ -9,9 +9,9 @@ one process. The 0-d `logit_scale`, which FSDP2 cannot shard, is kept whole on e
 its key and its shape stay.
 """
 
-import datetime
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +34,10 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from modeling_lrsclip import LRSCLIPModel
 
 
-LONGEST_WAIT = datetime.timedelta(hours=6)  # for the other processes, while the first one validates or reads data
+LONGEST_STEP = timedelta(minutes=30)  # that a process waits for the others while all do the same
+LONGEST_ALONE = timedelta(hours=6)  # while one works for all: opens data, validates, writes, publishes
+# What gloo says of processes that have ended or stand still; NCCL has an exception for it.
+_LOST_PROCESS = ("Timed out waiting", "timeout", "Connection closed", "Connection reset", "monitoredBarrier")
 USER_ERRORS = (ValueError, OSError, DatasetsError)  # whose message says enough
 SHARDED_LAYERS = ["CLIPEncoderLayer"]  # each a unit of FSDP2
 _LAUNCH_FILES = {
@@ -116,11 +119,11 @@ def keep_until_exit() -> None:
         _kept.append(dist.group.WORLD)
 
 
-def cpu_group(longest_wait: datetime.timedelta = LONGEST_WAIT) -> dist.ProcessGroup | None:
+def cpu_group() -> dist.ProcessGroup | None:
     """Make a group of all processes whose CPUs talk, past any GPU; None with one process. All must call it."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
-    _kept.append(dist.new_group(backend="gloo", timeout=longest_wait))
+    _kept.append(dist.new_group(backend="gloo", timeout=LONGEST_STEP))
     return _kept[-1]
 
 
@@ -131,6 +134,64 @@ def largest(number: int, group: dist.ProcessGroup | None) -> int:
     agreed = torch.tensor([number])
     dist.all_reduce(agreed, dist.ReduceOp.MAX, group=group)
     return int(agreed)
+
+
+class LostProcessError(OSError):
+    """Another process of the run has ended, or stands still."""
+
+
+def explain_lost_processes(error: RuntimeError, work: str) -> LostProcessError | None:
+    """
+    Say in a sentence what was waited for where another process has ended or stands still.
+
+    Args:
+        error: of what all processes do together.
+        work: that they were at, in words that follow "while".
+
+    Returns:
+        the error to raise instead; None where `error` is of another kind.
+    """
+    message = " ".join(str(error).split())
+    if not isinstance(error, dist.DistError) and not any(words in message for words in _LOST_PROCESS):
+        return None
+    return LostProcessError(
+        f"Process {dist.get_rank()} waited for the others of this run, one of which has ended or stands still, while "
+        f"{work} ({message}); look what it said last, end those that are left, and go on with --resume."
+    )
+
+
+def wait_for_all(work: str) -> None:
+    """
+    Wait until all processes are here, at most [`LONGEST_ALONE`]; every process must call it where one has worked for all,
+    so that no other wait is longer than [`LONGEST_STEP`].
+
+    Args:
+        work: in words that follow "while".
+
+    Raises:
+        [`LostProcessError`]: naming the work.
+    """
+    group = _patient_group()
+    if group is not None:
+        try:
+            dist.monitored_barrier(group, timeout=LONGEST_ALONE)
+        except RuntimeError as error:
+            lost = explain_lost_processes(error, work)
+            if lost is None:
+                raise
+            raise lost from error
+
+
+_patient: dict[dist.ProcessGroup, dist.ProcessGroup | None] = {}
+
+
+def _patient_group() -> dist.ProcessGroup | None:
+    """The group for [`wait_for_all`], made once: that takes all processes itself, each of which waits [`LONGEST_STEP`]."""
+    if not dist.is_initialized():
+        return None
+    if dist.group.WORLD not in _patient:
+        _patient[dist.group.WORLD] = cpu_group()
+    return _patient[dist.group.WORLD]
 
 
 class MistakeError(ValueError):
@@ -152,11 +213,13 @@ def first_process_first(accelerator: Accelerator, load: Callable[[], Loaded]) ->
         [`MistakeError`]: on all processes where `load` fails on the first, so that none waits for it.
     """
     loaded, failure = None, None
+    _patient_group()  # before one is busy
     if accelerator.is_main_process:
         try:
             loaded = load()
         except USER_ERRORS as error:
             failure = error
+    wait_for_all("the first one opened data and model")
     (message,) = broadcast_object_list([failure and str(failure)])
     if message is not None:
         raise MistakeError(message) from failure
@@ -182,7 +245,7 @@ def start_processes(precision: str, seed: int, folder: Path, trackers: Sequence[
     Raises:
         `ValueError`: for a precision or a launch file that cannot be had, see [`choose_precision`], [`check_launch`].
     """
-    device = PartialState(cpu=on_cpu(), timeout=LONGEST_WAIT).device
+    device = PartialState(cpu=on_cpu(), timeout=LONGEST_STEP).device
     accelerator = make_accelerator(
         choose_precision(precision, device.type),
         log_with=list(trackers) or None,

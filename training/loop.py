@@ -43,6 +43,7 @@ from .distributed import (
     is_sharded,
     prepare,
     smallest_count,
+    wait_for_all,
 )
 from .large_batch import cached_gradients, cut
 from .losses import DualTextLoss, LossConfig, dual_text_loss
@@ -91,6 +92,7 @@ class Trainer:
     ):
         self.accelerator, self.processor, self.images, self.config = accelerator, processor, images, config
         self.validate, self.keep_best = validate, keep_best
+        wait_for_all("the first one looked into the data")
         self.folder, self.state, self.steps = (
             Path(config.output_dir),
             TrainState(),
@@ -122,6 +124,7 @@ class Trainer:
         """
         loop, state = self.config.loop, self.state
         self.embedder.train()
+        wait_for_all("the first one described the run")
         with self.interruption, self.report.running(state):
             self.validate_if_due()  # where the run was killed between saving and validating
             start = time.perf_counter() - state.seconds
@@ -329,6 +332,7 @@ class Trainer:
             numbers = self.validate(model)
             recall += numbers["mR"]
             self.report.validation(state, numbers)
+        wait_for_all(f"the first one validated after step {state.step}")
         recall = accelerator.reduce(recall, "sum").item()  # every process must take the same branch
         state.validated, better = state.step, recall > state.best_recall
         state.not_better = 0 if better else state.not_better + 1
@@ -337,6 +341,7 @@ class Trainer:
             save_model(accelerator, self.model, self.processor, self.folder / "best")
             if self.keep_best is not None and accelerator.is_main_process:
                 self.keep_best(state)
+            wait_for_all(f"the first one published the model of step {state.step}")
 
 
 class NotFiniteError(FloatingPointError):

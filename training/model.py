@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch._inductor import config as inductor_config
 from transformers import AutoConfig, AutoTokenizer
 
@@ -20,6 +21,7 @@ from modeling_lrsclip import (
     LRSCLIPProcessor,
 )
 from modeling_lrsclip.conversion import Prepared, prepare
+from modeling_lrsclip.files.documents import refuse_malformed
 from modeling_lrsclip.published.registry import resolve
 from modeling_lrsclip.train_tokenizer import train_tokenizer
 
@@ -58,7 +60,8 @@ def open_start(config: ModelConfig) -> Start:
         reading = {"preset": config.preset, "activation": config.activation, "tokenizer": config.tokenizer}
         published = prepare(config.init, dtype=torch.float32, keep_stretched=True, **reading, **stretching)
         return Start(config, published.skeleton.config.text_config.max_position_embeddings, published=published)
-    text_config = AutoConfig.from_pretrained(config.init).text_config
+    with refuse_malformed(config.init, "mend its config.json", StrictDataclassError):
+        text_config = AutoConfig.from_pretrained(config.init).text_config
     positions = text_config.max_position_embeddings
     if getattr(text_config, "stretch_ratio", 1) != 1:
         return Start(config, positions, stretched=True)
@@ -134,9 +137,11 @@ def _scratch_model(start: Start, tokenizer: Any) -> LRSCLIPModel:
     config = start.config
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     table = {"vocab_size": len(tokenizer), "max_position_embeddings": start.positions, "stretch_ratio": 1}
-    model_config = LRSCLIPConfig(
-        text_config=config.text | special | table, vision_config=config.vision, projection_dim=config.projection_dim
-    )
+    towers = {"text_config": config.text | special | table, "vision_config": config.vision}
+    with refuse_malformed(
+        "the configuration's model section", "mend model.text or model.vision", StrictDataclassError
+    ):
+        model_config = LRSCLIPConfig(**towers, projection_dim=config.projection_dim)
     return LRSCLIPModel._from_config(model_config, **_attention(config))
 
 

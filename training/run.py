@@ -25,7 +25,7 @@ from .data.inspection import inspect_pairs
 from .data.pairs import CaptionedImages, Pairs, open_data, resized_side
 from .data.skipped import SKIPPED
 from .data.visiting_order import VisitSampler
-from .distributed import USER_ERRORS, MistakeError, first_process_first, start_processes
+from .distributed import USER_ERRORS, MistakeError, explain_lost_processes, first_process_first, start_processes
 from .loop import NotFiniteError, Trainer
 from .model import build_model, build_processor, open_start
 from .push import look_for_a_token, push
@@ -117,7 +117,8 @@ def train(config: TrainConfig, folder: Path) -> Path:
         accelerator.end_training()
         raise
     except RuntimeError as error:
-        lost = explain_lost_workers(error, images, trainer.state.step + 1)
+        step = trainer.state.step + 1
+        lost = explain_lost_workers(error, images, step) or explain_lost_processes(error, f"taking step {step}")
         if lost is None:
             raise
         raise lost from error

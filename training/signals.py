@@ -5,8 +5,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from multiprocessing import active_children
 from types import FrameType
 
 from . import FAILED
@@ -71,26 +72,41 @@ class Interruption:
 
 
 @contextmanager
-def limited_meeting() -> Iterator[None]:
-    """End this process where the block, in which the processes of a run meet, takes longer than [`LONGEST_MEETING`]."""
+def limited(seconds: float, explain: Callable[[], str]) -> Iterator[None]:
+    """
+    End this process, its children with it, where the block takes longer; also where it waits in code that hears no signal.
+
+    Args:
+        seconds: that it may take.
+        explain: says in a sentence what was waited for.
+    """
 
     def end() -> None:
-        rank, world, *address = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-        print(
-            f"error: the {world} processes of this run have not met at {':'.join(map(str, address))} for {LONGEST_MEETING} "
-            f"s, which process {rank} waited for; look why the others or their launcher ended, and start the run again.",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"error: {explain()}", file=sys.stderr, flush=True)
+        for process in active_children():
+            process.kill()
         os._exit(FAILED)
 
-    timer = threading.Timer(LONGEST_MEETING, end)
+    timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
+
+
+def limited_meeting() -> AbstractContextManager[None]:
+    """End this process where the block, in which the processes of a run meet, takes longer than [`LONGEST_MEETING`]."""
+
+    def explain() -> str:
+        rank, world, *address = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+        return (
+            f"the {world} processes of this run have not met at {':'.join(map(str, address))} for {LONGEST_MEETING} "
+            f"s, which process {rank} waited for; look why the others or their launcher ended, and start the run again."
+        )
+
+    return limited(LONGEST_MEETING, explain)
 
 
 def leave_signals_to_the_parent(_worker: int = 0) -> None:

@@ -231,7 +231,7 @@ class Encoder:
 
                 def embed(part: Any) -> Tensor:
                     options = self.batch_size, self.dtype, bar, self.workers
-                    return embed_images(self.model, self.processor, part, *options)
+                    return self._usable(embed_images(self.model, self.processor, part, *options), "images")
 
                 self._images[key] = Embeddings(*work.embed(parts, lambda part: part.content_hash, embed))
         return self._images[key]
@@ -251,10 +251,21 @@ class Encoder:
         with progress_bar(len(unique), f"{self.label}: texts" if self.progress else False, "texts") as bar:
 
             def embed(part: Sequence[list[int]]) -> Tensor:
-                return embed_token_rows(self.model, self.processor, part, self.batch_size, None, self.dtype, bar)
+                options = self.batch_size, None, self.dtype, bar
+                return self._usable(embed_token_rows(self.model, self.processor, part, *options), "texts")
 
             embeds, seconds = work.embed(self._parts(unique, self.batch_size), hash_rows, embed)
         return Embeddings(embeds[torch.tensor(source, dtype=torch.long)], seconds)
+
+    def _usable(self, embeds: Tensor, noun: str) -> Tensor:
+        """Unit embeddings (N, D); those of a model whose weights are damaged are all zeros, or no numbers."""
+        lost = int((~(embeds.norm(dim=-1) > 0)).sum())  # NaN is not more than 0 either
+        if lost:
+            raise ValueError(
+                f"{self.label} gives {lost} of {len(embeds)} {noun} no direction (zeros, or no numbers), so nothing can be "
+                "measured; look whether its weights and its projections are whole, and whether --dtype fits it."
+            )
+        return embeds
 
     def _parts(self, items: Any, batch: int) -> list[Any]:
         """Cut items into pieces of whole batches, so that embeddings depend neither on who computes a piece nor on which were kept."""

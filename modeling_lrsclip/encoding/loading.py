@@ -217,6 +217,7 @@ def _load_file(source: ModelSource, tokenizer: str | None) -> tuple[Any, Any]:
 
 
 def _load_pretrained(source: ModelSource, trust_remote_code: bool) -> tuple[Any, Any]:
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoModel, AutoProcessor, PreTrainedConfig
 
@@ -229,6 +230,8 @@ def _load_pretrained(source: ModelSource, trust_remote_code: bool) -> tuple[Any,
         check_layers(*((fields.get(f"{tower}_config") or {}).get("num_hidden_layers") for tower in ("text", "vision")))
         model, report = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
         processor = AutoProcessor.from_pretrained(path, **options)
+    except StrictDataclassError as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}; mend its config.json.") from error
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
         reason = first_line(error)
         if "trust_remote_code" in str(error) and not trust_remote_code:

@@ -32,7 +32,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(growing, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            growing.unlink(missing_ok=True)
+            growing.unlink()
         raise
     sync(path.parent)
 

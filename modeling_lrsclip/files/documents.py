@@ -33,6 +33,21 @@ def read_json(path: str | Path, advice: str) -> dict[str, Any]:
     return document
 
 
+_MARKUP = str.maketrans({"<": "&lt;", ">": "&gt;", "[": r"\[", "]": r"\]", "|": r"\|", "`": "'"})
+
+
+def without_markup(value: Any) -> Any:
+    """
+    Return JSON-like data whose texts a Markdown page shows as they are: on one line, without HTML, links, images, ends of
+    cells or of code.
+    """
+    if isinstance(value, dict):
+        return {without_markup(name): without_markup(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_markup(entry) for entry in value]
+    return " ".join(value.split()).translate(_MARKUP) if isinstance(value, str) else value
+
+
 @contextlib.contextmanager
 def refuse_malformed(path: str | Path, advice: str, *also: type[Exception]) -> Iterator[None]:
     """

@@ -9,7 +9,8 @@ import codecs
 import csv
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -24,6 +25,11 @@ JSON_LISTS = ("images", "data", "annotations")  # under which an object may hold
 REPLACED = "\ufffd"  # stands where bytes were not of the encoding that was asked for
 BOM = codecs.BOM_UTF8
 DEEPEST = 32  # lists and objects within each other, in a row's JSON; Arrow ends the process far beyond
+LONGEST_HEADER = 1 << 20  # bytes of what a tar says of a member beside its 512; more is no name
+LARGEST_MEMBER = 1 << 30  # bytes of a member that is read; more is no picture
+MOST_MEMBERS = 50_000_000  # of a tar
+MOST_ROWS = 500_000_000  # of a file whose rows are indexed
+LONGEST_LOOK = 4 * 3600  # seconds that all headers of a tar, or all line ends of a file, may take
 LONGEST_FIELD = 1 << 24  # characters of a CSV field; more is a quote that was never closed
 _BLOCK = 1 << 20
 
@@ -330,6 +336,39 @@ class TarMember:
     content: bytes | None = None
 
 
+_EXTENSIONS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+
+class _Header(tarfile.TarInfo):
+    """A tar header whose extensions, names of any length among them, are read up to a size."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.size > LONGEST_HEADER and self.type in _EXTENSIONS:
+            raise tarfile.ReadError(f"a header of {self.size} bytes, {LONGEST_HEADER} are read")
+        return super()._proc_member(tar)
+
+
+def limited(items: Iterable[Any], most: int) -> Iterator[Any]:
+    """
+    The items of a file's table of contents, as far as it is one that has a size that a data set has.
+
+    Raises:
+        `ValueError`: beyond `most` items, or [`LONGEST_LOOK`].
+    """
+    until = time.monotonic() + LONGEST_LOOK
+    for number, item in enumerate(items):
+        if number >= most or time.monotonic() > until:
+            limit = f"{most:,} entries" if number >= most else f"{LONGEST_LOOK} s to look it through"
+            raise ValueError(f"more than {limit}; split it into shards")
+        yield item
+
+
 def tar_members(path: Path, contents: bool = False) -> Iterator[TarMember]:
     """
     Files of a tar, in order, but those without a stem or a suffix.
@@ -345,9 +384,9 @@ def tar_members(path: Path, contents: bool = False) -> Iterator[TarMember]:
     """
     length = path.stat().st_size
     try:
-        with tarfile.open(path, "r:*" if contents else "r:") as tar:
+        with tarfile.open(path, "r:*" if contents else "r:", tarinfo=_Header) as tar:
             before = -1
-            for member in tar:
+            for member in limited(tar, MOST_MEMBERS):
                 tar.members.clear()  # a tar of a million files is read in little memory
                 if member.size < 0 or member.offset_data <= before or member.issparse():
                     raise tarfile.ReadError(f"no tar header at byte {member.offset}")
@@ -356,6 +395,8 @@ def tar_members(path: Path, contents: bool = False) -> Iterator[TarMember]:
                     raise tarfile.ReadError(f"it ends in the middle of a member, after {length} bytes")
                 folder, slash, name = member.name.rpartition("/")
                 stem, dot, suffix = name.partition(".")
+                if contents and member.size > LARGEST_MEMBER:
+                    raise tarfile.ReadError(f"{member.name} has {member.size} bytes, {LARGEST_MEMBER} are read")
                 if member.isfile() and stem and dot:
                     content = tar.extractfile(member).read() if contents else None
                     yield TarMember(folder + slash + stem, suffix.lower(), member.offset_data, member.size, content)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evaluation.localization import localization_metrics
-from evaluation.metrics.semantic_localization.measures import _highest_around, check_regions, peaks
+from evaluation.metrics.semantic_localization.measures import _highest_around, check_regions, peaks, region_circle
 
 
 def box(left, top, right, bottom):
@@ -73,6 +73,20 @@ def test_weak_peaks_are_no_attention():
     assert peaks(np.where(values > 0, 128, 0).astype(np.uint8)) and not peaks(
         np.where(values > 0, 127, 0).astype(np.uint8)
     )
+
+
+def test_a_spot_that_smoothing_leaves_at_one_is_a_peak_and_what_it_leaves_at_nothing_is_none():
+    assert peaks(heat(400, 400, (198, 198, 202, 202))) == [(202, 202)]
+    frame = heat(1700, 1700, (800, 800, 899, 899))  # beyond 500 pixels the map is 0, and its middle is the spot's
+    assert len(peaks(frame)) == 1
+
+
+def test_the_smallest_region():
+    values = heat(300, 400, (100, 100, 110, 110))
+    assert region_circle(np.array([(100, 100), (102, 100), (101, 101)])).radius == 1
+    assert localization_metrics(values, [[(100, 100), (102, 100), (101, 101)]])["Rsu"] > 0
+    with pytest.raises(ValueError, match="region 0 has no extent"):
+        localization_metrics(values, [[(100, 100), (100, 100), (100, 100)]])
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -7,13 +7,14 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
-from evaluation import run
+from evaluation import measure, run
 from evaluation.benchmarks.aerial_scenes import data_set as aerial_scenes
 from evaluation.results import Column, Table, make_console, markdown, print_table
-from evaluation.retrieval import retrieval_recall
+from evaluation.retrieval import LAST_BAR, LONGEST_EXAMPLE, TOKEN_BIN, retrieval_recall
 from modeling_lrsclip.encoding import embed_images, embed_texts
 from modeling_lrsclip.files.atomic import replace_json
 from modeling_lrsclip.published.registry import MODELS, ModelSource, label_models
@@ -284,3 +285,39 @@ def test_a_line_without_its_caption_is_named(tiny_checkpoint, data, tmp_path, ca
     data.write_text("\n".join([lines[0], lines[1].replace("long_text", "other"), *lines[2:]]))
     assert run.main(arguments([tiny_checkpoint], data, tmp_path / "out")) == 2
     assert f"{data}, line 2" in capsys.readouterr().err
+
+
+def test_a_word_without_end_is_measured_and_drawn_as_far_as_it_is_read(tiny_checkpoint, data, tmp_path):
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows[0]["long_text"] += " and" + "ab" * 100_000
+    data.write_text("\n".join(map(json.dumps, rows)))
+    assert run.main(arguments([tiny_checkpoint], data, tmp_path / "results", "--tasks", "zcrl")) == 0
+    (result,) = json.loads((tmp_path / "results/results.json").read_text())["results"]
+    histogram = result["tokens"]["histogram"]
+    assert result["tokens"]["longest"] > 100_000 and len(histogram) == LAST_BAR // TOKEN_BIN + 1
+    assert histogram[-1] == 1 and sum(histogram) == 4
+    shown = result["examples"][0]["text"]
+    assert (
+        shown == rows[0]["long_text"][:LONGEST_EXAMPLE] + " …"
+        and result["examples"][1]["text"] == rows[1]["long_text"]
+    )
+
+
+def test_two_evaluations_do_not_write_one_folder(tiny_checkpoint, data, tmp_path, capsys):
+    command = arguments([tiny_checkpoint], data, tmp_path / "out", "--tasks", "zcrs", "--tokens-kept", "none")
+    with measure.only_writer(measure.prepare_output(str(tmp_path / "out"))):
+        assert run.main(command) == 2
+    assert f"--output {tmp_path / 'out'} is being written by another evaluation" in capsys.readouterr().err
+    assert not (tmp_path / "out/results.json").exists() and run.main(command) == 0
+
+
+@pytest.mark.parametrize("projection, value", [("visual_projection", 0.0), ("text_projection", float("nan"))])
+def test_a_model_without_directions_is_not_measured(
+    tiny_model, tiny_processor, data, tmp_path, capsys, projection, value
+):
+    torch.nn.init.constant_(getattr(tiny_model, projection).weight, value)
+    for part in (tiny_model, tiny_processor):
+        part.save_pretrained(tmp_path / "empty")
+    assert run.main(arguments([tmp_path / "empty"], data, tmp_path / "out", "--tasks", "zcrs")) == 2
+    noun = "images" if projection == "visual_projection" else "texts"
+    assert f"empty gives 4 of 4 {noun} no direction (zeros, or no numbers)" in capsys.readouterr().err

@@ -288,6 +288,60 @@ def test_mistakes_are_one_sentence(tiny_checkpoint, tiny_clip, tmp_path):
         build_card(None, document(tiny_checkpoint, []), published="lrsclip-vit-b-16")
 
 
+ATTACK = "a <img src=x onerror=alert(1)>\n\n# Mine ![x](https://evil.example/x.png) [y](https://evil.example) | `z`\n```\n<script>"
+
+
+def hostile(value):
+    """JSON-like data, to each of whose texts an attack is added."""
+    if isinstance(value, dict):
+        return {name: hostile(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [hostile(entry) for entry in value]
+    return value + ATTACK if isinstance(value, str) else value
+
+
+def assert_harmless(card: str) -> None:
+    body = re.sub(r"^(```\w+)\n.*?^```$", "", card.partition("\n---\n")[2], flags=re.M | re.S)
+    assert "a &lt;img src=x" in body and "```" not in body
+    assert not re.search(r"<[a-z]|!\[x|\[y\]\(|^# Mine|<script>", body, re.M)
+
+
+def test_what_others_wrote_is_plain_text_in_the_body(trained, results, tmp_path):
+    record = json.loads((trained / "run.json").read_text())
+    kept = {"weights": record["weights"], "config": record["config"]}
+    record["init"] = {"name": f"{tmp_path}/x", "kind": "folder"}
+    record = hostile(record | {"init_run": None}) | kept
+    record["config"]["data"]["train"] = ATTACK
+    measured = copy.deepcopy(results)
+    for result in measured["results"]:
+        result |= {"dataset": result["dataset"] + ATTACK, "remarks": [ATTACK], "seen": ATTACK}
+    measured["environment"], measured["command"] = hostile(measured["environment"]), f"x --data '{ATTACK}'"
+    folder = shutil.copytree(trained, tmp_path / 'm<img src=x>"`![x](y)')
+    (folder / "run.json").write_text(json.dumps(record))
+    card = str(build_card(folder, measured))
+    assert_harmless(card)
+    assert card.count("```") % 2 == 0 and card.count("\n## ") == str(build_card(trained, results)).count("\n## ")
+    (folder / "run.json").unlink()
+    conversion = {"source": ATTACK, "sha256": ATTACK, "decisions": [ATTACK]}
+    (folder / "conversion.json").write_text(json.dumps(conversion))
+    assert_harmless(str(build_card(folder)))
+
+
+@pytest.mark.parametrize(
+    "task, value", [("zcrs", float("nan")), ("zcrs", 150.0), ("zic", -0.1), ("selo", 1.5), ("zic", "9"), ("zic", True)]
+)
+def test_a_metric_that_none_can_be_is_refused(tiny_checkpoint, task, value):
+    result = {"task": task, "dataset": "tiles", "metrics": {"mR": 1.0, "accuracy": value}}
+    with pytest.raises(
+        ValueError, match=f"the results say accuracy = {value} for {task} on tiles, which lies between 0"
+    ):
+        build_card(tiny_checkpoint, document(tiny_checkpoint, [result]))
+    limits = [
+        {"task": task, "dataset": "tiles", "metrics": {"Rsu": value}} for task, value in (("selo", 1), ("zic", 100))
+    ]
+    build_card(tiny_checkpoint, document(tiny_checkpoint, limits))
+
+
 # ---------------------------------------------------------------------------------------------------- beside the paper
 
 

@@ -8,6 +8,7 @@ from transformers import AutoConfig, CLIPConfig
 from modeling_lrsclip import LRSCLIPConfig, LRSCLIPModel, LRSCLIPTextConfig, LRSCLIPVisionConfig
 from modeling_lrsclip.encoding import load_encoder
 from modeling_lrsclip.published.checkpoints import read_pretrained
+from training.model import ModelConfig, open_start
 
 
 def test_defaults_are_lrsclip_vit_b_16():
@@ -58,3 +59,16 @@ def test_a_folder_of_two_million_layers_is_refused_before_it_is_built(tmp_path, 
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="num_hidden_layers=2000000 is no CLIP's; a tower may have 1000"):
         read(str(tmp_path))
+
+
+@pytest.mark.parametrize("fields", [{"num_hidden_layers": 2_000_000}, {"hidden_size": "wide"}])
+@pytest.mark.parametrize("read", [load_encoder, lambda path: open_start(ModelConfig(init=path))])
+def test_a_configuration_that_none_could_have_is_refused_in_one_line(tmp_path, fields, read):
+    config = LRSCLIPConfig().to_dict()
+    config["text_config"] |= fields
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=f"^{tmp_path}.*{next(iter(fields))}.*mend its config.json.|a tower may have 1000"
+    ) as error:
+        read(str(tmp_path))
+    assert "\n" not in str(error.value)

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from modeling_lrsclip import LRSCLIPImageProcessor, LRSCLIPProcessor, processing_lrsclip
 from modeling_lrsclip.image_processing_lrsclip import to_rgb
 from modeling_lrsclip.processing_lrsclip import clean_text
-from modeling_lrsclip.train_tokenizer import train_tokenizer
+from modeling_lrsclip.train_tokenizer import LONGEST_WORD, train_tokenizer
 from tests.modeling_lrsclip.references import published_pixels, slow_token_ids
 
 
@@ -223,3 +223,10 @@ class TestTrainTokenizer:
     def test_too_small(self):
         with pytest.raises(ValueError, match="at least 514"):
             train_tokenizer(["a"], vocab_size=500)
+
+    def test_a_word_without_end_is_learnt_in_pieces(self):
+        """Whole, a word of a megabyte takes minutes, and gives tokens that double from merge to merge."""
+        entries = train_tokenizer(["ab" * LONGEST_WORD * 8], vocab_size=560).get_vocab()
+        assert max(map(len, entries)) == LONGEST_WORD + len("</w>")
+        whole = train_tokenizer(["b" * LONGEST_WORD], vocab_size=560).get_vocab()
+        assert whole == train_tokenizer(["b" * LONGEST_WORD + "b"], vocab_size=560).get_vocab()

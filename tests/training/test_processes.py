@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from tests import processes
+from training import distributed
 from training.checkpoint import whole_model
 from training.data.pairs import CaptionedImages, load_pairs
 from training.distributed import is_sharded, make_accelerator
@@ -68,7 +69,8 @@ class Killed(Exception):
 
 def meet(store: Path, rank: int, world: int) -> None:
     """Have the processes meet in a file: a port that is free now may be another program's when they come to use it."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    group = {"init_method": f"file://{store}", "timeout": distributed.LONGEST_STEP}
+    dist.init_process_group("gloo", **group, rank=rank, world_size=world)
 
 
 def name_of(*words) -> str:

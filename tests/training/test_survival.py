@@ -5,6 +5,7 @@ import ctypes
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -22,9 +24,13 @@ from PIL import Image
 from tests import processes
 from tests.soak import ROOT, Attempt, Kill, has_reached, leave_alone, make_data, run_arguments, survive
 from tests.training.test_processes import SHARDED, meet
-from training import FAILED, NOT_FINITE, NOT_SAVED, end_with_the_launcher, train
+from training import FAILED, NOT_FINITE, NOT_SAVED, distributed, end_with_the_launcher, train
 from training import signals as interruption
+from training.config import DataConfig
 from training.data import batches
+from training.data.batches import load_batches
+from training.data.pairs import CaptionedImages, load_pairs
+from training.data.visiting_order import VisitSampler
 from training.signals import Interruption
 
 
@@ -40,10 +46,10 @@ def work(arguments: list[str], rank: int, world: int, store: Path, output: Path,
     os.environ |= {"ACCELERATE_USE_CPU": "true"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
     os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    if world > 1:
-        meet(store, rank, world)
     if before:
         before()
+    if world > 1:
+        meet(store, rank, world)
     train.main(arguments)
 
 
@@ -115,8 +121,17 @@ def test_a_signal_ends_the_run_after_its_step(captions, tmp_path, world, number)
     assert checkpoint.name == f"step-{last:08d}" and 3 <= last < 200
     told = (tmp_path / "output").read_text()
     assert told.count(f"{number.name} ended the run after step {last} of 200, saved in {checkpoint}") == 1
-    again = Forked(arguments, world, tmp_path / "output")
+    again = Forked(arguments, world, tmp_path / "output", be_impatient)
     wait_for_step(again, tmp_path / "run", last + 1)
+    waiting, *others = again.processes
+    for process in others:
+        os.kill(process.pid, signal.SIGSTOP)
+    if others:
+        assert waiting.wait(PATIENCE) == FAILED
+        assert re.search(
+            "error: Process 0 waited for the others .* while taking step .*go on with --resume",
+            (tmp_path / "output").read_text(),
+        )
     for process in again.everybody():
         process.kill()
     assert f"resumed after step {last} of 200" in (tmp_path / "output").read_text()
@@ -160,7 +175,8 @@ def test_batches_come_without_shared_memory(captions, tmp_path):
 
 
 def be_impatient() -> None:
-    batches.LONGEST_READ = 5
+    batches.LONGEST_READ, batches._LATE = 3, 1
+    distributed.LONGEST_STEP = distributed.LONGEST_ALONE = timedelta(seconds=5)
 
 
 def test_lost_workers_end_the_run(captions, tmp_path):
@@ -174,6 +190,57 @@ def test_lost_workers_end_the_run(captions, tmp_path):
     output = (tmp_path / "output").read_text()
     assert f"error: The processes that read {captions}" in output and "Traceback" not in output
     assert "DataLoader worker" in output and "set data.workers lower or to 0, and go on with --resume" in output
+
+
+def read_for_ever(captions: Path, processor, output: Path) -> None:
+    be_impatient()
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 2)
+    config = DataConfig(str(captions), workers=1)
+    images = CaptionedImages(load_pairs(config, ("long",)), config, seed=0)
+    visits = VisitSampler(images.pairs.order(0), batch_size=2, steps=10**6, start=6)
+    try:
+        for _ in load_batches(images, processor, visits, torch.device("cpu")):
+            output.with_name("first").touch()
+    except RuntimeError as error:
+        raise SystemExit(f"error: {batches.explain_lost_workers(error, images, 7)}") from None
+
+
+def test_a_reader_that_stands_still_ends_the_run(captions, tmp_path, tiny_processor):
+    """It may do so while it hands a batch over, where torch's own limit does not reach."""
+    trainer = processes.call(read_for_ever, captions, tiny_processor, tmp_path / "output")
+    until = time.monotonic() + PATIENCE
+    while not (tmp_path / "first").exists():
+        assert trainer.poll() is None and time.monotonic() < until
+        time.sleep(0.01)
+    (reader,) = psutil.Process(trainer.pid).children()
+    reader.send_signal(signal.SIGSTOP)
+    assert trainer.wait(PATIENCE) == FAILED
+    output = (tmp_path / "output").read_text()
+    assert re.search(f"error: The processes that read {captions} .* no batch for step [0-9]+ in 3 s", output)
+    psutil.wait_procs([reader], timeout=PATIENCE)
+    assert not reader.is_running()
+
+
+def stand_still_or_wait(store: Path, rank: int) -> None:
+    be_impatient()
+    meet(store, rank, 2)
+    distributed.wait_for_all("all start")
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    try:
+        distributed.wait_for_all("the first one validated after step 3")
+    except distributed.LostProcessError as error:
+        store.with_name("message").write_text(str(error))
+
+
+def test_who_waits_for_one_that_works_for_all_says_for_what(tmp_path):
+    first, other = (processes.call(stand_still_or_wait, tmp_path / "store", rank) for rank in (0, 1))
+    assert other.wait(PATIENCE) == 0
+    first.kill()
+    assert re.match(
+        "Process 1 waited for the others .* stands still, while the first one validated after step 3 .*rank 0",
+        (tmp_path / "message").read_text(),
+    )
 
 
 def test_a_batch_that_cannot_be_sent_ends_the_worker():

@@ -1,6 +1,7 @@
 """Batches of a step, read by processes of their own: how many read, how their batches come over, and what ends a wait."""
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -8,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from multiprocessing import active_children
 from multiprocessing.queues import Queue
+from multiprocessing.util import Finalize
 from typing import Any
 
 import numpy as np
@@ -18,14 +20,15 @@ from torch.utils.data import DataLoader, get_worker_info
 from modeling_lrsclip import LRSCLIPProcessor
 from modeling_lrsclip.encoding.model_inputs import PixelBatcher
 
-from ..signals import leave_signals_to_the_parent
+from ..signals import leave_signals_to_the_parent, limited
 from .pairs import INPUT_IDS, CaptionedImages
 from .sources import DataConfig
 from .visiting_order import VisitSampler
 
 
 MOST_WORKERS = 8  # processes that read images, unless data.workers says more
-LONGEST_READ = 1800  # seconds that a step waits for its batch
+LONGEST_READ = 1500  # seconds that a step waits for its batch; less than for other processes, which would be blamed
+_LATE = 20  # seconds more for torch to say so by itself, which it does not where a reader stops within a batch
 # How torch's messages begin where the processes that read have ended, hang, or have no file descriptors left.
 _LOST_WORKERS = ("DataLoader ", "Pin memory thread ", "Too many open files")
 
@@ -103,6 +106,9 @@ def load_batches(
         `RuntimeError`: where the processes that read are lost, see [`explain_lost_workers`].
     """
     workers, warned = count_workers(images.config, device.type), False
+    Finalize(
+        None, _kill_readers, exitpriority=1
+    )  # whatever ends the run: the exit would wait for one that stands still
     loader = DataLoader(
         images,
         batch_sampler=visits,
@@ -115,7 +121,7 @@ def load_batches(
         pin_memory=device.type == "cuda",
         timeout=LONGEST_READ if workers else 0,
     )
-    for batch in loader:
+    for batch in _without_hanging(loader, images, visits.start + 1):
         piped = {name: torch.from_numpy(value) for name, value in batch.items() if isinstance(value, np.ndarray)}
         if piped and not warned:
             warned = True
@@ -127,6 +133,31 @@ def load_batches(
         yield batch | piped
 
 
+def _without_hanging(loader: DataLoader, images: CaptionedImages, step: int) -> Iterator[dict[str, Any]]:
+    """The loader's batches from this step on; the wait for each is limited."""
+    batches = iter(loader)
+    for number in itertools.count(step):
+        with limited(LONGEST_READ + _LATE, lambda: _no_batch(images, number, "a read hangs")):  # noqa: B023 (is now)
+            try:
+                batch = next(batches, None)
+            except (OSError, EOFError) as error:
+                if not loader.num_workers or str(error).startswith("Caught "):  # by the reader, which goes on
+                    raise
+                raise RuntimeError(f"DataLoader worker is gone: {error}") from error
+        if batch is None:
+            return
+        yield batch
+
+
+def _no_batch(images: CaptionedImages, step: int, reason: str) -> str:
+    sources = ", ".join(sorted(images.pairs.locations)[:3])
+    return (
+        f"The processes that read {sources} have ended, or sent no batch for step {step} in {LONGEST_READ} s ({reason}). "
+        "Look at the memory, /dev/shm and ulimit -n of this machine, set data.workers lower or to 0, and go on with "
+        "--resume."
+    )
+
+
 def _start_worker(_worker: int) -> None:
     leave_signals_to_the_parent()
     # By default what cannot be sent is printed and dropped, and the other side waits for it.
@@ -136,6 +167,11 @@ def _start_worker(_worker: int) -> None:
 def _end_worker(error: Exception, _batch: Any) -> None:
     print(f"A batch could not be sent to the training process: {error}", file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def _kill_readers() -> None:
+    for process in active_children():
+        process.kill()  # they ignore SIGTERM
 
 
 def explain_lost_workers(error: RuntimeError, images: CaptionedImages, step: int) -> OSError | None:
@@ -155,11 +191,5 @@ def explain_lost_workers(error: RuntimeError, images: CaptionedImages, step: int
         return None
     with contextlib.suppress(AttributeError, ValueError):  # on Windows; outside of the main thread
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for those killed now
-    for process in active_children():
-        process.kill()  # one that hangs would be waited for at the exit: readers ignore SIGTERM
-    sources = ", ".join(sorted(images.pairs.locations)[:3])
-    return OSError(
-        f"The processes that read {sources} have ended, or sent no batch for step {step} in {LONGEST_READ} s ({message}). "
-        "Look at the memory, /dev/shm and ulimit -n of this machine, set data.workers lower or to 0, and go on with "
-        "--resume."
-    )
+    _kill_readers()
+    return OSError(_no_batch(images, step, message))

@@ -10,7 +10,7 @@ import numpy as np
 
 from modeling_lrsclip.files.atomic import replacing
 from modeling_lrsclip.files.cache_folder import cache_folder
-from modeling_lrsclip.files.tables import BOM, csv_dialect
+from modeling_lrsclip.files.tables import BOM, MOST_ROWS, csv_dialect, limited
 
 
 BLOCK = 1 << 26  # bytes read at a time
@@ -40,9 +40,9 @@ def kept_index(path: Path, kind: str, build: Callable[[Path], np.ndarray]) -> np
         kept.parent.mkdir(parents=True, exist_ok=True)
         with replacing(kept) as growing, growing.open("wb") as file:
             np.save(file, index)
-    except OSError:
+        return np.load(kept, mmap_mode="r")
+    except (OSError, ValueError):  # no room; columns of longer names than numpy reads again
         return index
-    return np.load(kept, mmap_mode="r")
 
 
 def line_index(path: Path, quoted: bool) -> np.ndarray:
@@ -53,6 +53,9 @@ def line_index(path: Path, quoted: bool) -> np.ndarray:
         path: a UTF-8 file; a mark of the byte order at its start belongs to no row.
         quoted: whether the file is CSV, whose rows, with its header, are those of Python's `csv`; else rows are the lines
             that are not blank.
+
+    Raises:
+        `ValueError`: for CSV that Python's `csv` cannot read, and for more rows than a file of captions has.
     """
     return kept_index(path, "csv" if quoted else "lines", _find_csv_rows if quoted else _find_lines)
 
@@ -71,16 +74,16 @@ def _find_csv_rows(path: Path) -> np.ndarray:
         mark = BOM.decode("latin-1")
         position = len(BOM) if stream.read(len(mark)) == mark else 0
         stream.seek(position)
-        dialect = csv_dialect(stream.readline())
+        dialect = csv_dialect(stream.readline(BLOCK))
         stream.seek(position)
         reader = csv.reader(counted(stream), **dialect)
         start = position
         try:
-            for fields in reader:
+            for fields in limited(reader, MOST_ROWS):
                 if fields:
                     spans.append((start, position))
                 start = position
-        except csv.Error as error:
+        except (csv.Error, ValueError) as error:
             raise ValueError(f"{path}, line {reader.line_num} cannot be read as CSV: {error}") from error
     return np.array(spans, dtype=np.int64).reshape(-1, 2)
 
@@ -91,13 +94,15 @@ def _find_lines(path: Path) -> np.ndarray:
         while block := file.read(BLOCK):
             ends.append(np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n")) + first + 1)
             first += len(block)
+            if sum(map(len, ends)) > MOST_ROWS:
+                raise ValueError(f"{path} has more than {MOST_ROWS:,} lines; split it into shards.")
     ends = np.concatenate(ends)
     if first and (not len(ends) or ends[-1] != first):  # the last line is not closed
         ends = np.append(ends, first)
     spans = np.stack([np.append(0, ends)[:-1], ends], axis=1).astype(np.int64)
     full = np.ones(len(spans), dtype=bool)
     with path.open("rb") as file:
-        for number in np.flatnonzero(np.diff(spans)[:, 0] <= 2):
+        for number in limited(np.flatnonzero(np.diff(spans)[:, 0] <= 2), MOST_ROWS):
             file.seek(spans[number, 0])
             full[number] = bool(file.read(int(spans[number, 1] - spans[number, 0])).strip())
     return spans[full]

@@ -25,6 +25,7 @@ from .line_index import line_index
 
 
 CHUNK_ROWS = 1000  # of files whose rows can be read one by one
+LARGEST_ROW = 1 << 28  # bytes of a line that is read
 Stored = str | list[str] | None  # a row's texts of a kind: one, several, or none
 
 
@@ -274,6 +275,8 @@ class LineRows(FileRows):
 
     def _line(self, number: int) -> bytes:
         first, end = self.spans[number].tolist()
+        if end - first > LARGEST_ROW:
+            raise ValueError(f"it has {end - first} bytes, and {LARGEST_ROW} bytes are allowed")
         self.file.seek(first)
         return self.file.read(end - first)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from modeling_lrsclip.files.tables import parse_object, tar_members
+from modeling_lrsclip.files.tables import LARGEST_MEMBER, parse_object, tar_members
 
 from .line_index import kept_index
 from .rows import FileRows, Row, Stored, even_chunks
@@ -22,7 +22,7 @@ from .rows import FileRows, Row, Stored, even_chunks
 # rating_app/rating_sys_webdataset/prepare_data.py.
 TAR_IMAGES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "jp2", "img_content", "input.image")
 JSON_SUFFIX = "json"
-LARGEST_MEMBER = 1 << 30  # bytes of a member that is read; more is no picture
+MOST_SUFFIXES = 64  # of a tar's members, each a column of its index
 _BLOCK = 512  # bytes of a tar header, and what data are filled up to
 _SPAN = np.dtype([("offset", "<u8"), ("size", "<u8")])  # of a member's data; size 0: the sample has none
 
@@ -32,7 +32,7 @@ def tar_index(path: Path) -> np.ndarray:
     Index of a tar: a record a sample, in order, with a field a suffix of `offset` and `size` in bytes.
 
     Raises:
-        `ValueError`: for a compressed tar or a file that is none.
+        `ValueError`: for a compressed tar, a file that is none, or one whose members no data set has.
     """
     return kept_index(path, "tar", _read_headers)
 
@@ -46,6 +46,11 @@ def _read_headers(path: Path) -> np.ndarray:
             samples.append({})
         suffix = suffixes.setdefault(member.suffix, member.suffix)
         samples[-1][suffix] = (member.offset, member.size)
+        if len(suffixes) > MOST_SUFFIXES:
+            raise ValueError(
+                f"{path} has members with more than {MOST_SUFFIXES} suffixes, such as {', '.join(list(suffixes)[:3])}; the "
+                "samples of a WebDataset tar have the same few."
+            )
     index = np.zeros(len(samples), dtype=[(suffix, _SPAN) for suffix in suffixes])
     for suffix in suffixes:
         index[suffix] = np.array([sample.get(suffix, (0, 0)) for sample in samples], dtype=_SPAN)

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from modeling_lrsclip.files.documents import without_markup
 from modeling_lrsclip.files.hashing import bytes_sha256
 
 from .output import DATA
@@ -54,6 +55,8 @@ def build_card(statistics: dict[str, Any], manifest: dict[str, Any], figures: Se
             f"{len(unlicensed)} sources have no licence, first: {unlicensed[0]}; name it in the recipe and build again: "
             "nobody may use a data set whose terms are unknown."
         )
+    recipe, metadata = _short(manifest["recipe"]), _metadata(statistics, manifest)
+    statistics, manifest = without_markup(statistics), without_markup(manifest)  # what others wrote is plain text
     sources = [_source(source) for source in statistics["sources"]]
     values = {
         "name": statistics["name"],
@@ -76,12 +79,12 @@ def build_card(statistics: dict[str, Any], manifest: dict[str, Any], figures: Se
         "subsets": [source["paper"]["name"] for source in statistics["sources"] if "paper" in source],
         "figures": list(figures),
         "commands": ["python -m training.lrs2m.build --config recipe.yaml --output DIR"],
-        "recipe": yaml.safe_dump(_short(manifest["recipe"]), sort_keys=False, width=110).strip(),
+        "recipe": yaml.safe_dump(recipe, sort_keys=False, width=110).strip().replace("```", "'''"),
         "versions": ", ".join(f"{name} {version}" for name, version in manifest["versions"].items() if version),
     }
     known = {name: value for name, value in values.items() if value is not None}
     card = DatasetCard.from_template(DatasetCardData(), template_path=str(TEMPLATE), **known)
-    card.data = _metadata(statistics, manifest)  # the template has a block of its own, which would stay
+    card.data = metadata  # the template has a block of its own, which would stay
     return str(card)
 
 

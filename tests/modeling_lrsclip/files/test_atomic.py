@@ -43,6 +43,23 @@ def test_content_is_on_disk_before_its_name(tmp_path, monkeypatch):
     assert calls[3:] == [("rename", "folder"), ("sync", tmp_path.name)] and names(tmp_path) == ["a", "folder"]
 
 
+def test_files_and_folders_are_flushed_and_closed(tmp_path, monkeypatch):
+    flushed, open_before = [], len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(atomic.os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_ino))
+    (tmp_path / "a").touch()
+    for path in (tmp_path, tmp_path / "a"):
+        atomic.sync(path)
+    assert flushed == [path.stat().st_ino for path in (tmp_path, tmp_path / "a")]
+    assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+def test_json_without_nan_where_it_is_asked_for(tmp_path):
+    atomic.replace_json(tmp_path / "a.json", [float("nan")])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        atomic.replace_json(tmp_path / "a.json", [float("inf")], allow_nan=False)
+    assert "NaN" in (tmp_path / "a.json").read_text()
+
+
 def folder_of(path, text: str):
     path.mkdir()
     (path / "weights").write_text(text)
@@ -53,6 +70,9 @@ def test_a_folder_is_replaced_and_its_former_content_goes(tmp_path):
     folder = folder_of(tmp_path / "best", "first")
     atomic.publish_folder(folder_of(tmp_path / ".best.partial", "second"), folder)
     assert (folder / "weights").read_text() == "second" and names(tmp_path) == ["best"]
+    folder_of(tmp_path / ".best.old", "left by a crash after both renames")
+    atomic.publish_folder(folder_of(tmp_path / ".best.partial", "third"), folder)
+    assert (folder / "weights").read_text() == "third" and names(tmp_path) == ["best"]
 
 
 def test_between_the_renames(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modeling_lrsclip.files import tables
 from modeling_lrsclip.files.tables import iter_rows, json_list_name, read_rows, tar_members, text_encoding
 from training.data.line_index import line_index
 from training.data.rows import LineRows
@@ -194,3 +195,39 @@ def test_damaged_tars(tmp_path, damage, problem):
     path.write_bytes(damage(tar_of({"1.jpg": b"x" * 500, "2.jpg": b"y" * 500})))
     with pytest.raises(ValueError, match=f"a.tar cannot be read as a tar .*({problem})"):
         list(tar_members(path))
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_headers_that_no_name_needs_are_not_read(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(tables, "LONGEST_HEADER", 1000)
+    info = tarfile.TarInfo("header")
+    for size, problem in ((999, None), (1001, "a header of 1001 bytes, 1000 are read")):
+        info.size, info.type = size, kind
+        length = b"%d comment=" % size  # a pax record says its length first
+        content = (length + b"x" * size)[: size - 1] + b"\n"
+        path = tmp_path / "a.tar"
+        path.write_bytes(info.tobuf() + content.ljust(1024, b"\0") + tar_of({"1.jpg": b"x"}))
+        if problem is None:
+            assert len(list(tar_members(path))) <= 1
+            continue
+        with pytest.raises(ValueError, match=problem):
+            list(tar_members(path))
+
+
+def test_members_that_no_memory_holds_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "LARGEST_MEMBER", 100)
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(gzip.compress(tar_of({"1.jpg": b"x" * 100, "2.jpg": b"y" * 101})))
+    with pytest.raises(ValueError, match="2.jpg has 101 bytes, 100 are read"):
+        list(tar_members(path, contents=True))
+
+
+def test_the_members_of_a_tar_are_counted(tmp_path, monkeypatch):
+    (tmp_path / "a.tar").write_bytes(tar_of({"1.jpg": b"x", "2.jpg": b"y"}))
+    monkeypatch.setattr(tables, "MOST_MEMBERS", 2)
+    assert len(list(tar_members(tmp_path / "a.tar"))) == 2
+    monkeypatch.setattr(tables, "MOST_MEMBERS", 1)
+    with pytest.raises(
+        ValueError, match=r"a.tar cannot be read as a tar \(more than 1 entries; split it into shards\)"
+    ):
+        list(tar_members(tmp_path / "a.tar"))

@@ -1,5 +1,6 @@
 """What is wrong with a source is said before anything is trained, and rows found unusable later are counted and capped."""
 
+import contextlib
 import io
 import json
 import multiprocessing
@@ -13,9 +14,11 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from training import train
+from training.data.line_index import line_index
 from training.data.pairs import CaptionedImages, DataConfig, load_pairs
+from training.data.rows import LineRows
 from training.data.skipped import SkippedFile, SkippedRows, check_share
-from training.data.tars import tar_index
+from training.data.tars import MOST_SUFFIXES, tar_index
 from training.train import parse_config
 
 
@@ -129,6 +132,38 @@ class TestFiles:
                 ValueError, match=f"{name} cannot be read as a tar .*only plain ones are, unpack .tar.gz"
             ):
                 tar_index(tmp_path / name)
+
+    def test_tables_of_contents_that_have_no_end(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("LRSCLIP_CACHE", str(tmp_path / "kept"))
+        many = write_tar(tmp_path / "many.tar", {f"{number}.s{number}": b"x" for number in range(MOST_SUFFIXES + 1)})
+        with pytest.raises(ValueError, match="many.tar has members with more than 64 suffixes, such as s0, s1, s2"):
+            tar_index(many)
+        names = [
+            f"{number}.{'s' * 240}{number}" for number in range(MOST_SUFFIXES)
+        ]  # too long for numpy to read again
+        allowed = write_tar(tmp_path / "a.tar", dict.fromkeys(names, b"x"))
+        assert len(tar_index(allowed).dtype) == MOST_SUFFIXES
+        files = {"a.csv": "image,long_text\n1,a\n2,b\n", "a.jsonl": "{}\n\n{}\n"}
+        for name, text in files.items():
+            (tmp_path / name).write_text(text)
+            for most, fits in ((2, False), (3, True)):
+                monkeypatch.setattr("training.data.line_index.MOST_ROWS", most)
+                with contextlib.nullcontext() if fits else pytest.raises(ValueError, match=f"{name}.* more than 2"):
+                    line_index(tmp_path / name, quoted=name == "a.csv")
+        monkeypatch.setattr("modeling_lrsclip.files.tables.LONGEST_LOOK", -1)
+        (tmp_path / "a.csv").write_text(files["a.csv"] + "3,c\n")
+        for path in (many, tmp_path / "a.csv"):
+            with pytest.raises(ValueError, match=f"{path}.*more than -1 s to look it through; split it into shards"):
+                tar_index(path) if path == many else line_index(path, quoted=True)
+
+    def test_a_line_that_no_memory_holds_is_one_row(self, captioned_folder, tmp_path, monkeypatch):
+        rows = rows_of(captioned_folder)
+        rows[1]["long_text"] *= 99
+        path = write_rows(tmp_path / "a.jsonl", rows)
+        monkeypatch.setattr("training.data.rows.LARGEST_ROW", 2000)
+        read = LineRows(path, {"image": "image", "long": "long_text"}).read([0, 1, 2])
+        assert [row.fault is None for row in read] == [True, False, True]
+        assert "bytes, and 2000 bytes are allowed" in read[1].fault
 
     @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
     def test_tar_index_equals_tarfile(self, format, tmp_path):

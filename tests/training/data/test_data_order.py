@@ -1,11 +1,13 @@
 """The order of visits: permutations in windows, sources in proportion, nothing but seed and step in it."""
 
+import pickle
 from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
-from training.data.visiting_order import EpochOrder, Mixture
+from training.data.visiting_order import EpochOrder, Mixture, VisitSampler
 
 
 def visits(mixture, size, steps):
@@ -43,6 +45,22 @@ class TestEpochs:
             for epoch in (0, 1)
         ]
         assert len(set(orders)) == 16
+
+    def test_the_first_window_of_the_first_source_is_as_runs_of_before_had_it(self):
+        generator = torch.Generator().manual_seed(3 * 1_000_003 + 2)  # seed and epoch
+        rows = EpochOrder([12], None, seed=3).at(2, np.arange(12))
+        assert rows.tolist() == torch.randperm(12, generator=generator).tolist()
+
+    def test_another_process_has_the_same_order(self):
+        order = EpochOrder([10] * 10, 20, seed=3, source=2)
+        there = pickle.loads(pickle.dumps(order))
+        assert there.at(1, np.arange(100)).tolist() == order.at(1, np.arange(100)).tolist()
+
+    def test_a_batch_of_all_rows_is_the_largest(self):
+        order = Mixture([EpochOrder([12], None, seed=3)])
+        assert len(next(iter(VisitSampler(order, 12, 1)))) == 12
+        with pytest.raises(ValueError, match="loop.batch_size=13 is more than the 12 training pairs"):
+            VisitSampler(order, 13, 1)
 
     def test_rows_are_spread_well(self):
         """With windows of a fifth, a batch is no more alike than chance makes it: few neighbours share one."""

@@ -61,6 +61,15 @@ def test_a_source_without_licence_stops(folder):
         build_card(told, manifest)
 
 
+def test_what_others_wrote_is_plain_text_in_the_body(folder):
+    told, manifest = statistics(folder), json.loads((folder / "manifest.json").read_text())
+    told["name"] = told["sources"][0]["licence"] = told["sources"][0]["name"] = "a <b>\n# c ![d](e) | [f](g)"
+    manifest["versions"]["x"] = "<i>\n```"
+    body = build_card(told, manifest).partition("\n---\n")[2]
+    assert r"# a &lt;b&gt; # c !\[d\](e) \| \[f\](g)" in body
+    assert "<b>" not in body and "<i>" not in body and "\n# c" not in body and "![d]" not in body
+
+
 def test_an_unfinished_data_set_has_no_card(folder, capsys):
     (folder / "manifest.json").unlink()
     assert main([str(folder)]) == 2 and "holds no manifest.json" in capsys.readouterr().err
