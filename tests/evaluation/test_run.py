@@ -138,7 +138,7 @@ def test_missing_models_and_output_are_named_before_anything_is_loaded(tiny_chec
     assert run.main(arguments([tiny_checkpoint] * 2, data, tmp_path / "out")) == 2
     assert "given twice" in capsys.readouterr().err
     assert run.main(arguments([tiny_checkpoint], data, data / "below-a-file")) == 2
-    assert "cannot be made" in capsys.readouterr().err
+    assert "cannot be written to" in capsys.readouterr().err
     assert run.main(arguments([tiny_checkpoint], tmp_path / "no.jsonl", tmp_path / "out")) == 2
     assert "no.jsonl does not exist" in capsys.readouterr().err
 
