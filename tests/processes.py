@@ -18,6 +18,7 @@ import pickle
 import random
 import runpy
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -180,7 +181,7 @@ def run_ranks(command, world: int, env=None, **options: Any) -> list[subprocess.
 
 
 def as_subprocess(project: bool = False) -> types.SimpleNamespace:
-    """In the place of the module `subprocess`, where it is the program tested that starts processes."""
+    """Stand-in for the module `subprocess`, where it is the program tested that starts processes."""
     replaced = {"run": partial(run, project=project), "Popen": partial(start, project=project)}
     return types.SimpleNamespace(**vars(subprocess) | replaced)
 
@@ -228,6 +229,7 @@ def _serve(client: int, path: Path, modules: list[str]) -> tuple[int, ...]:
             try:
                 os.kill(client, 0)
             except ProcessLookupError:
+                shutil.rmtree(path.parent, ignore_errors=True)
                 os._exit(0)
             continue
         connection, _ = listener.accept()
