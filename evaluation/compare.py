@@ -1,11 +1,13 @@
 """
 Test of the differences between two models for significance:
-`python -m evaluation.compare A/results.json [B/results.json] [--a LABEL] [--b LABEL]`.
+`python -m evaluation.compare A/results.json [B/results.json] [--a LABEL] [--b LABEL]`; with `--seeds`, the mean and the
+spread of each model over results of several seeds.
 
 Paired bootstrap over images or queries, on data that must be the same ([`~evaluation.bootstrap.differences`]).
 """
 
 import argparse
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(prog="python -m evaluation.compare", description=__doc__)
     parser.add_argument("first", metavar="A.json", help="results.json of evaluation.run")
     parser.add_argument("second", metavar="B.json", nargs="?", help="another one; default: the two models of A.json")
+    parser.add_argument("--seeds", metavar="C.json", nargs="+", help="results of the same models with other seeds")
     parser.add_argument("--a", metavar="LABEL", help="model of A.json; default: each that B.json has too, or the only")
     parser.add_argument("--b", metavar="LABEL", help="model of B.json")
     parser.add_argument("--resamples", type=int, default=RESAMPLES, help=f"of the bootstrap ({RESAMPLES})")
@@ -38,11 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.resamples < 100:
             raise ValueError(f"--resamples {options.resamples} must be at least 100 for a 95 % interval.")
-        tables = compare(options.first, options.second, options.a, options.b, options.resamples)
+        if options.seeds:
+            tables = spread_tables([options.first, *options.seeds])
+        else:
+            tables = compare(options.first, options.second, options.a, options.b, options.resamples)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    tables[-1].note = (
+    tables[-1].note = tables[-1].note or (
         f"Paired bootstrap, {options.resamples:,} resamples of images (retrieval, classification) or queries "
         "(localization); better: the interval is on one side of 0. Each row stands alone: of 20 rows without any "
         "difference, one is expected to look significant."
@@ -83,6 +89,48 @@ def compare(
         pairs = [pair for two in labels for pair in pair_results(*documents, *two)]
     with refuse_malformed(named, advice, ValueError):
         return [comparison_table(*pair, resamples) for pair in pairs]
+
+
+def spread_tables(paths: Sequence[str]) -> list[Table]:
+    """
+    Tables of the mean and the standard deviation of each model's figures over runs with several seeds, which may have
+    drawn their data anew.
+
+    Args:
+        paths: two or more `results.json` or their folders, of models of the same names.
+
+    Returns:
+        A table for each task and data set, a row a model.
+
+    Raises:
+        `ValueError`: for files that are no results, and a result that one of them lacks.
+    """
+    documents = [read_results(path) for path in paths]
+    tables: dict[tuple[str, str], Table] = {}
+    with refuse_malformed(" or ".join(paths), "name results.json files as evaluation.run wrote them"):
+        for result in documents[0]["results"]:
+            key = {name: result[name] for name in ("task", "dataset", "model")}
+            runs = [next((r for r in d["results"] if key.items() <= r.items()), None) for d in documents]
+            if None in runs:
+                lacking = documents[runs.index(None)]["read_from"]
+                raise ValueError(f"{lacking} has no {key['task']} on {key['dataset']} of {key['model']}.")
+            title = f"{key['task']} on {key['dataset']} · mean ± standard deviation of {len(runs)} seeds"
+            columns = [Column(name) for name in ("model", *(short_name(metric) for metric in result["metrics"]))]
+            table = tables.setdefault((key["task"], key["dataset"]), Table(title, columns))
+            table.note = (
+                "Each seed is a run by itself: other weights to begin with, and where data are drawn, other data."
+            )
+            cells = []
+            for metric in result["metrics"]:
+                values, digits = [run["metrics"][metric] for run in runs], DIGITS.get(metric, 1)
+                cells.append(f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}")
+            table.rows.append([key["model"], *cells])
+    return list(tables.values())
+
+
+def short_name(metric: str) -> str:
+    """Return a metric's name as it heads a narrow column: `text_to_image_R@1` is `t2i R@1`."""
+    return metric.replace("text_to_image_", "t2i ").replace("image_to_text_", "i2t ")
 
 
 def read_results(path: str) -> dict[str, Any]:

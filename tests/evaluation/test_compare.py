@@ -87,6 +87,20 @@ def test_a_folder_stands_for_its_results(tmp_path, capsys):
     assert run(capsys, tmp_path, "--a", "x", "--b", "y")[0] == 0
 
 
+def test_the_spread_of_several_seeds(tmp_path, capsys):
+    files = []
+    for seed, recall in enumerate((60.0, 62.0, 67.0)):
+        result = retrieval_result(0) | {
+            "metrics": {"text_to_image_R@1": recall, "mR": 50.0},
+            "texts_sha256": str(seed),
+        }
+        files.append(document(tmp_path / f"{seed}.json", x=result))
+    status, printed = run(capsys, files[0], "--seeds", *files[1:])
+    assert status == 0 and "3 seeds" in printed and "63.0 ± 3.6" in printed and "50.0 ± 0.0" in printed
+    other = document(tmp_path / "other.json", y=retrieval_result(0))
+    assert run(capsys, files[0], "--seeds", other) == (2, f"error: {other} has no zcrl on tiles of x.\n")
+
+
 @pytest.mark.parametrize("name, what", [("images_sha256", "images"), ("texts_sha256", "texts")])
 def test_other_data_are_not_compared(tmp_path, capsys, name, what):
     result = retrieval_result(0)

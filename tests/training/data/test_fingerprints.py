@@ -15,6 +15,7 @@ from training.data.fingerprints import changes, fingerprints
 from training.data.inspection import _image_sha256
 from training.data.pairs import load_pairs
 from training.data.sources import DataConfig
+from training.distributed import MistakeError
 
 
 FORMS = [
@@ -92,8 +93,11 @@ def test_a_resumed_run_with_changed_data(tmp_path, capsys):
     arguments += ["--loop.save_every", "2"]
     with pytest.raises(
         SystemExit, match=r"have changed since: .*captions\.jsonl has its 16 rows in another order .*--allow-"
-    ):
+    ) as refused:
         train.main(arguments)
+    assert isinstance(
+        refused.value.__cause__, MistakeError
+    )  # of all processes together, so that the first one says it
     train.main([*arguments, "--allow-changed-data"])
     first, second = json.loads((tmp_path / "run/run.json").read_text())["starts"]
     assert "changed_data" not in first
