@@ -22,7 +22,7 @@ _URL = re.compile(
     re.IGNORECASE,
 )
 _NUMBERED_MONTH = re.compile(r"\b(?:in|of|during|on|since) (?:march|may)\b(?: \d|,)", re.IGNORECASE)
-_YEAR = re.compile(r"\b(?:1[89]\d\d|20\d\d)\b(?! (?:m|metres|meters|square|kilomet\w+|feet|ft)\b)")
+_YEAR = re.compile(r"\b(?:1[89]\d\d|20\d\d)s?\b(?! (?:m|metres|meters|square|kilomet\w+|feet|ft)\b)")
 _CLOCK = re.compile(r"\b\d{1,2}:\d\d\b|\b\d{1,2} ?[ap]\.?m\b|\b\d{1,2}[./-]\d{1,2}[./-]\d{2,4}\b", re.IGNORECASE)
 _COURSE = re.compile(  # a direction of something long, which is no place: images are north up as a rule
     r"\b(?:from )?(?:the )?(?:north|south|east|west)\w*(?: to |-to-|[-\u2013])(?:the )?(?:north|south|east|west)\w*",

@@ -8,6 +8,9 @@ import pytest
 from evaluation.benchmarks.aerial_scenes.data_set import plan_and_texts
 from evaluation.benchmarks.aerial_scenes.layout import KINDS
 from modeling_lrsclip.files.configuration import ConfigurationError, validate
+from tests.speed.caption_checks import LONG as LONG_PLANTS
+from tests.speed.caption_checks import SHORT as SHORT_PLANTS
+from tests.speed.caption_checks import drawn_examples, falsehoods
 from training.lrs2m.captioners.prompts import FOLDER, load_prompt
 from training.lrs2m.checks.candidate import Candidate, Limits
 from training.lrs2m.checks.cleaning import clean_answer
@@ -71,8 +74,18 @@ FIXTURES = {
             f"{LONG} It is not possible to determine what the buildings are for.",
             "The image is too blurry to describe.",
             "Please provide the image.",
+            "It is unclear whether the area is residential.",
+            "No further details can be discerned.",
+            "My capabilities do not include viewing images.",
+            "The image quality makes it difficult to describe the scene.",
+            "There is insufficient information to describe the buildings.",
+            "The exact number of vehicles cannot be determined.",
         ),
-        ("The track cannot be told from the soil.", "No car can be seen and no bridge is visible."),
+        (
+            "The track cannot be told from the soil.",
+            "It is hard to tell the field from the meadow.",
+            "No car can be seen and no bridge is visible.",
+        ),
     ),
     "error_words": (
         (
@@ -97,6 +110,10 @@ FIXTURES = {
             "Based on the given image, a road runs there.",
             "Two ships, as mentioned in the list, lie here.",
             "You are a helpful assistant.",
+            "As described, the harbour has two piers.",
+            "The labels indicate a storage tank.",
+            "The user wants a harbour described.",
+            "Note that two ships lie here.",
             "I see two ships.",
         ),
         ("The image shows two ships.", "A list of the roofs would be long.", "The picture is dark."),
@@ -291,6 +308,18 @@ def test_true_captions_of_drawn_scenes_pass():
         known = {"labels": labels, "classes": KINDS, "limits": Limits(anchor_share=1)}
         assert judge(candidate(long, other=short.text, **known), ChecksConfig(invented_landmark="on"))[0] is None, long
         assert judge(candidate(short.text, which="short", other=long, **known), ChecksConfig())[0] is None, short.text
+
+
+def test_planted_falsehoods_are_found():
+    """All kinds, but for those that only the image tells (claims are asked for them) and unlucky choices of another caption."""
+    seen = {kind: int(found) for kind, _, found, *_ in falsehoods(drawn_examples(5), 5)}
+    blind = ("a wrong colour", "left and right exchanged")
+    assert {*LONG_PLANTS, *SHORT_PLANTS} == set(seen) and [seen[kind] for kind in blind] == [0, 0]
+    chance = ("a sentence repeated", "a short caption of another image")
+    assert {kind: found for kind, found in seen.items() if found < 100} == {
+        kind: seen[kind] for kind in (*blind, *chance) if seen[kind] < 100
+    }
+    assert all(seen[kind] >= 40 for kind in chance)
 
 
 def test_precision_and_recall_of_the_classes_named():
