@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
@@ -23,10 +23,13 @@ from huggingface_hub.utils import validate_repo_id
 if not __package__:  # run as a file: siblings and modeling_lrsclip are found from the clone's root
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from model_cards.checkpoint import ModelFacts, published_model, read_checkpoint
 from model_cards.redaction import command_for, without_paths
 from model_cards.result_tables import eval_results, paper_tables, results_section, select_model, tokens_section
 from modeling_lrsclip.files.atomic import make_folder, replacing
+
+
+if TYPE_CHECKING:
+    from model_cards.checkpoint import ModelFacts
 from modeling_lrsclip.files.documents import read_json, without_markup
 
 
@@ -74,6 +77,8 @@ def build_card(
     if repo_id is not None:
         validate_repo_id(repo_id)
     checkpoint = checkpoint and Path(checkpoint)
+    from model_cards.checkpoint import published_model, read_checkpoint  # torch, which --help does without
+
     description, facts = published_model(published) if published else (None, None)
     conversion = None
     if checkpoint is not None:
@@ -175,7 +180,7 @@ def _read_beside(checkpoint: Path, name: str) -> dict[str, Any] | None:
 
 def _check_origin(
     checkpoint: Path | None,
-    facts: ModelFacts,
+    facts: "ModelFacts",
     conversion: dict[str, Any] | None,
     training: dict[str, Any] | None,
     description: dict[str, Any] | None,

@@ -121,7 +121,7 @@ class OnnxModel(DualEncoder):
     """The towers of `modeling_lrsclip.export_onnx`, run by onnxruntime on the CPU; a parameter stands for their type."""
 
     def __init__(self, folder: Path, config: Any):
-        from ..export_onnx import RECORD, TEXT, VISION, OnnxTowers, tower_file
+        from ..onnx_towers import RECORD, TEXT, VISION, OnnxTowers, tower_file
 
         # Both files' SHA-256 as numbers, by which the hash of weights tells two exports apart.
         digests = [bytes.fromhex(file_sha256(tower_file(folder, name))) for name in (TEXT, VISION)]

@@ -45,7 +45,7 @@ def test_without_a_clone(tmp_path, monkeypatch):
 
 
 COMMANDS = ["training.train", "evaluation.run", "evaluation.compare", "evaluation.attention", "geosearch"]
-COMMANDS += ["modeling_lrsclip.convert"]
+COMMANDS += ["modeling_lrsclip.convert", "modeling_lrsclip.export_onnx", "model_cards/build_card.py"]
 COMMANDS += [f"evaluation.benchmarks.{name}" for name in ("aerial_scenes", "scene_mosaics", "scene_archive")]
 ASK_ALL = """
 import contextlib, io, runpy, sys

@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoTokenizer
 
 from evaluation import run
-from modeling_lrsclip import export_onnx as export_onnx_module
+from modeling_lrsclip import onnx_towers
 from modeling_lrsclip.encoding import embed_images, embed_texts, load_encoder
 from modeling_lrsclip.export_onnx import TOLERANCE, OnnxTowers, export_onnx, main
 
@@ -122,7 +122,7 @@ def test_int8_is_smaller_near_and_told_apart(exported, images, short_texts, tmp_
     def exported_before(model, name, example, path):  # the exporter takes its time, and gave these files
         shutil.copy(folder / "onnx" / path.name, path)
 
-    monkeypatch.setattr(export_onnx_module, "_export", exported_before)
+    monkeypatch.setattr(onnx_towers, "_export", exported_before)
     main([str(folder.parent / "model"), str(tmp_path / "int8"), "--int8"])
     assert "text_model_quantized.onnx" in capsys.readouterr().out
     quantized = json.loads((tmp_path / "int8/export.json").read_text())
