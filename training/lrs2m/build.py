@@ -96,6 +96,11 @@ class Build:
         self.gate = Gate()
         self.captioners = self._build_captioners()
         self.finder = self._build_finder()
+        self.footprints = None
+        if recipe.duplicates.footprints:
+            from .duplicates.footprints import Footprints
+
+            self.footprints = Footprints([resolve(file, root) for file in recipe.duplicates.footprints])
         self.choose = self._build_chooser()
         self.answers = AnswerStore(folder / WORK / "answers.sqlite", self.gate)
         limits = recipe.shard_rows, recipe.shard_bytes
@@ -303,14 +308,19 @@ class Build:
     def _pipeline(self, source: SourceConfig, writer: Writer) -> Pipeline:
         labels = LabelReader(source.labels, self.root) if source.labels else None
         check = None
-        if self.finder is not None:
+        if self.finder is not None or self.footprints is not None:
             against = self._against(source)
 
             def check(item: Item) -> Any:
-                name = f"{source.name}/{item.record.image_key or item.picture.sha256}"
+                record = item.record
+                if self.footprints is not None:
+                    match = self.footprints.check(record, item.picture.size)
+                    if match is not None or self.finder is None:
+                        return match
+                name = f"{source.name}/{record.image_key or item.picture.sha256}"
                 if self.part:
-                    self.part.names[item.record.id] = name
-                return self.finder.check(item.record.id, item.picture.image, name, against)
+                    self.part.names[record.id] = name
+                return self.finder.check(record.id, item.picture.image, name, against)
 
         return Pipeline(writer, labels, check, self.recipe.min_side, self._lookahead(source), self.gate)
 

@@ -23,7 +23,15 @@ FREE_OF_CAPTIONER = (
     *("base_url", "api_key_variable", "concurrency", "timeout", "tries"),
     *("batch_size", "device_map"),
 )
-LOCAL = ("path", "images", "against", "tokenizer", "model", "prompt")  # fields that may hold a path of this machine
+LOCAL = (
+    "path",
+    "images",
+    "against",
+    "footprints",
+    "tokenizer",
+    "model",
+    "prompt",
+)  # fields that may hold a path of this machine
 
 
 @dataclass(config=STRICT)
@@ -220,7 +228,9 @@ class DuplicatesConfig:
         default_factory=list
     )  # evaluation images: whatever evaluation.run takes as data, folders
     distance: int = Field(8, ge=0, le=18)  # bits of 64 of a perceptual hash in which copies may differ
-    crops: bool = True  # look for crops too, at 15 times the hashes
+    crops: bool = True  # look for crops too, at 25 times the hashes
+    # Vector files in WGS 84 of what evaluation images show; a row whose ground overlaps is left out too.
+    footprints: list[str] = Field(default_factory=list)
 
 
 @dataclass(config=STRICT)

@@ -64,7 +64,8 @@ class Match:
     id: str  # of the row
     match: str  # id of the kept row, or name of the evaluation image
     against: str  # the evaluation set as given; empty: the set itself
-    kind: str  # copy; crop (the row's image is a part of the match); contains (the match is a part of it)
+    # copy; crop (the row's image is a part of the match); contains (the match is a part of it); same ground (footprints)
+    kind: str
     turn: str  # what turns the row's image into the match, one of `TURNS`; empty: nothing
     distance: int  # bits of 64 that differ
     correlation: float  # of the thumbnails' details, -1 to 1
