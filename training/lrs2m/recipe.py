@@ -23,15 +23,8 @@ FREE_OF_CAPTIONER = (
     *("base_url", "api_key_variable", "concurrency", "timeout", "tries"),
     *("batch_size", "device_map"),
 )
-LOCAL = (
-    "path",
-    "images",
-    "against",
-    "footprints",
-    "tokenizer",
-    "model",
-    "prompt",
-)  # fields that may hold a path of this machine
+# Fields that may hold a path of this machine.
+LOCAL = ("path", "images", "against", "footprints", "tokenizer", "model", "prompt")
 
 
 @dataclass(config=STRICT)
