@@ -344,7 +344,7 @@ def open_index(folder: str | Path) -> Index:
         raise IndexProblem(str(error)) from error
     if version != VERSION:
         raise IndexProblem(
-            f"{folder} is an index of version {version}, and this program reads version {VERSION}: "
+            f"{folder} is an index of version {str(version):.40}, and this program reads version {VERSION}: "
             f"index the scenes again, or use the version of lrsclip that made it."
         )
     index = Index(folder, metadata)

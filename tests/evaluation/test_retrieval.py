@@ -5,7 +5,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from evaluation.retrieval import evaluate_retrieval, recall_from_ranks, retrieval_ranks, retrieval_recall
+from evaluation.retrieval import (
+    EXAMPLES,
+    evaluate_retrieval,
+    recall_from_ranks,
+    retrieval_ranks,
+    retrieval_recall,
+    spread_evenly,
+)
 
 
 def ranks_of(scores, text_to_image, **options):
@@ -168,3 +175,9 @@ def test_evaluating_a_model_takes_items_or_their_embeddings(tiny_model, tiny_pro
     assert recall == evaluate_retrieval(tiny_model, tiny_processor, *embeds, owners)
     assert recall == retrieval_recall(*embeds, owners)
     assert recall["text_to_image_R@10"] == 100  # four images
+
+
+def test_examples_are_spread_evenly():
+    assert spread_evenly(3) == [0, 1, 2]
+    many = spread_evenly(10 * EXAMPLES)
+    assert many == list(range(5, 10 * EXAMPLES, 10))

@@ -266,11 +266,16 @@ def test_mistakes_are_one_sentence(tiny_checkpoint, tiny_clip, tmp_path):
     shutil.copy(tiny_checkpoint / "config.json", tmp_path / "bare")
     damaged = shutil.copytree(tiny_checkpoint, tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes(b"broken")
+    for name in ("conversion.json", "run.json"):
+        shutil.copytree(tiny_checkpoint, tmp_path / name)
+        (tmp_path / name / name).write_text("[]")
     for folder, problem in (
         (tmp_path, "has no config.json"),
         (tmp_path / "clip", "is a clip model; cards are for lrsclip"),
         (tmp_path / "bare", "holds neither model.safetensors nor"),
         (damaged, "cannot be read"),
+        (tmp_path / "conversion.json", "conversion.json cannot be read .it holds a list and no object"),
+        (tmp_path / "run.json", "run.json cannot be read .it holds a list and no object"),
     ):
         with pytest.raises(ValueError, match=problem):
             build_card(folder)

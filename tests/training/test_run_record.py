@@ -1,6 +1,7 @@
 """`run.json` says what a model was trained on, and belongs to the weights it lies beside."""
 
 import json
+import shutil
 import subprocess
 
 import numpy as np
@@ -15,12 +16,13 @@ from model_cards.result_tables import eval_results
 from modeling_lrsclip.encoding import load_encoder
 from modeling_lrsclip.files.hashing import weights_sha256
 from training import train
-from training.run_folder import check_run_folder, git_state, read_record, versions
+from training.run_folder import RunRecord, check_run_folder, git_state, read_record, versions
 from training.run_log import draw_curves
 
 
-def test_a_run_leaves_its_record(run_arguments, captioned_folder, tmp_path):
-    train.main([*run_arguments, "--data.validation", str(captioned_folder), "--data.validation_pairs", "8"])
+def test_a_run_leaves_its_record(run_arguments, captioned_folder, tmp_path, capsys, monkeypatch):
+    arguments = [*run_arguments, "--data.validation", str(captioned_folder), "--data.validation_pairs", "8"]
+    train.main(arguments)
     folder = tmp_path / "run"
     record = json.loads((folder / "final" / "run.json").read_text())
     assert record == json.loads((folder / "run.json").read_text())
@@ -43,6 +45,11 @@ def test_a_run_leaves_its_record(run_arguments, captioned_folder, tmp_path):
             sorted(AutoModel.from_pretrained(weights).state_dict().items())
         )
     assert not list(folder.rglob(".run.json*"))
+
+    finish = RunRecord.finish
+    monkeypatch.setattr(RunRecord, "finish", lambda *args: (shutil.rmtree(folder / "best"), finish(*args)))
+    train.main([*arguments, "--resume", "true"])
+    assert f"note: {folder / 'best'} of step {best['best']['step']} is no longer there" in capsys.readouterr().out
 
 
 def test_a_run_that_starts_from_another_carries_its_record(run_arguments, tmp_path):

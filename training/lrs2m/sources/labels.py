@@ -138,8 +138,8 @@ class _CocoBoxes:
                 x, y, width, height = annotation["bbox"]
                 named_box = (names[annotation["category_id"]], (x, y, x + width, y + height))
                 self._boxes[files[annotation["image_id"]]].append(named_box)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a COCO file with images, categories and boxes: {error!r}") from error
+        except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not a COCO file with images, categories and boxes: {error!r:.200}") from error
 
     def of(self, image_key: str) -> list[tuple[str, Box]]:
         for name in (image_key, image_key.rpartition("/")[2]):
