@@ -58,11 +58,12 @@ PROJECT += ("torch.utils.tensorboard", "torch.distributed.fsdp", "accelerate.com
 PATIENCE = 500  # seconds for what should take a few, on a busy machine
 CALL = "import pickle, sys; function, arguments = pickle.load(open(sys.argv[1], 'rb')); function(*arguments)"
 _SOCKETS: dict[bool, Path] = {}  # of the servers of this process: without the project, with it
+_SERVERS: list["Process"] = []  # the latter; a process ends with the object here that stands for it
 _SETTINGS: dict[str, str] = {}  # Hugging Face's, when the one with the project was started
 
 
 class Process:
-    """A running process; the interface is that of `subprocess.Popen`."""
+    """A running process, which ends at the latest with this object; the interface is that of `subprocess.Popen`."""
 
     def __init__(self, command: list[str], connection: socket.socket):
         self.args, self.connection, self.returncode = command, connection, None
@@ -192,12 +193,14 @@ def as_subprocess(project: bool = False) -> types.SimpleNamespace:
 def _server(project: bool) -> Path:
     """The socket of a server, which is started with the first process that it is asked for."""
     if project not in _SOCKETS:
-        path = Path(tempfile.mkdtemp(prefix="processes-")) / "socket"
+        folder = _server(False).parent if project else Path(tempfile.mkdtemp(prefix="processes-"))
+        path = folder / ("project" if project else "libraries")
         words = [sys.executable, __file__, str(os.getpid()), str(path), *(PROJECT if project else LIBRARIES)]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # threads do not come along in a fork
         if project:  # from the other one, which has half of it
-            start(words, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, stderr=sys.__stderr__)
+            environment |= {"PYTHONPATH": str(ROOT)}
+            _SERVERS.append(start(words, cwd=ROOT, env=environment, stderr=sys.__stderr__))
         else:
             subprocess.Popen(words, env=environment, cwd=path.parent, start_new_session=True)
         until = time.monotonic() + PATIENCE
@@ -241,10 +244,13 @@ def _serve(client: int, path: Path, modules: list[str]) -> tuple[int, ...]:
     _, files, _, _ = socket.recv_fds(connection, 1, 4)
     if not (process := os.fork()):
         return tuple(files)
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):  # nobody is there to be told
         connection.sendall(struct.pack("i", process))
-        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        connection.sendall(struct.pack("i", status))
+        while not (ended := os.waitpid(process, os.WNOHANG))[0]:
+            if select.select([connection], [], [], 0.02)[0]:  # closed: nobody waits for this process, or can end it
+                os.kill(process, signal.SIGKILL)
+                os.killpg(process, signal.SIGKILL)
+        connection.sendall(struct.pack("i", os.waitstatus_to_exitcode(ended[1])))
     os._exit(0)
 
 
