@@ -8,6 +8,7 @@ import contextlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -245,3 +246,49 @@ def test_kept_positions_stay_as_they_are(runs, clip, run_of):
         assert torch.equal(after[:KEPT], before[:KEPT])
         assert not torch.equal(after[KEPT : KEPT + 40 : 4], before[KEPT : KEPT + 10])
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def gathered_in(rank: int, store: Path, outcome: Path) -> None:
+    meet(store, rank, 2)
+    own = torch.arange(6.0).reshape(2, 3) + 10 * rank
+    leaf = own.clone().requires_grad_()
+    everything = distributed.gather_with_gradient(leaf)
+    (everything * torch.arange(4.0)[:, None]).sum().backward()
+    scale = torch.nn.Parameter(torch.zeros(()))
+    scale.grad = torch.tensor(1.0 + 2 * rank)
+    distributed.average_gradient(scale)
+    distributed.average_gradient(torch.nn.Parameter(torch.zeros(())))  # without a gradient, nothing is asked
+    said = {
+        "plain": distributed.gather(own).tolist(),
+        "everything": everything.tolist(),
+        "gradient": leaf.grad.tolist(),
+        "none": distributed.gather_with_gradient(None),
+        "smallest": distributed.smallest_count(5 - rank, own.device),
+        "largest": distributed.largest(5 + rank, distributed.cpu_group()),
+        "average": scale.grad.item(),
+    }
+    outcome.with_name(f"{rank}.json").write_text(json.dumps(said))
+    os._exit(0)
+
+
+def test_what_two_processes_gather(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=gathered_in, args=(rank, tmp_path / "store", tmp_path / "x")) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+        rank.kill()
+    rows = [[0, 1, 2], [3, 4, 5], [10, 11, 12], [13, 14, 15]]
+    for rank in (0, 1):
+        said = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert said["plain"] == said["everything"] == rows and said["none"] is None
+        # Of the whole batch, times the two processes that DistributedDataParallel divides by.
+        assert said["gradient"] == [[2.0 * weight] * 3 for weight in ((0, 1), (2, 3))[rank]]
+        assert (said["smallest"], said["largest"], said["average"]) == (4, 6, 2.0)
+
+
+def test_a_process_alone_gathers_nothing():
+    rows = torch.ones(2, 3)
+    assert distributed.gather(rows) is rows and distributed.gather_with_gradient(rows) is rows
+    assert distributed.cpu_group() is None and distributed.largest(3, None) == 3
