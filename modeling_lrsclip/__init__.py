@@ -3,9 +3,11 @@
 
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 
+ROOMS = ("evaluation", "geosearch", "model_cards", "modeling_lrsclip", "training")  # folders that hold commands
 __version__ = "0.1.0"
 
 __all__ = [
@@ -28,5 +30,14 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(".auto_classes", __name__), name)
 
 
-if not {"-h", "--help"} & set(sys.argv[1:]):  # the help of a command is shown without these seconds of imports
+def _is_help_of_a_command() -> bool:
+    """Whether this process only prints the help of a command of this project, not of a program that has a `-h` too."""
+    words = sys.orig_argv
+    module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
+    program = Path(sys.argv[0])
+    ours = module.partition(".")[0] in ROOMS or program.name.startswith(("lrsclip-", "geosearch"))
+    return bool({"-h", "--help"} & set(sys.argv[1:])) and (ours or program.parent.name in ROOMS)
+
+
+if not _is_help_of_a_command():  # which is shown without these seconds of imports
     from . import auto_classes  # noqa: F401

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,7 @@ def test_without_a_clone(tmp_path, monkeypatch):
         commands.train()
 
 
+CLONE = os.environ | {"PYTHONPATH": str(ROOT)}
 COMMANDS = ["training.train", "evaluation.run", "evaluation.compare", "evaluation.attention", "geosearch"]
 COMMANDS += ["modeling_lrsclip.convert", "modeling_lrsclip.export_onnx", "model_cards/build_card.py"]
 COMMANDS += [f"evaluation.benchmarks.{name}" for name in ("aerial_scenes", "scene_mosaics", "scene_archive")]
@@ -52,6 +54,7 @@ import contextlib, io, runpy, sys
 
 for name in sys.argv[1:]:
     sys.argv, printed = [name, "--help"], io.StringIO()
+    sys.orig_argv = [sys.executable, *["-m"] * (not name.endswith(".py")), name, "--help"]
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         (runpy.run_path if name.endswith(".py") else runpy.run_module)(name, run_name="__main__")
     assert "usage: " in printed.getvalue(), name
@@ -64,3 +67,10 @@ def test_help_waits_for_no_library():
     """Seconds of imports come after the options are read."""
     shown = subprocess.run([sys.executable, "-c", ASK_ALL, *COMMANDS], capture_output=True, text=True, cwd=ROOT)
     assert shown.returncode == 0, shown.stderr.splitlines()[-1]
+
+
+def test_an_h_of_another_program_hides_no_model(tmp_path):
+    code = "import modeling_lrsclip; from transformers import AutoConfig; print(AutoConfig.for_model('lrsclip').model_type)"
+    (tmp_path / "resize.py").write_text(code)
+    shown = processes.run([sys.executable, str(tmp_path / "resize.py"), "-h", "5"], env=CLONE)
+    assert shown.stdout == "lrsclip\n", shown.stderr
