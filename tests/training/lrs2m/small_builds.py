@@ -27,9 +27,9 @@ THINGS = [
 
 
 def picture(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
-    """A picture of a few smooth patches, unlike that of any other seed."""
+    """A picture of smooth patches, unlike that of any other seed."""
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+    coarse = Image.fromarray(rng.integers(0, 256, (10, 12, 3), dtype=np.uint8))
     return coarse.resize(size, Image.Resampling.BICUBIC)
 
 
