@@ -42,7 +42,8 @@ from .hash_index import HashIndex
 REACH = 18  # bits by which the hash of a part may differ from that of a crop
 LIKE = 0.35  # least cosine of low frequencies, before two thumbnails are laid over each other
 SAME = 0.6  # least correlation of the two
-CLOSE, CLOSELY_LIKE, SAME_IF_CLOSE = 10, 0.8, 0.2  # of whole images as near as this in bits and cosine, less is enough
+# Of whole images that differ in so few bits the second is enough, of those with such a cosine besides, the fourth.
+CLOSE, SAME_IF_CLOSE, CLOSELY_LIKE, SAME_IF_LIKE = 10, 0.4, 0.8, 0.2
 CANDIDATES = 48, 6  # entries a query: of parts for the image in one turn, of whole images for one of its parts
 LOOKED_THROUGH = 20_000, 500_000  # hashes a query, of whole images and of parts; the former have 24 times the queries
 LOOKED_AT, LAID = 256, 5  # candidates of one image: compared by low frequencies, laid over each other
@@ -243,8 +244,10 @@ class DuplicateFinder:
             whole, inner = (view, thumbs[row]) if contains[row] else (thumbs[row], view)
             correlation, share = align(whole, inner, int(part[row]))
             correlation = round(correlation, 4)  # its last bits are the processor's: of equal ones the first
-            close = part[row] == 0 and bits[row] <= CLOSE and alike[row] >= CLOSELY_LIKE
-            if correlation >= (SAME_IF_CLOSE if close else SAME) and (best is None or correlation > best[0]):
+            least = SAME
+            if part[row] == 0 and bits[row] <= CLOSE:
+                least = SAME_IF_LIKE if alike[row] >= CLOSELY_LIKE else SAME_IF_CLOSE
+            if correlation >= least and (best is None or correlation > best[0]):
                 best = correlation, row, share
         if best is None:
             return None
