@@ -91,12 +91,13 @@ def read_table(path: Path, columns: Sequence[str]) -> Table:
     is_tar = path.suffix == ".tar"
     encoding = ENCODINGS[0] if is_tar else text_encoding(path)
     images, values, places, image, column = [], [], [], IMAGE_COLUMNS[0], columns[0]
+    image_columns = IMAGE_COLUMNS[:1] if is_tar else IMAGE_COLUMNS  # a tar holds its images: no paths of this machine
     for row in _tar_rows(path) if is_tar else iter_rows(path, encoding):
         origin = f"{path}, {row.where}"
         if row.fault:
             raise ValueError(f"{origin} {row.fault}.")
         try:
-            image, column = (find_column(origin, list(row.values), names) for names in (IMAGE_COLUMNS, columns))
+            image, column = (find_column(origin, list(row.values), names) for names in (image_columns, columns))
         except MissingColumn as error:
             if not places:
                 raise

@@ -417,8 +417,8 @@ def tar_samples(path: Path, image_suffixes: Sequence[str]) -> Iterator[dict[str,
         image_suffixes: of the members that are images, without the dot.
 
     Returns:
-        Values by column: `image` holds the image's bytes, a JSON member its fields, other texts stand under their suffix;
-        `__key__` is the name.
+        Values by column: `image` holds the image's bytes, a JSON member its fields but for `image`, other texts stand
+        under their suffix; `__key__` is the name.
 
     Raises:
         `ValueError`: one sentence naming the file, for a damaged tar and a member that is no JSON object.
@@ -433,9 +433,11 @@ def tar_samples(path: Path, image_suffixes: Sequence[str]) -> Iterator[dict[str,
             sample["image"] = member.content
         elif member.suffix == "json":
             try:
-                sample |= parse_object(member.content.decode("utf-8", "replace"))
+                fields = parse_object(member.content.decode("utf-8", "replace"))
             except ValueError as error:
                 raise ValueError(f"{path}, {member.key}.{member.suffix} {error}.") from None
+            # An image is a member: a path that a stranger wrote would be one of this machine.
+            sample |= {name: value for name, value in fields.items() if name not in ("image", "__key__")}
         elif member.suffix in TAR_TEXTS:
             sample[member.suffix] = member.content.decode("utf-8", "replace").strip()
     if sample:

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_lrsclip.files import tables
-from modeling_lrsclip.files.tables import iter_rows, json_list_name, read_rows, tar_members, text_encoding
+from modeling_lrsclip.files.tables import (
+    iter_rows,
+    json_list_name,
+    read_rows,
+    tar_members,
+    tar_samples,
+    text_encoding,
+)
 from training.data.line_index import line_index
 from training.data.rows import LineRows
 
@@ -220,6 +227,15 @@ def test_members_that_no_memory_holds_are_not_read(tmp_path, monkeypatch):
     path.write_bytes(gzip.compress(tar_of({"1.jpg": b"x" * 100, "2.jpg": b"y" * 101})))
     with pytest.raises(ValueError, match="2.jpg has 101 bytes, 100 are read"):
         list(tar_members(path, contents=True))
+
+
+def test_the_json_of_a_sample_neither_renames_it_nor_takes_its_image(tmp_path):
+    mean = b'{"image": "/etc/passwd", "__key__": "zz", "caption": "A."}'
+    (tmp_path / "a.tar").write_bytes(tar_of({"1.jpg": b"x", "1.json": mean, "1.txt": b"B.", "2.json": mean}))
+    assert list(tar_samples(tmp_path / "a.tar", ["jpg"])) == [
+        {"__key__": "1", "image": b"x", "caption": "A.", "txt": "B."},
+        {"__key__": "2", "caption": "A."},
+    ]
 
 
 def test_the_members_of_a_tar_are_counted(tmp_path, monkeypatch):

@@ -13,6 +13,8 @@ import shapely
 from PIL import Image
 from pyarrow import parquet
 
+from evaluation.benchmarks.tables import read_table
+from modeling_lrsclip.files.configuration import validate
 from tests.training.lrs2m.chat_server import ChatServer
 from tests.training.lrs2m.small_builds import (
     build,
@@ -25,9 +27,10 @@ from tests.training.lrs2m.small_builds import (
     source,
 )
 from training.lrs2m.data_row import Record
-from training.lrs2m.recipe import LabelsConfig
+from training.lrs2m.recipe import LabelsConfig, SourceConfig
 from training.lrs2m.sources.images import Skip
 from training.lrs2m.sources.labels import LabelReader
+from training.lrs2m.sources.records import read_source
 
 
 TABLE = {"kind": "table", "path": "a.csv"}
@@ -109,6 +112,19 @@ def test_compress_takes_images_of_tars_and_captions_of_one_list(tmp_path, write_
     made = rows_of(tmp_path / "set")
     assert [row["long_text"] for row in made] == [long_caption(index) for index in range(4)]
     assert [row["image"]["bytes"] for row in made] == [png(picture(index)) for index in range(4)]
+
+
+def test_no_path_is_taken_from_a_tar(tmp_path, tiles):
+    fields = json.dumps({"filename": str(tiles / "00.png"), "caption": short_caption(0)}).encode()
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        member = tarfile.TarInfo("0.json")
+        member.size = len(fields)
+        tar.addfile(member, io.BytesIO(fields))
+    read = {"kind": "webdataset", "path": str(tmp_path / "a.tar")}
+    (record,) = read_source(validate(SourceConfig, source("expand", read)), tmp_path)
+    assert (record.image, record.image_key) == (None, "0")
+    with pytest.raises(ValueError, match="sample 0 has no image; it has __key__, filename, caption"):
+        read_table(tmp_path / "a.tar", ["caption"])
 
 
 def test_merge_refuses_tables_without_keys(tmp_path, tiles, write_recipe, capsys):

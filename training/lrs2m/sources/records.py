@@ -233,7 +233,9 @@ def _records(source: SourceConfig, row: TableRow, root: Path) -> Iterator[Record
     if key is None:
         key = image.get("path") if isinstance(image, dict) else image
     key = str(key) if isinstance(key, str | Path) else ""
-    if isinstance(image, str):
+    if read.kind == "webdataset":  # which holds its images: a path in it would be one of this machine
+        image = image if isinstance(image, bytes) else None
+    elif isinstance(image, str):
         image = _image_folder(read, root) / image
     elif isinstance(image, dict) and not image.get("bytes") and image.get("path"):
         image = _image_folder(read, root) / image["path"]
