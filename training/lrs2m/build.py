@@ -108,6 +108,8 @@ class Build:
             self.output = Output(folder, "parquet", limits, progress, JOURNAL)
         else:
             self.output = Output(folder, recipe.format, limits, progress)
+        if self.finder is not None:  # images that a checkpoint counts are known after a kill
+            self.output.before_checkpoint = self.finder.commit
         self.silent = 0  # rows in a row that got no answer
 
     async def run(self) -> dict[str, Any]:

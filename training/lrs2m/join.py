@@ -123,6 +123,8 @@ class Join:
             }
         limits = self.recipe.shard_rows, self.recipe.shard_bytes
         self.output = Output(folder, self.recipe.format, limits, progress)
+        if self.finder is not None:  # images that a checkpoint counts are known after a kill
+            self.output.before_checkpoint = self.finder.commit
 
     def run(self) -> dict[str, Any]:
         """Take what is left of the parts, finish the folder and return the manifest."""

@@ -60,6 +60,7 @@ class Output:
         for stale in self._parts.iterdir():
             if stale.name not in known:
                 stale.unlink()
+        self.before_checkpoint: Callable[[], None] = lambda: None  # makes durable what others keep of the rows so far
         self.journal = journal  # name of a further list, of all that is counted and listed
         self._event: dict[str, list] = {"counts": [], "entries": []}
         names = (*LISTS, journal) if journal else LISTS
@@ -121,6 +122,7 @@ class Output:
 
     def checkpoint(self, source: int, index: int) -> None:
         """Makes all so far durable: up to record `index` of source number `source`."""
+        self.before_checkpoint()
         for split, writer in self._writers.items():
             writer.close()
             part = {"file": writer.path.name, "rows": writer.rows, "size": writer.size}

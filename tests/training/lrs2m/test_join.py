@@ -2,14 +2,17 @@
 
 import json
 import os
+import signal
 from collections import Counter
 
 import pytest
 import yaml
 from PIL import ImageOps
 
+from tests import processes
 from tests.training.lrs2m.chat_server import ChatServer, Fault
 from tests.training.lrs2m.small_builds import build, entries, long_caption, manifest_of, picture, short_caption, source
+from training.lrs2m import build as build_module
 from training.lrs2m import join as join_module
 from training.lrs2m import output
 from training.lrs2m.data_row import Record
@@ -153,6 +156,31 @@ def test_an_interrupted_join_goes_on(undivided, tmp_path, monkeypatch):
     with ChatServer() as server:  # the answers came along
         assert build(recipe, tmp_path / "joined", "--restart", "--set", f"captioners.mllm.base_url={server.url}") == 0
         assert len(server.requests) <= 3  # those that were refused
+
+
+def kill_at_checkpoint(main, command, number):
+    """Run a command in this process, which dies right after a checkpoint."""
+    real, calls = output.Output.checkpoint, Counter()
+
+    def checkpoint(*arguments):
+        real(*arguments)
+        calls["of it"] += 1
+        if calls["of it"] == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    output.Output.checkpoint = checkpoint
+    main(command)
+
+
+def test_images_before_a_checkpoint_are_known_after_a_kill(undivided, tmp_path):
+    recipe, expected = undivided()
+    building = ["--config", str(recipe), "--output", str(tmp_path / "parts"), "--part", "1/1"]
+    joining = [str(tmp_path / "parts"), "--output", str(tmp_path / "joined")]
+    for main, command in ((build_module.main, building), (join, joining)):
+        killed = processes.call(kill_at_checkpoint, main, command, 3)
+        assert killed.wait() == -signal.SIGKILL
+        assert main(command) == 0
+    assert files_of(tmp_path / "joined") == expected
 
 
 def test_parts_that_do_not_belong_together(undivided, tmp_path, capsys):

@@ -8,6 +8,7 @@ laid over the image, moved until they fit, and count when their details correlat
 
 import json
 import sqlite3
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,7 +51,6 @@ LOOKED_AT, LAID = 256, 5  # candidates of one image: compared by low frequencies
 WHOLE = 0.95  # share of a side from which on a match is not a crop
 BLOCK = 1024  # images that are searched apart from all before them
 INSIDE = ""  # the owner of rows of the set itself
-_COMMIT = 512  # images
 _TABLES = """
 CREATE TABLE IF NOT EXISTS images (
     number INTEGER PRIMARY KEY, owner TEXT, id TEXT, hashes BLOB, thumb BLOB, match TEXT, UNIQUE (owner, id));
@@ -156,10 +156,16 @@ class DuplicateFinder:
         self._owner_of: dict[int, str] = {}  # of evaluation images, by number
         self._store = sqlite3.connect(store or ":memory:", check_same_thread=False)
         self._store.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + _TABLES)
-        self._pending = 0
+        self._lock = threading.Lock()  # what is written by the thread that checks is committed by another
         for source in self.against:
             self._read_evaluation(source)
         self._load()
+
+    def commit(self) -> None:
+        """Force all answers so far to disk; may be called while another thread checks an image."""
+        with self._lock:
+            self._store.commit()
+            self._store.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def close(self) -> None:
         """Writes what is pending."""
@@ -199,22 +205,27 @@ class DuplicateFinder:
         Returns:
             As [`check`].
         """
-        name = row_id if key is None else key
-        known = self._store.execute("SELECT match FROM images WHERE owner = ? AND id = ?", (INSIDE, name)).fetchone()
-        if known:
-            return known[0] and Match(**json.loads(known[0]) | {"id": row_id})
-        if thumb is None or is_flat(thumb):
-            self._remember(INSIDE, name, None, thumb)
-            return None
-        allowed = self.against if against is None else tuple(source for source in self.against if source in against)
-        low = coefficients(turned(thumb))  # (8, P, 64)
-        # Evaluation images first and by themselves: whether an image is near one does not hang on the set.
-        match = self._find(row_id, thumb, low, self._evaluated, allowed) if allowed else None
-        if match is None and self.inside:
-            both = [self._find(row_id, thumb, low, prints) for prints in (self._earlier, self._recent)]
-            match = max(filter(None, both), key=lambda one: one.correlation, default=None)
-        self._remember(INSIDE, name, low[0], thumb, match)
-        return match
+        with self._lock:
+            name = row_id if key is None else key
+            known = self._store.execute(
+                "SELECT match FROM images WHERE owner = ? AND id = ?", (INSIDE, name)
+            ).fetchone()
+            if known:
+                return known[0] and Match(**json.loads(known[0]) | {"id": row_id})
+            if thumb is None or is_flat(thumb):
+                self._remember(INSIDE, name, None, thumb)
+                return None
+            allowed = (
+                self.against if against is None else tuple(source for source in self.against if source in against)
+            )
+            low = coefficients(turned(thumb))  # (8, P, 64)
+            # Evaluation images first and by themselves: whether an image is near one does not hang on the set.
+            match = self._find(row_id, thumb, low, self._evaluated, allowed) if allowed else None
+            if match is None and self.inside:
+                both = [self._find(row_id, thumb, low, prints) for prints in (self._earlier, self._recent)]
+                match = max(filter(None, both), key=lambda one: one.correlation, default=None)
+            self._remember(INSIDE, name, low[0], thumb, match)
+            return match
 
     def _find(
         self, row_id: str, thumb: np.ndarray, low: np.ndarray, prints: _Prints, allowed: Sequence[str] = ()
@@ -286,10 +297,6 @@ class DuplicateFinder:
         )
         self._next += 1
         self._show(number, codes)
-        self._pending += 1
-        if self._pending >= _COMMIT:
-            self._store.commit()
-            self._pending = 0
 
     def _show(self, number: int, codes: np.ndarray | None) -> None:
         """Take an image into the search, or one that is not to be found (None)."""
