@@ -35,10 +35,22 @@ from .captioners.captioner import AnswerStore, Captioner, CaptionerDown, Gate
 from .captioners.prompts import load_prompts
 from .checks.across_rows import drop_repeats
 from .data_row import Record, split_of
-from .output import BATCH, LISTS, MANIFEST, PROGRESS, WORK, Output, Progress, load_progress, save_progress, totals
+from .output import (
+    BATCH,
+    LISTS,
+    MANIFEST,
+    PROGRESS,
+    WORK,
+    Output,
+    Progress,
+    begin_again,
+    load_progress,
+    save_progress,
+    totals,
+)
 from .part import JOURNAL, Part, part_folder
 from .pipeline import Duplicate, Outcome, Pipeline, Written
-from .preflight import check_sources, describe
+from .preflight import check_captioners, check_sources, describe
 from .recipe import CaptionerConfig, Recipe, SourceConfig, public_recipe, read_recipe, recipe_hash, resolve
 from .routes import Failed, Item, Writer
 from .row_builder import RowMaker, TokenCounter
@@ -85,13 +97,13 @@ class Build:
                 f"{folder} was begun with another recipe or other prompts; take another --output, or begin again with "
                 "--restart, which keeps the captioners' answers."
             )
-        if retry_failed:  # on disk at once: after a kill the plain command goes on with it
-            progress = Progress(self.hash, retries=progress.retries + 1, part=progress.part)
-            save_progress(folder, progress)
+        progress = begin_again(folder, progress) if retry_failed else progress
         self.finished = progress.complete and (folder / MANIFEST).exists()
         if self.finished:
             return
         check_sources(recipe, root)
+        if retry_failed:  # which takes the finished set away
+            check_captioners(recipe)
         self.counter = TokenCounter(recipe.tokenizer, root)
         self.gate = Gate()
         self.captioners = self._build_captioners()
@@ -103,6 +115,8 @@ class Build:
             self.footprints = Footprints([resolve(file, root) for file in recipe.duplicates.footprints])
         self.choose = self._build_chooser()
         self.answers = AnswerStore(folder / WORK / "answers.sqlite", self.gate)
+        if retry_failed:  # on disk at once: after a kill the plain command goes on with it
+            save_progress(folder, progress)
         limits = recipe.shard_rows, recipe.shard_bytes
         if self.part:  # what stands between a part and the whole is parquet
             self.output = Output(folder, "parquet", limits, progress, JOURNAL)
@@ -304,8 +318,8 @@ class Build:
     def _writer(self, source: SourceConfig) -> Writer:
         prompts = self.prompts[source.name]
         count = self.counter.count_one
-        retries = self.output.progress.retries
-        return Writer(self.recipe, source, self.captioners, prompts, self.answers, count, self.choose, retries)
+        again = self.output.progress.retries, self.output.progress.repeated
+        return Writer(self.recipe, source, self.captioners, prompts, self.answers, count, self.choose, *again)
 
     def _pipeline(self, source: SourceConfig, writer: Writer) -> Pipeline:
         labels = LabelReader(source.labels, self.root) if source.labels else None

@@ -35,6 +35,9 @@ class Progress:
     compared: bool = False  # rows of all parts were compared with each other
     complete: bool = False  # all rows are in parts
     retries: int = 0  # times that `--retry-failed` was given
+    repeated: dict[str, int] = field(
+        default_factory=dict
+    )  # by record: retries before which its answers were others' too
 
 
 class Output:
@@ -246,6 +249,24 @@ class Output:
 
 def save_progress(folder: Path, progress: Progress) -> None:
     replace_json(folder / WORK / PROGRESS, vars(progress))
+
+
+def begin_again(folder: Path, progress: Progress) -> Progress:
+    """
+    Progress of a build that starts over to ask again for what failed; nothing is written.
+
+    Args:
+        folder: of the data set.
+        progress: of the build so far, whose list of failed rows tells those that had one answer for many images.
+
+    Returns:
+        The progress at the first row.
+    """
+    file, size = folder / "failed.jsonl", progress.lists.get("failed", 0)
+    lines = file.read_bytes()[:size].splitlines() if size else []
+    entries = [entry for entry in map(json.loads, lines) if entry["reason"] == "repeated_answer"]
+    repeated = progress.repeated | {entry["id"]: progress.retries for entry in entries}
+    return Progress(progress.recipe_hash, retries=progress.retries + 1, part=progress.part, repeated=repeated)
 
 
 def load_progress(folder: Path) -> Progress | None:

@@ -79,6 +79,21 @@ def check_sources(recipe: Recipe, root: Path) -> None:
         raise ValueError("\n".join(mistakes))
 
 
+def check_captioners(recipe: Recipe) -> None:
+    """
+    Ask the servers of every captioner whether they are there.
+
+    Raises:
+        `ValueError`: a line each, for a captioner none of whose servers can be asked.
+    """
+    mistakes = []
+    for name, config in _used_captioners(recipe).items():
+        told = asyncio.run(_ping(name, config))
+        mistakes += [line for line, _ in told] if all(is_mistake for _, is_mistake in told) else []
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+
+
 def look_at(source: SourceConfig, root: Path, number: int, seconds: float) -> Look:
     """
     The first records of a source.

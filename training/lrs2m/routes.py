@@ -72,6 +72,7 @@ class Writer:
     count_tokens: Callable[[str], int]
     choose: Callable[[Any, list[str]], int] | None = None
     retries: int = 0  # how often `--retry-failed` asked for as many attempts again for texts that had none
+    repeated: dict[str, int] = field(default_factory=dict)  # by record: so many of these come first for its long text
 
     async def texts(self, item: Item) -> tuple[Text, Text]:
         """
@@ -146,7 +147,10 @@ class Writer:
         attempts: list[dict[str, Any]] = []
         good: list[Text] = []
         usual = config.attempts + config.candidates - 1
-        for attempt in range(usual + self.retries * config.attempts):
+        begin = 0  # beyond those that brought an answer which many images share, and so was taken out
+        if which == "long" and (before := self.repeated.get(item.record.id)) is not None:
+            begin = usual + before * config.attempts
+        for attempt in range(begin, usual + self.retries * config.attempts):
             if attempt >= usual and good:
                 break
             sampling = self._sampling(config, prompt, user, item.picture.sha256, attempt)

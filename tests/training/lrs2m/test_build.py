@@ -320,6 +320,12 @@ def test_failed_rows_are_asked_again(tiles, write_recipe, tmp_path, monkeypatch,
     assert len(server.requests) == 14 + 2 and not entries(folder, "failed")
     rows = {row["id"]: row for row in rows_of(folder)}
     assert len(rows) == 8 and before.items() <= rows.items()
+    assert build(recipe, folder, "--retry-failed") == 1  # the server has ended, the finished set stays
+    assert f"captioner mllm: {server.url} does not answer" in capsys.readouterr().err
+    (tiles / "captions.jsonl").rename(tiles / "moved.jsonl")
+    assert build(recipe, folder, "--retry-failed") == 1
+    (tiles / "moved.jsonl").rename(tiles / "captions.jsonl")
+    assert build(recipe, folder) == 0 and {row["id"]: row for row in rows_of(folder)} == rows
 
 
 async def interrupted(self):

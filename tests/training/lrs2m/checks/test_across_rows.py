@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import random
+import shutil
 
 import pytest
 
@@ -94,12 +95,13 @@ def test_a_build_without_them(tiles, write_recipe, tmp_path, monkeypatch, form):
         index = next(index for text, index in numbers.items() if f'"{text}"' in request.text)
         return (
             CANNED
-            if index < 8
+            if index < canned
             else long_caption(index).replace(
                 "a small blue pond", f"pond{index} " * 3 + f"b{index} " * 3 + f"c{index} " * 3
             )
         )
 
+    canned = 8
     levels = {"repeated_answer": "on", "agreement": "off"}
     with ChatServer(answer=answer) as server:
         fields = {"checks": levels, "max_failed_fraction": 0.5, "format": form, "shard_rows": 7}
@@ -116,6 +118,15 @@ def test_a_build_without_them(tiles, write_recipe, tmp_path, monkeypatch, form):
         monkeypatch.setattr(Output, "_save", stop)
         assert build(recipe, tmp_path / "again") == 1 and killed
         assert build(recipe, tmp_path / "again") == 0
+        asked = len(server.requests)
+        if form == "parquet":  # asked again with other seeds, the rows that failed alone and only once
+            retried = shutil.copytree(tmp_path / "set", tmp_path / "retried")
+            for of_now, failing, asked_now in ((4, 4, 8), (0, 0, 4), (8, 0, 0)):
+                canned = of_now
+                assert build(recipe, retried, "--retry-failed") == 0
+                assert len(entries(retried, "failed")) == failing and len(server.requests) == asked + asked_now
+                asked = len(server.requests)
+            canned = 8
         warned = write_recipe(
             [source("expand", read)], server.url, **fields | {"checks": levels | {"repeated_answer": "warn"}}
         )
