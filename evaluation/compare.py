@@ -41,8 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.resamples < 100:
             raise ValueError(f"--resamples {options.resamples} must be at least 100 for a 95 % interval.")
+        if options.seeds and (options.a or options.b):
+            raise ValueError("--a and --b choose two models to compare; --seeds shows every model: leave out one of them.")
         if options.seeds:
-            tables = spread_tables([options.first, *options.seeds])
+            tables = spread_tables([*filter(None, (options.first, options.second)), *options.seeds])
         else:
             tables = compare(options.first, options.second, options.a, options.b, options.resamples)
     except ValueError as error:

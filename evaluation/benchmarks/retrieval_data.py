@@ -7,6 +7,7 @@ M images, N texts; a text belongs to one image, an image has one text or several
 import dataclasses
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +41,10 @@ IN_A_FOLDER = (  # what is looked for, in this order
     "dataset_*.json",  # RSITMD, RSICD, UCM-Captions, after Karpathy's files
     "*_test.csv",  # RS5M's test data
     "test_caps.txt",  # AMFMN's *_precomp
-    *(f"{stem}{suffix}" for stem in ("test", "captions", "metadata") for suffix in FORMATS[1:]),
+    *(f"{stem}{suffix}" for stem in ("test", "captions") for suffix in FORMATS[1:]),
+)
+OTHERWISE = (  # may also lie beside the folders of several benchmarks
+    *(f"metadata{suffix}" for suffix in FORMATS[1:]),
     "train.parquet",
     "train-*.parquet",
     "data/train-*.parquet",
@@ -110,12 +114,16 @@ class RetrievalData:
 def find_sources(source: str | Path, text_column: str) -> list[str]:
     """
     The benchmarks that a folder holds: itself where it has a caption file, else each folder below it that has one with
-    the kind of text asked for. Anything that is no folder is returned as it is.
+    the kind of text asked for; a `metadata.*`, `train.*` or tar counts where no folder below has such a file. Anything
+    that is no folder is returned as it is.
     """
     path = Path(source).expanduser()
-    if not path.is_dir() or _caption_files(path):
+    if not path.is_dir() or _caption_files(path, IN_A_FOLDER):
         return [str(source)]
     folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and _caption_files(folder)]
+    beside = _caption_files(path)
+    if {*folders} <= {file.parent for file in beside}:  # data/train-*.parquet belongs to the folder itself
+        return [str(source)]
     benchmarks = []
     for folder in folders:
         try:
@@ -123,7 +131,7 @@ def find_sources(source: str | Path, text_column: str) -> list[str]:
         except MissingColumn:
             continue
         benchmarks.append(str(folder))
-    if folders and not benchmarks:
+    if not benchmarks and not beside:
         names = ", ".join(folder.name for folder in folders[:5])
         raise NotHere(f"none of the caption files in {path} ({names}) has a {text_column}.")
     return benchmarks or [str(source)]
@@ -219,8 +227,8 @@ def _read(source: str | Path, text_column: str) -> Table:
     return read_hub(str(source), columns)
 
 
-def _caption_files(folder: Path) -> list[Path]:
-    return next((files for pattern in IN_A_FOLDER if (files := sorted(folder.glob(pattern)))), [])
+def _caption_files(folder: Path, patterns: Sequence[str] = (*IN_A_FOLDER, *OTHERWISE)) -> list[Path]:
+    return next((files for pattern in patterns if (files := sorted(folder.glob(pattern)))), [])
 
 
 def _read_file(path: Path, text_column: str) -> Table:

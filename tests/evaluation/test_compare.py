@@ -97,6 +97,10 @@ def test_the_spread_of_several_seeds(tmp_path, capsys):
         files.append(document(tmp_path / f"{seed}.json", x=result))
     status, printed = run(capsys, files[0], "--seeds", *files[1:])
     assert status == 0 and "3 seeds" in printed and "63.0 ± 3.6" in printed and "50.0 ± 0.0" in printed
+    assert run(capsys, *files[:2], "--seeds", files[2]) == (status, printed)  # B.json is a seed, too
+    for option in ("--a", "--b"):
+        status, printed = run(capsys, files[0], option, "x", "--seeds", files[1])
+        assert status == 2 and "--seeds shows every model: leave out one of them" in printed
     other = document(tmp_path / "other.json", y=retrieval_result(0))
     assert run(capsys, files[0], "--seeds", other) == (2, f"error: {other} has no zcrl on tiles of x.\n")
 
@@ -115,8 +119,12 @@ def test_what_cannot_be_compared_is_one_clear_sentence(tmp_path, capsys):
     assert "cannot be read (No such file" in run(capsys, good, tmp_path / "no.json")[1]
     (tmp_path / "broken.json").write_text("{")
     assert "broken.json cannot be read" in run(capsys, good, tmp_path / "broken.json")[1]
-    (tmp_path / "empty.json").write_text("{}")
-    assert "holds no results" in run(capsys, good, tmp_path / "empty.json")[1]
+    for text in ("{}", '{"results": []}', '{"results": {}}', '{"results": "none"}'):
+        (tmp_path / "empty.json").write_text(text)
+        for words in ([tmp_path / "empty.json"], [good, tmp_path / "empty.json"]):
+            for option in ([], ["--seeds", good]):
+                status, printed = run(capsys, *words, *option)
+                assert status == 2 and "empty.json" in printed and printed.count("\n") == 1, (words, option)
     elsewhere = document(tmp_path / "b.json", x=retrieval_result(0) | {"dataset": "scenes"})
     status, printed = run(capsys, good, elsewhere)
     assert status == 2 and "no task and data set in common: x has zcrl on tiles; x has zcrl on scenes" in printed

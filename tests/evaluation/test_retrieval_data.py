@@ -326,6 +326,25 @@ def test_a_folder_of_benchmarks_gives_those_with_the_texts_asked_for(tmp_path):
         find_sources(tmp_path, "long_text")
 
 
+@pytest.mark.parametrize("name", ["aid.tar", "train.jsonl", "train-0.parquet", "metadata.csv"])
+def test_what_lies_beside_benchmarks_hides_none(tmp_path, name):
+    (tmp_path / name).touch()
+    (tmp_path / "images").mkdir()
+    assert find_sources(tmp_path, "short_text") == [str(tmp_path)]
+    (tmp_path / "RSITMD").mkdir()
+    write_lines(tmp_path / "RSITMD/test.jsonl", [{"image": "0.jpg", "short_text": "Short."}])
+    assert find_sources(tmp_path, "short_text") == [str(tmp_path / "RSITMD")]
+    assert find_sources(tmp_path, "long_text") == [str(tmp_path)]  # nobody below has any
+    (tmp_path / "captions.csv").touch()
+    assert find_sources(tmp_path, "short_text") == [str(tmp_path)]
+
+
+def test_a_clone_of_a_data_set_is_one_source(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train-00000.parquet").touch()
+    assert find_sources(tmp_path, "short_text") == [str(tmp_path)]
+
+
 def test_images_are_found_in_the_folder_below_that_holds_most_of_them(folder, rows):
     (folder / "thumbnails").mkdir()
     (folder / "thumbnails" / "0.png").touch()
