@@ -42,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.resamples < 100:
             raise ValueError(f"--resamples {options.resamples} must be at least 100 for a 95 % interval.")
         if options.seeds and (options.a or options.b):
-            raise ValueError("--a and --b choose two models to compare; --seeds shows every model: leave out one of them.")
+            raise ValueError(
+                "--a and --b choose two models to compare; --seeds shows every model: leave out one of them."
+            )
         if options.seeds:
             tables = spread_tables([*filter(None, (options.first, options.second)), *options.seeds])
         else:
