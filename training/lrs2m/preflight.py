@@ -1,6 +1,7 @@
 """Looks at what a build would read and ask before it begins: paths, the first rows of every source, the captioners."""
 
 import asyncio
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -9,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
+
+from modeling_lrsclip.files.tables import TABLE_SUFFIXES
 
 from .captioners.prompts import Prompts
 from .data_row import Record
@@ -22,12 +25,13 @@ from .sources.tables import TableRow
 
 
 ROWS = 20  # of every source that are looked at
-SECONDS = 3.0  # in which all sources together are read: rows that fit `where` may stand late in a large file
+SECONDS = 3.0  # after which all sources' rows that fit `where` are not looked for beyond the first `ROWS`
+LARGEST_LABELS = 1 << 26  # bytes of one file with the labels of all images; reading more takes long
 
 
 @dataclass
 class FirstRows:
-    """The stored rows of a place until the time is over, remembering what they were like."""
+    """The first `ROWS` stored rows of a place, and others until the time is over, remembering what they were like."""
 
     rows: Iterable[TableRow]
     seconds: float
@@ -39,7 +43,7 @@ class FirstRows:
     def __iter__(self) -> Iterator[TableRow]:
         end = time.monotonic() + self.seconds
         for row in self.rows:
-            if time.monotonic() > end:
+            if self.count >= ROWS and time.monotonic() > end:
                 self.cut = True
                 return
             self.last, self.count = row, self.count + 1
@@ -58,7 +62,7 @@ class Look:
 
 def check_sources(recipe: Recipe, root: Path) -> None:
     """
-    Look at the first rows of every source, for mistakes that would else show late.
+    Look at the first rows of every source, for mistakes that would else show late; warn where none could be looked at.
 
     Args:
         recipe: what to build.
@@ -71,6 +75,8 @@ def check_sources(recipe: Recipe, root: Path) -> None:
     for number, source in enumerate(recipe.sources):
         try:
             look = look_at(source, root, number, SECONDS / len(recipe.sources))
+            for note in look.notes:
+                print(f"warning: {note}", file=sys.stderr)
             if recipe.max_skipped_fraction < 0.5:
                 _check_images(look, number)
         except ValueError as error:
@@ -190,7 +196,8 @@ def _absent_evaluation_sets(recipe: Recipe, root: Path) -> list[str]:
 
 def _is_path(name: str) -> bool:
     """Tell a path from `owner/name` of the Hub and from the name of a known data set."""
-    return "/" in name and (name.count("/") != 1 or name[0] in "~./$" or Path(name).suffix != "")
+    is_file = Path(name).suffix in (*TABLE_SUFFIXES, ".tar")  # another dot may be a version's
+    return "/" in name and (name.count("/") != 1 or name[0] in "~./$" or is_file)
 
 
 # ------------------------------------------------------------------------------------------------------------- --check
@@ -256,13 +263,19 @@ def _tell(recipe: Recipe, source: SourceConfig, prompts: Prompts, root: Path, lo
     """Tell how the first records fare, up to the questions that captioners would be asked."""
     lines = list(look.notes)
     writer = Writer(recipe, source, {}, prompts[source.name], None, len)
-    labels = LabelReader(source.labels, root) if source.labels else None
+    labels, unread = None, ""
+    if source.labels:
+        file = resolve(source.labels.path, root) if source.labels.path else None
+        if file is not None and file.is_file() and file.stat().st_size > LARGEST_LABELS:
+            unread = f"; labels were not looked at, {file} has {file.stat().st_size >> 20:,} MiB"
+        else:
+            labels = LabelReader(source.labels, root)
     reasons: Counter[str] = Counter()
     for record in look.records:
         try:
             picture = read_picture(record.image, recipe.min_side)
             item = Item(record, picture, labels.of(record, picture.size) if labels else [])
-            if source.join is None:
+            if source.join is None and not unread:
                 for which in ("long", "short"):
                     if not getattr(source, which).captioner:
                         writer.ready_text(which, item)
@@ -273,6 +286,7 @@ def _tell(recipe: Recipe, source: SourceConfig, prompts: Prompts, root: Path, lo
         lines.append(
             f"of the first {len(look.records)} rows {len(look.records) - reasons.total()} are good"
             + f"; {bad}" * bool(bad)
+            + unread
         )
         shown = look.records[0]
         texts = [text for text in (shown.long_text, shown.short_text) if text]

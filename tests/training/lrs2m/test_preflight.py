@@ -8,7 +8,8 @@ import pytest
 
 from tests.training.lrs2m.chat_server import ChatServer
 from tests.training.lrs2m.small_builds import build, long_caption, picture, rows_of, short_caption, source
-from training.lrs2m.recipe import ReadConfig
+from training.lrs2m import preflight
+from training.lrs2m.recipe import ReadConfig, read_recipe
 from training.lrs2m.sources.records import read_rows
 
 
@@ -151,6 +152,41 @@ def test_a_part_of_a_large_file_is_taken_while_it_is_read(tmp_path):
     assert keys == [f"{names[number // 1000]}/{number}.jpg" for number in range(2000, 4000)]
     size = (tmp_path / "list_pretrain.json").stat().st_size
     assert peak < 1e6 < 5e6 < size  # bytes
+
+
+def test_the_first_rows_are_looked_at_whatever_the_clock_says(folder, write_recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(preflight, "SECONDS", -1.0)
+    recipe = write_recipe([expanded(folder, "absent.csv")])
+    assert build(recipe, tmp_path / "set") == 1
+    assert "none of the first 5 images of source 0 is there" in capsys.readouterr().err
+    monkeypatch.setattr(preflight, "ROWS", 2)
+    read = expanded(folder, "semicolons.csv", columns={"image": "file"}, where={"file": {"prefix": "Forest_3"}})
+    preflight.check_sources(read_recipe([write_recipe([read])]), tmp_path)
+    assert capsys.readouterr().err == (
+        f"warning: none of the first 2 rows of {folder / 'semicolons.csv'} fits where; the rest was not read\n"
+    )
+
+
+def test_a_large_file_of_labels_is_not_read_to_be_looked_at(folder, write_recipe, tmp_path, capsys, monkeypatch):
+    (tmp_path / "boxes.json").write_text("no COCO file")
+    labels = {"kind": "coco", "path": str(tmp_path / "boxes.json")}
+    read = expanded(folder, "semicolons.csv", columns={"image": "file"})
+    anchored = source("anchor", read["read"], labels=labels)
+    with ChatServer() as server:
+        recipe = write_recipe([anchored], server.url)
+        assert build(recipe, tmp_path / "set", "--check") == 1
+        assert "boxes.json is not a COCO file" in capsys.readouterr().err
+        monkeypatch.setattr(preflight, "LARGEST_LABELS", 5)
+        assert build(recipe, tmp_path / "set", "--check") == 0
+    said = capsys.readouterr().out
+    assert f"of the first 5 rows 5 are good; labels were not looked at, {tmp_path / 'boxes.json'} has 0 MiB" in said
+
+
+def test_names_of_the_hub_and_paths(tmp_path):
+    for name in ("owner/name", "owner/name-v1.5", "RSICD"):
+        assert not preflight._is_path(name)
+    for name in ("data/eval.jsonl", "./name", "a/b/c", "$DATA/name", "~/name", "data/eval.tar"):
+        assert preflight._is_path(name)
 
 
 def test_check_says_what_a_build_would_do_and_writes_nothing(folder, write_recipe, tmp_path, capsys):
