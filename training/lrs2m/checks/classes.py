@@ -10,8 +10,11 @@ from .candidate import singular, split_sentences, word_lists, word_set
 
 
 REACH = 12  # words that a negation reaches
-_TOKEN = re.compile(r"\w+(?:['\u2019-]\w+)*|[,;:()]")
+_TOKEN = re.compile(r"\d+(?:,\d{3})+|\w+(?:['\u2019-]\w+)*|[,;:()]")
 _NUMBERS = {word: number for number, word in enumerate(word_lists()["numbers"].split())}
+_TENS = {word: 10 * tens for tens, word in enumerate(word_lists()["tens"].split(), start=2)}
+_NUMBERS |= _TENS | {f"{ten}-{one}": _TENS[ten] + _NUMBERS[one] for ten in _TENS for one in list(_NUMBERS)[1:10]}
+_SCALES = {"hundred": 100, "thousand": 1000}
 _ONE = {"single": 1, "lone": 1, "solitary": 1, "sole": 1}
 Reach = Literal["synonyms", "heads", "related"]
 _POSITION = re.compile(
@@ -140,7 +143,7 @@ def _head(name: str) -> str:
 
 def _mention(phrase: str, words: list[str], start: int, end: int) -> Mention:
     number, exact = _number_before(words, start)
-    negated = number == 0 or _negated_before(words, start) or _absent_after(words, end)
+    negated = number == 0 or _negated_before(words, start, end) or _absent_after(words, end)
     part = not word_set("parts").isdisjoint(words[:start] + words[end:])
     before = words[max(0, start - 2) : start]
     colour = next((word for word in reversed(before) if word in word_set("colours")), None)
@@ -157,14 +160,23 @@ def _mention(phrase: str, words: list[str], start: int, end: int) -> Mention:
     )
 
 
-def _negated_before(words: list[str], start: int) -> bool:
+def _negated_before(words: list[str], start: int, end: int) -> bool:
+    begins_clause = words[end : end + 1] not in ([], [","], ["and"], ["or"], ["nor"])  # no item of a list
     for place in range(start - 1, max(-1, start - 1 - REACH), -1):
         if words[place] in word_set("negators"):
             return True
         begins = words[place] in word_set("articles") | word_set("about") or words[place] in _NUMBERS
         if begins and words[place - 1 : place] in ([","], ["and"]) or words[place] in word_set("negation_ends"):
             return False
+        if words[place] == "," and begins_clause and _is_noun(words[place - 1]):  # "without trees, planes wait"
+            return False
+        begins_clause = begins_clause and words[place] not in ("and", "or", "nor")
     return False
+
+
+def _is_noun(word: str) -> bool:
+    """Whether a word is a plural or a class that the lists know; an adjective is neither."""
+    return singular(word) != word or word in _groups("synonyms") or word in _groups("related")
 
 
 def _absent_after(words: list[str], end: int) -> bool:
@@ -180,16 +192,49 @@ def _absent_after(words: list[str], end: int) -> bool:
 
 def _number_before(words: list[str], start: int) -> tuple[int | None, bool]:
     """The number stated of what begins at `start`, and whether it is an exact one."""
-    stops = {"and", "or", "the", "is", "are", "(", ")", ";", ":"} | word_set("negation_ends")
+    stops = {"and", "or", "the", "is", "are", "(", ")", ",", ";", ":"} | word_set("negation_ends")
     for place in range(start - 1, max(-1, start - 5), -1):
         word = words[place]
-        before = words[max(0, place - 3) : place]
-        if word.isdecimal() and len(word) < 5 or word in _NUMBERS or word in _ONE:
-            number = int(word) if word.isdecimal() else _NUMBERS.get(word, 1)
-            return number, word_set("about").isdisjoint(before)
+        if singular(words[place + 1]) in word_set("units"):  # "a 30 m wide road", "a two lane road"
+            return None, True
+        if _is_number(word) or word in _ONE:
+            first = _number_begins(words, place)
+            number = _ONE.get(word) or _number_of(words[first : place + 1])
+            vague = words[max(0, first - 1) : first]  # "several hundred"
+            before = words[max(0, first - 3) : first]
+            return number, word_set("about").isdisjoint(before) and {*word_lists()["vague"], "few"}.isdisjoint(vague)
         if word in word_lists()["vague"]:
             return word_lists()["vague"][word], False
         of_others = word == "of" and place > 0 and words[place - 1] not in word_lists()["vague"]
         if word in stops or of_others:
             return None, True
     return None, True
+
+
+def _is_number(word: str) -> bool:
+    return word in _NUMBERS or word in _SCALES or word.replace(",", "").isdecimal() and len(word) < 8
+
+
+def _number_begins(words: list[str], last: int) -> int:
+    """Where the number begins that ends at `last`: `two` of "two hundred and five"."""
+    first = last
+    while first > 0:
+        if _is_number(words[first - 1]):
+            first -= 1
+        elif first > 1 and words[first - 1] == "and" and words[first - 2] in _SCALES:
+            first -= 2
+        else:
+            break
+    return first
+
+
+def _number_of(words: list[str]) -> int:
+    total = part = 0
+    for word in words:
+        if word == "thousand":
+            total, part = total + 1000 * (part or 1), 0
+        elif word in _SCALES:
+            part = _SCALES[word] * (part or 1)
+        elif word != "and":
+            part += _NUMBERS[word] if word in _NUMBERS else int(word.replace(",", ""))
+    return total + part

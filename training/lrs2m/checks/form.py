@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from .candidate import Candidate, phrases, split_sentences, word_set, words_of
+from .candidate import Candidate, phrases, split_sentences, word_lists, word_set, words_of
 
 
 ECHO = 6  # words in a row that an answer and its prompt's instructions may not share
@@ -14,7 +14,7 @@ _SPECIAL = re.compile(
     r"\[/?(?:INST|PAD|CLS|SEP|MASK|UNK)\]|<</?SYS>>|<0x[\dA-F]{2}>|\u2581|\ufffd"
 )
 _STRUCTURE = re.compile(
-    r"[{}|`~\\\[\]]|\*\*|__|##|--{2,}|^\s*[#>*-]\s|\"\w+\"\s*:|(?:^|\s)\d+\.\s+[A-Z].*\s\d+\.\s+[A-Z]"
+    r"[{}|`\\\[\]]|~(?!\d)|\*\*|__|##|--{2,}|^\s*[#>*-]\s|\"\w+\"\s*:|(?:^|\s)\d+\.\s+[A-Z].*\s\d+\.\s+[A-Z]"
 )
 _HEADING = re.compile(r"(?:^|[.!?:]\s+)[A-Z]\w*(?: \w+)?:\s")
 _URL = re.compile(
@@ -25,7 +25,10 @@ _NUMBERED_MONTH = re.compile(r"\b(?:in|of|during|on|since) (?:march|may)\b(?: \d
 _YEAR = re.compile(r"\b(?:1[89]\d\d|20\d\d)s?\b(?! (?:m|metres|meters|square|kilomet\w+|feet|ft)\b)")
 _CLOCK = re.compile(r"\b\d{1,2}:\d\d\b|\b\d{1,2} ?[ap]\.?m\b|\b\d{1,2}[./-]\d{1,2}[./-]\d{2,4}\b", re.IGNORECASE)
 _COURSE = re.compile(  # a direction of something long, which is no place: images are north up as a rule
-    r"\b(?:from )?(?:the )?(?:north|south|east|west)\w*(?: to |-to-|[-\u2013])(?:the )?(?:north|south|east|west)\w*",
+    "|".join(
+        rf"\b(?:from )?(?:the )?{begin}(?:-?(?:east|west))?(?: to |-to-|[-\u2013])(?:the )?{end}(?:-?(?:east|west))?\b"
+        for begin, end in (("north", "south"), ("south", "north"), ("east", "west"), ("west", "east"))
+    ),
     re.IGNORECASE,
 )
 _NAME = re.compile(
@@ -135,16 +138,21 @@ def find_unknowable(candidate: Candidate) -> str | None:
     """
     Names of places, dates, times, and parts of the image by the compass, which pixels do not tell and the prompt did not.
     """
-    told = set(words_of(candidate.filled_in))
+    told = set(_parts_of(candidate.filled_in))
     text = _COURSE.sub(" ", candidate.text)
     for pattern in (_YEAR, _NUMBERED_MONTH, _CLOCK):
         if (found := pattern.search(text)) and found[0].lower() not in candidate.filled_in.lower():
             return found[0]
-    for word in words_of(text):
+    for word in _parts_of(text):
         if word in word_set("compass") | word_set("months") and word not in told:
             return word
-    names = (name for name in _NAME.findall(text) if name.lower() not in told | word_set("english"))
-    return next(names, None)
+    known = told | word_set("english") | set(words_of(" ".join(word_lists()["landmarks"])))  # a Ferris wheel
+    return next((name for name in _NAME.findall(text) if name.lower() not in known), None)
+
+
+def _parts_of(text: str) -> list[str]:
+    """Words of a text, and of those with a hyphen also each part."""
+    return [part for word in words_of(text) for part in dict.fromkeys([word, *word.split("-")])]
 
 
 def _runs(words: list[str], length: int = ECHO) -> Iterable[tuple[str, ...]]:

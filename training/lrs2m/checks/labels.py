@@ -27,17 +27,19 @@ def find_missing_class(candidate: Candidate) -> str | None:
 
 def find_count(candidate: Candidate) -> str | None:
     """
-    A number, in digits or words, that the labels do not bear out: more than there are, or fewer where the sentence speaks of
-    all. Labels without boxes say nothing of numbers.
+    A number, in digits or words, that the labels do not bear out: more than there are, or fewer in all mentions of a class,
+    each with a number. Labels without boxes say nothing of numbers.
     """
     counts = count_labels([label for label in candidate.labels if label.box])
     unboxed = {label.name for label in candidate.labels if not label.box}
     meant = phrases_of(tuple(counts), "heads")
-    for mention in find_mentions(candidate.text, meant):
+    mentions = [mention for mention in find_mentions(candidate.text, meant) if not mention.negated]
+    for mention in mentions:
         names = meant[mention.phrase]
-        if mention.number and not mention.negated and names.isdisjoint(unboxed):
+        if mention.number and names.isdisjoint(unboxed):
             allowed = {counts[name] for name in names} | {sum(counts[name] for name in names)}
-            if _contradicts(mention, allowed):
+            same = [other for other in mentions if not names.isdisjoint(meant[other.phrase])]
+            if _exceeds(mention, max(allowed)) or _falls_short(same, min(allowed)):
                 return f"{mention.number} {mention.phrase}, labelled {max(allowed)}"
     return None
 
@@ -97,11 +99,15 @@ def _invented(text: str, labels: Sequence[Label], classes: Sequence[str]) -> set
     return {name for phrase in keys for name in both[phrase]}
 
 
-def _contradicts(mention: Mention, allowed: set[int]) -> bool:
-    number, most = mention.number, max(allowed)
-    if not mention.exact:
-        return most < number * (1 - SLACK) if number > 3 else most < number
-    return number > most or number < min(allowed) and not mention.part
+def _exceeds(mention: Mention, most: int) -> bool:
+    slack = 0 if mention.exact or mention.number <= 3 else SLACK
+    return most < mention.number * (1 - slack)
+
+
+def _falls_short(mentions: Sequence[Mention], least: int) -> bool:
+    if any(mention.number is None or mention.part or not mention.exact for mention in mentions):
+        return False
+    return sum(mention.number for mention in mentions) < least
 
 
 def _names(labels: Sequence[Label]) -> list[str]:
