@@ -77,7 +77,7 @@ def run_on_ray(
                 results[number] = ray.get(ready[0])
                 print(f"{word} {number} of {parts} is done", file=sys.stderr, flush=True)
             except ray.exceptions.RayError as error:
-                failed[number] = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
+                failed[number] = first_line(getattr(error, "cause", None) or error)
     finally:
         if started:
             ray.shutdown()

@@ -37,6 +37,7 @@ from .checks.across_rows import drop_repeats
 from .data_row import Record, split_of
 from .output import (
     BATCH,
+    DATA,
     LISTS,
     MANIFEST,
     PROGRESS,
@@ -91,7 +92,7 @@ class Build:
         self.part = Part(*part) if part else None
         self.prompts = load_prompts(recipe, root)
         self.hash = recipe_hash(recipe, self.prompts)
-        progress = load_progress(folder) or Progress(self.hash, part=[*(part or (1, 1))])
+        progress = load_progress(folder, "build") or Progress(self.hash, part=[*(part or (1, 1))])
         if (progress.recipe_hash, tuple(progress.part)) != (self.hash, part or (1, 1)):
             raise ValueError(
                 f"{folder} was begun with another recipe or other prompts; take another --output, or begin again with "
@@ -369,13 +370,14 @@ def rows_seen(counts: dict[str, int]) -> int:
 
 def forget(folder: Path) -> None:
     """Takes a build back to its first row; the captioners' answers and the evaluation images' hashes stay."""
-    for name in (MANIFEST, f"{WORK}/{PROGRESS}", *(f"{name}.jsonl" for name in (*LISTS, JOURNAL))):
+    for name in (MANIFEST, *(f"{name}.jsonl" for name in (*LISTS, JOURNAL))):
         (folder / name).unlink(missing_ok=True)
-    for name in ("data", f"{WORK}/parts"):
+    for name in (DATA, f"{WORK}/parts"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for index in (folder / WORK).glob("join-*.sqlite"):
         index.unlink()
-    (folder / WORK / "duplicates.sqlite").unlink(missing_ok=True)
+    for name in ("duplicates.sqlite", PROGRESS):  # the latter last: it tells that the data are a build's
+        (folder / WORK / name).unlink(missing_ok=True)
 
 
 def report(manifest: dict[str, Any]) -> str:
@@ -458,6 +460,7 @@ def _build_locked(
     recipe: Recipe, folder: Path, root: Path, part: tuple[int, int] | None = None, again: str | None = None
 ) -> dict[str, Any]:
     """Build in a folder that no other process builds in, and return the manifest."""
+    load_progress(folder)  # refuses a folder that holds other data
     (folder / WORK).mkdir(parents=True, exist_ok=True)
     with FileLock(folder / WORK / "lock", timeout=0):
         if again == "restart":
@@ -485,7 +488,14 @@ def build_part(job: tuple[dict[str, Any], Path, Path], part: int, parts: int) ->
 def _build_on_ray(recipe: Recipe, folder: Path, root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     from .join import join
 
-    inner = (folder / "parts").absolute()
+    inner, joined = (folder / "parts").absolute(), folder / "parts-joined"
+    shutil.rmtree(joined, ignore_errors=True)  # an earlier run may have been killed meanwhile
+    if not inner.exists() and (folder / MANIFEST).exists():
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["recipe_hash"] != recipe_hash(recipe, load_prompts(recipe, root)):
+            raise ValueError(f"{folder} holds a data set of another recipe; take another --output.")
+        return manifest
+    load_progress(folder, "join")  # refuses the folder before anything is asked
     begun = {path.name.rpartition("-")[2] for path in inner.glob("*-of-*")}
     parts = int(begun.pop()) if begun else arguments.parts  # those that are there hold answers
     if not (folder / MANIFEST).exists():
@@ -493,7 +503,8 @@ def _build_on_ray(recipe: Recipe, folder: Path, root: Path, arguments: argparse.
         job = plain_values(recipe), inner, root.absolute()
         run_on_ray(build_part, job, arguments.ray_address, parts, gpus=gpus)
     manifest = join([inner], folder)
-    shutil.rmtree(inner)
+    inner.rename(joined)  # never some of the parts only
+    shutil.rmtree(joined)
     return manifest
 
 

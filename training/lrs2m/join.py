@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from modeling_lrsclip.files.configuration import validate
+from modeling_lrsclip.files.hashing import json_sha256
 
 from .captioners.captioner import AnswerStore
 from .checks.across_rows import drop_repeats
@@ -32,7 +33,7 @@ from .output import BATCH, MANIFEST, WORK, Output, Progress, load_progress, tota
 from .part import JOURNAL
 from .recipe import Recipe
 from .shards import read_shard
-from .statistics import write
+from .statistics import read_manifest, write
 
 
 @dataclass
@@ -56,16 +57,23 @@ class FinishedPart:
             yield from read_shard(self.folder / file["path"])
 
 
-def find_parts(folders: Sequence[Path]) -> list[FinishedPart]:
+def find_parts(folders: Sequence[Path], output: Path) -> list[FinishedPart]:
     """
     Every part of one build in and below some folders, by number.
+
+    Args:
+        folders: parts, or folders that hold some.
+        output: folder of the whole, which is none of them.
+
+    Returns:
+        All parts, from the first.
 
     Raises:
         `ValueError`: where parts are missing, unfinished, given twice or of different builds.
     """
     inner = [path for root in folders for path in [root, *sorted(root.glob("*-of-*"))]]
     parts = []
-    for folder in dict.fromkeys(path.resolve() for path in inner):
+    for folder in dict.fromkeys(path.resolve() for path in inner if path.resolve() != output.resolve()):
         manifest = folder / MANIFEST
         content = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
         if "part" in content:
@@ -93,6 +101,11 @@ def find_parts(folders: Sequence[Path]) -> list[FinishedPart]:
     return [by_number[number] for number in range(1, count + 1)]
 
 
+def hash_parts(parts: Sequence[FinishedPart]) -> str:
+    """SHA-256 of the manifests of parts, which a part that is built again changes."""
+    return json_sha256([part.manifest for part in parts], sort_keys=True)
+
+
 class Join:
     """
     One run of a join.
@@ -107,10 +120,7 @@ class Join:
         recipe = json.loads((parts[0].folder / WORK / "recipe.json").read_text(encoding="utf-8"))
         self.recipe = validate(Recipe, recipe)
         self.hash = parts[0].manifest["recipe_hash"]
-        progress = load_progress(folder) or Progress(self.hash)
-        if progress.recipe_hash != self.hash:
-            raise ValueError(f"{folder} was begun with another recipe; take another --output.")
-        (folder / WORK).mkdir(parents=True, exist_ok=True)
+        progress = load_progress(folder, "join") or Progress(self.hash, command="join", parts_hash=hash_parts(parts))
         self.finder, self.thumbnails = None, {}
         if self.recipe.duplicates.inside:
             from .duplicates.finder import DuplicateFinder, StoredThumbnails
@@ -188,15 +198,18 @@ class Join:
         return True
 
     def _finish(self) -> dict[str, Any]:
+        """Take what a build that goes on here needs, then finish: the parts may be removed afterwards."""
+        work = self.folder / WORK
+        shutil.copyfile(self.parts[0].folder / WORK / "recipe.json", work / "recipe.json")
+        with closing(AnswerStore(work / "answers.sqlite")) as answers:
+            for part in self.parts:
+                answers.take(part.folder / WORK / "answers.sqlite")
         counts = self.output.counts
         manifest = {
             name: value for name, value in self.parts[0].manifest.items() if name not in ("part", "splits", "lists")
         }
         self.output.finish(manifest | {"format": self.recipe.format, "counts": counts, "totals": totals(counts)})
-        with closing(AnswerStore(self.folder / WORK / "answers.sqlite")) as answers:  # for a build that goes on here
-            for part in self.parts:
-                answers.take(part.folder / WORK / "answers.sqlite")
-        return json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+        return read_manifest(self.folder)
 
 
 def join(folders: Sequence[Path], output: Path) -> dict[str, Any]:
@@ -206,18 +219,20 @@ def join(folders: Sequence[Path], output: Path) -> dict[str, Any]:
     Raises:
         `ValueError`: one sentence for what cannot be done.
     """
-    parts = find_parts(folders)
-    finished = output / MANIFEST
-    if finished.is_file():
-        manifest = json.loads(finished.read_text(encoding="utf-8"))
-        if manifest["recipe_hash"] != parts[0].manifest["recipe_hash"]:
-            raise ValueError(f"{output} holds another data set; take another --output.")
-    else:
-        manifest = Join(parts, output).run()
-        shutil.copyfile(parts[0].folder / WORK / "recipe.json", output / WORK / "recipe.json")
-    if manifest["totals"].get("train", 0) + manifest["totals"].get("validation", 0):
-        write(output)
-    return manifest
+    parts = find_parts(folders, output)
+    progress = load_progress(output, "join")
+    if progress and (progress.command, progress.parts_hash) != ("join", hash_parts(parts)):
+        raise ValueError(
+            f"{output} holds a {progress.command} that is not of these parts as they are now; take another --output, or "
+            "remove it."
+        )
+    (output / WORK).mkdir(parents=True, exist_ok=True)
+    with FileLock(output / WORK / "lock", timeout=0):
+        finished = output / MANIFEST
+        manifest = read_manifest(output) if finished.is_file() else Join(parts, output).run()
+        if manifest["totals"].get("train", 0) + manifest["totals"].get("validation", 0):
+            write(output)
+        return manifest
 
 
 def main(argv: Iterable[str] | None = None) -> int:
@@ -228,9 +243,7 @@ def main(argv: Iterable[str] | None = None) -> int:
     parser.add_argument("--output", required=True, type=Path, help="folder of the data set")
     arguments = parser.parse_args(argv)
     try:
-        (arguments.output / WORK).mkdir(parents=True, exist_ok=True)
-        with FileLock(arguments.output / WORK / "lock", timeout=0):
-            manifest = join(arguments.folders, arguments.output)
+        manifest = join(arguments.folders, arguments.output)
     except Timeout:
         return _complain(f"another command is at work in {arguments.output}; wait for it, or take another --output.")
     except (ValueError, OSError) as error:

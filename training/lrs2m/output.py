@@ -38,6 +38,8 @@ class Progress:
     repeated: dict[str, int] = field(
         default_factory=dict
     )  # by record: retries before which its answers were others' too
+    command: str = "build"  # that makes the folder: build, join, verify or rejoin
+    parts_hash: str | None = None  # of the manifests of the parts that a join takes
 
 
 class Output:
@@ -56,7 +58,7 @@ class Output:
         self._writers: dict[str, ShardWriter] = {}
         self._parts = folder / WORK / "parts"
         self._parts.mkdir(parents=True, exist_ok=True)
-        if not progress.complete:  # of a build that is made again
+        if not progress.complete and (folder / WORK / PROGRESS).exists():  # of a build that is made again
             (folder / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(folder / DATA, ignore_errors=True)
         known = {part["file"] for parts in progress.parts.values() for part in parts}
@@ -269,9 +271,32 @@ def begin_again(folder: Path, progress: Progress) -> Progress:
     return Progress(progress.recipe_hash, retries=progress.retries + 1, part=progress.part, repeated=repeated)
 
 
-def load_progress(folder: Path) -> Progress | None:
+def load_progress(folder: Path, command: str | None = None) -> Progress | None:
+    """
+    Return how far the command that makes a folder has come; None where none has begun.
+
+    Args:
+        folder: the data set's.
+        command: that goes on there, where it is to be no other's unfinished work.
+
+    Returns:
+        The progress.
+
+    Raises:
+        `ValueError`: for the unfinished work of another command, or data that none of them is making.
+    """
     path = folder / WORK / PROGRESS
-    return Progress(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    if path.is_file():
+        progress = Progress(**json.loads(path.read_text(encoding="utf-8")))
+        if command not in (None, progress.command) and not progress.complete:
+            raise ValueError(
+                f"{folder} holds an unfinished {progress.command}; run that again until it ends well, or take another "
+                "--output."
+            )
+        return progress
+    if taken := [name for name in (DATA, MANIFEST) if (folder / name).exists()]:
+        raise ValueError(f"{folder} holds {' and '.join(taken)} of something else; take another --output.")
+    return None
 
 
 def totals(counts: dict[str, dict[str, int]]) -> dict[str, int]:

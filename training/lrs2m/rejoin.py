@@ -107,7 +107,7 @@ def rejoin(folder: Path, images: LocalImages, target: Path) -> dict[str, Any]:
     target.mkdir(parents=True, exist_ok=True)
     recipe = manifest["recipe"]
     limits = tuple(recipe.get(name, default) for name, default in zip(("shard_rows", "shard_bytes"), SHARD))
-    output = Output(target, manifest["format"], limits, Progress(manifest["recipe_hash"]))
+    output = Output(target, manifest["format"], limits, Progress(manifest["recipe_hash"], command="rejoin"))
     rows = sum(split["rows"] for split in manifest["splits"].values())
     with tqdm(total=rows, unit=" rows", disable=None, leave=False) as bar:
         for split, shards in manifest["splits"].items():

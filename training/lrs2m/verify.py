@@ -166,7 +166,7 @@ class Verification:
         self.folder, self.target, self.config, self.recipe = folder, target, recipe.verify, recipe
         self.manifest = read_manifest(folder)
         what = json_sha256([data_hash(self.manifest), _deciding(recipe)])
-        progress = load_progress(target) or Progress(what)
+        progress = load_progress(target, "verify") or Progress(what, command="verify")
         if progress.recipe_hash != what:
             raise ValueError(f"{target} was begun with other data or another section verify; take another --output.")
         self.similarity = Similarity(self.config.model) if self.config.model else None
@@ -363,6 +363,8 @@ def _run(options: argparse.Namespace) -> str:
     if not (options.config and options.output):
         raise ValueError("give --config RECIPE and --output DIR2 to score the rows, or --sheet ROWS, or --read-sheet.")
     recipe = read_recipe(options.config, options.set)
+    if options.output.resolve() == options.folder.resolve():
+        raise ValueError(f"--output {options.output} is the data set that is read; take another folder.")
     (options.output / WORK).mkdir(parents=True, exist_ok=True)
     with FileLock(options.output / WORK / "lock", timeout=0):
         manifest = verify(options.folder, recipe, options.output)

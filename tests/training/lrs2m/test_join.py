@@ -17,6 +17,7 @@ from training.lrs2m import join as join_module
 from training.lrs2m import output
 from training.lrs2m.data_row import Record
 from training.lrs2m.join import main as join
+from training.lrs2m.output import Progress, save_progress
 from training.lrs2m.part import Part
 
 
@@ -151,7 +152,9 @@ def test_an_interrupted_join_goes_on(undivided, tmp_path, monkeypatch):
         monkeypatch.setattr(join_module.Output, name, stopping)
         stops += join(command)
         monkeypatch.undo()
+        assert name == "finish" or build(recipe, tmp_path / "joined") == 1  # its place is none of an undivided build's
     assert stops == 3 and join(command) == 0 and join(command) == 0
+    assert join([str(tmp_path / "parts"), str(tmp_path / "joined"), "--output", str(tmp_path / "joined")]) == 0
     assert files_of(tmp_path / "joined") == expected
     with ChatServer() as server:  # the answers came along
         assert build(recipe, tmp_path / "joined", "--restart", "--set", f"captioners.mllm.base_url={server.url}") == 0
@@ -202,12 +205,31 @@ def test_parts_that_do_not_belong_together(undivided, tmp_path, capsys):
     assert "--ray-address and --parts need --on ray" in capsys.readouterr().err
 
 
+def test_a_join_goes_on_with_its_own_work_alone(undivided, tmp_path, capsys):
+    recipe, _ = undivided()
+    assert build(recipe, tmp_path, "--part", "1/1") == 0
+    part, command = tmp_path / "1-of-1", [str(tmp_path), "--output", str(tmp_path)]  # below the output, beside it
+    (tmp_path / "data").mkdir()
+    assert join(command) == 1 and "holds data of something else; take another --output" in capsys.readouterr().err
+    assert (tmp_path / "data").exists() and not (tmp_path / "work").exists()
+    (tmp_path / "data").rmdir()
+    progress = Progress(manifest_of(part)["recipe_hash"], index=3)
+    (tmp_path / "work").mkdir()
+    save_progress(tmp_path, progress)  # of an undivided build
+    assert join(command) == 1 and "holds an unfinished build" in capsys.readouterr().err
+    (tmp_path / "work" / "progress.json").unlink()
+    assert join(command) == 0 and join(command) == 0
+    (part / "manifest.json").write_text(json.dumps(manifest_of(part) | {"versions": "later"}))  # it was built again
+    assert join(command) == 1 and "is not of these parts as they are now" in capsys.readouterr().err
+
+
 def test_tasks_of_ray_build_the_same(undivided, tmp_path):
     ray = pytest.importorskip("ray")
     recipe, expected = undivided()
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
-        assert build(recipe, tmp_path / "set", "--on", "ray", "--parts", "2") == 0
+        for _ in range(2):  # at once, where it is complete
+            assert build(recipe, tmp_path / "set", "--on", "ray", "--parts", "2") == 0
     finally:
         ray.shutdown()
     assert files_of(tmp_path / "set") == expected

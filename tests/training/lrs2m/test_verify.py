@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -190,6 +191,19 @@ def test_the_interval_is_wilsons():
         half = z / (1 + z**2 / rows) * (share * (1 - share) / rows + z**2 / 4 / rows**2) ** 0.5
         told = wilson(false, rows)
         assert (told["low"], told["high"]) == pytest.approx((max(0, middle - half), middle + half), abs=1e-6)
+
+
+def test_what_is_in_a_folder_is_not_overwritten(whole, tmp_path, capsys):
+    folder = whole[0]
+    recipe = recipe_with(whole, tmp_path / "r.yaml", {"captioner": "judge"})
+    shutil.copytree(folder / "data", tmp_path / "own" / "data")
+    assert main([str(folder), "--config", recipe, "--output", str(folder / "data" / "..")]) == 2
+    assert "is the data set that is read" in capsys.readouterr().err
+    assert main([str(folder), "--config", recipe, "--output", str(tmp_path / "own")]) == 2
+    for more in ([], ["--restart"]):
+        assert build(folder.parent / "recipe.yaml", tmp_path / "own", *more) == 1
+    assert capsys.readouterr().err.count("own holds data of something else; take another --output.") == 3
+    assert rows_of(folder) and len(list((tmp_path / "own" / "data").iterdir())) > 1
 
 
 @pytest.mark.parametrize(
