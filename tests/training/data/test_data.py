@@ -98,8 +98,8 @@ class TestErrors:
             self.load(self.write(captioned_folder / "empty.jsonl", rows))
 
     def test_missing_column(self, captioned_folder):
-        rows = [{"image": "0.png", "caption": "a"}]
-        with pytest.raises(ValueError, match="no column 'long_text', 'short_text'; it has image, caption"):
+        rows = [{"image": "0.png", "words": "a"}]
+        with pytest.raises(ValueError, match="no column 'long_text', 'short_text'; it has image, words"):
             self.load(self.write(captioned_folder / "column.jsonl", rows))
 
     def test_no_source(self, tmp_path):
