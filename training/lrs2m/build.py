@@ -347,7 +347,8 @@ class Build:
             return self.recipe.lookahead
         asked = [self.recipe.captioners[text.captioner] for text in (source.long, source.short) if text.captioner]
         sizes = [
-            8 * config.concurrency if config.kind == "openai" else 16 * config.batch_size for config in asked
+            8 * config.concurrency * len(config.base_urls) if config.kind == "openai" else 16 * config.batch_size
+            for config in asked
         ]  # fmt: skip
         return max(sizes, default=1)
 

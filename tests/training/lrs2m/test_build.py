@@ -30,7 +30,7 @@ from training.lrs2m import output
 from training.lrs2m.build import Build
 from training.lrs2m.captioners.captioner import AnswerStore, Gate
 from training.lrs2m.pipeline import Pipeline
-from training.lrs2m.recipe import ReadConfig, SourceConfig, TextConfig
+from training.lrs2m.recipe import ReadConfig, SourceConfig, TextConfig, read_recipe
 from training.lrs2m.sources.captions_by_key import Unmatched
 
 
@@ -275,6 +275,14 @@ def test_a_captioner_that_is_gone_stops_the_build(tiles, write_recipe, tmp_path,
     with ChatServer() as server:  # the same folder goes on where it was left
         assert build(recipe, tmp_path / "set", "--set", f"captioners.mllm.base_url={server.url}") == 0
     assert len(rows_of(tmp_path / "set")) == 24 and not entries(tmp_path / "set", "failed")
+
+
+def test_rows_at_a_time_grow_with_the_servers(tiles, write_recipe):
+    expand = source("expand", {"kind": "table", "path": str(tiles / "captions.jsonl")})
+    for urls in (["http://a/v1"], ["http://a/v1", "http://b/v1", "http://c/v1"]):
+        recipe = read_recipe([write_recipe([expand], urls)])
+        rows = Build._lookahead(SimpleNamespace(recipe=recipe), recipe.sources[0])
+        assert rows == 8 * 4 * len(urls)  # 4: the recipe's concurrency
 
 
 def test_equal_requests_under_way_together_are_asked_once(tmp_path, write_recipe):

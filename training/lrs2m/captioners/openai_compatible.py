@@ -106,7 +106,8 @@ class OpenAICaptioner:
             else:  # scaling and encoding take milliseconds, in which other requests would wait
                 messages = await asyncio.to_thread(self._messages, request)
             # The client's time-out is that of a silent server; one that sends a byte now and then ends here.
-            longest = self.config.tries * (self.config.timeout + LONGEST_PAUSE)
+            tries_of_client = self.config.tries if len(self._servers) == 1 else 1
+            longest = tries_of_client * (self.config.timeout + LONGEST_PAUSE)
             reason = ""
             for _ in range(self.config.tries):
                 async with self._server() as server:
@@ -133,7 +134,7 @@ class OpenAICaptioner:
         """The server with the fewest requests at work, for one more; waits while all rest or are full."""
         while True:
             now = time.monotonic()
-            open_servers = [server for server in self._servers if server.at_work < self.config.concurrency]
+            open_servers = [server for server in self._servers if server.at_work < self._room(server)]
             ready = [server for server in open_servers if server.not_before <= now or len(self._servers) == 1]
             if ready:
                 break
@@ -148,6 +149,10 @@ class OpenAICaptioner:
         finally:
             server.at_work -= 1
             self._released.set()
+
+    def _room(self, server: _Server) -> int:
+        """Requests that may be under way at a server: of several, one that failed is tried with a single one."""
+        return 1 if server.failures and len(self._servers) > 1 else self.config.concurrency
 
     async def ping(self) -> list[Pong]:
         """Ask every server for its models; none of them is an error here."""
@@ -216,6 +221,7 @@ class OpenAICaptioner:
             )
         if status in (408, 409, 429) or status >= 500:  # what the client has tried again
             return f"HTTP {status}"
+        server.failures = 0  # it is there
         raise NoAnswer(f"HTTP {status}: {message}")
 
 

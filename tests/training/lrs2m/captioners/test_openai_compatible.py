@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tests.training.lrs2m.chat_server import ChatServer, Fault
+from training.lrs2m.captioners import openai_compatible
 from training.lrs2m.captioners.captioner import NoAnswer, Request, Sampling
 from training.lrs2m.captioners.openai_compatible import OpenAICaptioner
 from training.lrs2m.recipe import CaptionerConfig
@@ -86,3 +87,33 @@ def test_a_server_that_is_back_is_asked_again_and_without_any_a_request_ends():
         assert [len(server.requests) for server in (first, second)] == [1, 1]  # each was tried
         threading.Timer(0.3, fails.update, [{"yes": False}]).start()
         assert len(ask_all([first.url, second.url], ["A.", "B.", "C."], tries=4)) == 3
+
+
+def test_a_server_that_failed_is_tried_with_one_request_at_a_time(monkeypatch):
+    monkeypatch.setattr(openai_compatible, "FIRST_REST", 0.0)
+    monkeypatch.setattr(openai_compatible, "LONGEST_REST", 0.0)
+    states, fails = {"failing": True}, lambda _: Fault(status=503) if states["failing"] else None
+    with ChatServer(delay=0.1) as well, ChatServer(faults=fails, delay=0.05) as failed:
+        urls = [well.url, failed.url]
+        config = CaptionerConfig(kind="openai", model="tiny", concurrency=4, tries=20, base_url=urls)
+
+        async def ask() -> None:
+            captioner = OpenAICaptioner(config)
+            captioner._servers[1].rest()
+            requests = [Request("You describe.", f"{n}.", None, Sampling(0.5, 0.9, 20, 0)) for n in range(40)]
+            await asyncio.gather(*map(captioner.ask, requests[:12]))
+            assert failed.most_at_once == 1 < len(failed.requests)
+            states["failing"] = False
+            await asyncio.gather(*map(captioner.ask, requests[12:]))
+            assert failed.most_at_once > 1
+            await captioner.close()
+
+        asyncio.run(ask())
+
+
+def test_of_several_servers_one_that_never_ends_is_given_up_after_the_time_of_one_try(monkeypatch):
+    monkeypatch.setattr(openai_compatible, "FIRST_REST", 0.0)
+    monkeypatch.setattr(openai_compatible, "LONGEST_PAUSE", -0.9)  # a tenth of a second a try
+    given_up = pytest.raises(NoAnswer, match=r"no answer within 1 s \(3 tries\)")
+    with ChatServer(delay=0.2) as one, ChatServer(delay=0.2) as other, given_up:
+        ask_all([one.url, other.url], ["Describe."], tries=3, timeout=1)
