@@ -73,8 +73,6 @@ class DataConfig:
     @field_validator("train", "validation", mode="before")
     @classmethod
     def _sources(cls, value: Any) -> Any:
-        if isinstance(value, (int, float)) and not 0 < value < 1:
-            raise ValueError(f"a share of the training images lies between 0 and 1, as 0.1 does; {value} does not")
         if not isinstance(value, (list, tuple)):
             return value
         if not value:
@@ -87,6 +85,15 @@ class DataConfig:
         if len({source.weight is None for source in sources}) > 1:
             raise ValueError("either all sources have a weight or none has")
         return sources
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        if type(value) is int and value not in (0, 1):
+            return str(value)  # a folder of this name
+        if isinstance(value, (int, float)) and not 0 < value < 1:
+            raise ValueError(f"a share of the training images lies between 0 and 1, as 0.1 does; {value} does not")
+        return value
 
     @property
     def share(self) -> float | None:

@@ -48,7 +48,7 @@ from .distributed import (
 from .large_batch import cached_gradients, cut
 from .losses import DualTextLoss, LossConfig, dual_text_loss
 from .model import Embedder, compile_layers
-from .optim import build_optimizer, build_scheduler
+from .optim import build_optimizer, build_scheduler, follow_schedule
 from .run_log import RunLog
 from .signals import Interrupted, Interruption
 from .text_groups import (
@@ -166,6 +166,7 @@ class Trainer:
             self.report.say(f"resumed after step {self.state.step} of {self.steps}")
             planned = states.get("steps", self.steps)
             if self.steps > planned:
+                follow_schedule(self.scheduler)
                 self.report.say(
                     f"note: the run was to have {planned} steps and goes on as one of {self.steps} from here on: learning "
                     f"rate (schedule {self.config.optim.schedule}) and a curriculum of the loss follow the longer run"

@@ -1,7 +1,7 @@
 """Optimizer and learning-rate schedule."""
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from .config import OptimConfig
@@ -24,7 +24,7 @@ def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True, **options)
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) -> LRScheduler:
+def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) -> LambdaLR:
     """
     Build the schedule of the learning rate: linear warm-up, then constant or cosine to zero.
 
@@ -38,3 +38,11 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, steps
     """
     name = {"constant": "constant_with_warmup", "cosine": "cosine"}[config.schedule]
     return get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps)
+
+
+def follow_schedule(scheduler: LambdaLR) -> None:
+    """Set the rates of its next step: those restored from a checkpoint are of the schedule that the run had then."""
+    rates = [rate * factor(scheduler.last_epoch) for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates

@@ -7,7 +7,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from datasets import disable_progress_bars
 from tqdm import tqdm
 from transformers.utils import logging
@@ -20,7 +22,7 @@ from . import ENDED_BY_SIGNAL, FAILED, NOT_FINITE, NOT_SAVED
 from .checkpoint import NotSavedError, TrainState
 from .config import TrainConfig
 from .data.batches import count_workers, explain_lost_workers
-from .data.held_out import HELD_OUT, hold_out, write_held_out
+from .data.held_out import HELD_OUT, hold_out, image_keys, write_held_out
 from .data.inspection import inspect_pairs
 from .data.pairs import CaptionedImages, Pairs, open_data, resized_side
 from .data.skipped import SKIPPED
@@ -83,7 +85,7 @@ def train(config: TrainConfig, folder: Path) -> Path:
     if count_workers(config.data, accelerator.device.type):  # whose forks must not wait for the tokenizer's threads
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
     logging.disable_progress_bar()
-    pairs, held_out, processor, model = first_process_first(accelerator, lambda: load(config, accelerator))
+    pairs, held_out, processor, model = load(config, accelerator)
     short_from_long, size = config.loss.short_text == "first_sentence", resized_side(processor)
     images = CaptionedImages(pairs, config.data, config.seed, short_from_long, size)
     validation = record = None
@@ -95,9 +97,6 @@ def train(config: TrainConfig, folder: Path) -> Path:
         record = RunRecord(folder, plain_values(config), accelerator, steps, data, measured)
         both = set() if config.data.share or held_out is None else pairs.locations & held_out.locations
         record.introduce(model, both)
-        if config.data.share:
-            write_held_out(held_out, folder / HELD_OUT)
-            print(f"held out by image: {len(held_out)} rows, in {folder / HELD_OUT} for evaluation.run --data")
         if config.push_to_hub:
             look_for_a_token(print)
 
@@ -111,6 +110,9 @@ def train(config: TrainConfig, folder: Path) -> Path:
         trainer.resume()
     if record is not None:
         record.start(trainer.state.step, trainer.changed_data)
+        if config.data.share:
+            write_held_out(held_out, folder / HELD_OUT)
+            print(f"held out by image: {len(held_out)} rows, in {folder / HELD_OUT} for evaluation.run --data")
     try:
         state = trainer.train()
     except (Interrupted, NotFiniteError, NotSavedError):  # of all processes together: none waits for another
@@ -140,18 +142,27 @@ def train(config: TrainConfig, folder: Path) -> Path:
 
 
 def load(config: TrainConfig, accelerator: Accelerator) -> tuple[Pairs, Pairs | None, LRSCLIPProcessor, LRSCLIPModel]:
-    """Open the training pairs and the held-out ones, and build the processor and the model to start from."""
-    loop, processes = config.loop, accelerator.num_processes
-    pairs, held_out = open_data(
-        config.data, config.loss.kinds, batch_size=loop.batch_size, seed=config.seed, processes=processes
-    )
-    if config.data.share:
-        pairs, held_out = hold_out(pairs, config.data.share)
-        VisitSampler(
-            pairs.order(config.seed), loop.batch_size, steps=1, share=(0, processes)
-        )  # are there enough left?
-    start = open_start(config.model)
-    processor = build_processor(start, pairs.all_texts())
-    model = build_model(start, processor)
-    model.config.long_weight = config.loss.at(1.0).long_weight  # of a curriculum, the weight it ends with
-    return pairs, held_out, processor, model
+    """
+    Open the training pairs and the held-out ones, and build the processor and the model to start from; every process must
+    call it. Where a share of the images is held out, the first process alone reads all of them.
+    """
+    batch_size, processes = config.loop.batch_size, accelerator.num_processes
+
+    def opened() -> tuple[Pairs, Pairs | None, list[np.ndarray] | None]:
+        pairs, held_out = open_data(
+            config.data, config.loss.kinds, batch_size=batch_size, seed=config.seed, processes=processes
+        )
+        return pairs, held_out, image_keys(pairs) if config.data.share and accelerator.is_main_process else None
+
+    def built() -> tuple[Pairs, Pairs | None, LRSCLIPProcessor, LRSCLIPModel]:
+        kept, held = hold_out(pairs, config.data.share, keys) if config.data.share else (pairs, held_out)
+        VisitSampler(kept.order(config.seed), batch_size, steps=1, share=(0, processes))  # are there enough left?
+        start = open_start(config.model)
+        processor = build_processor(start, kept.all_texts())
+        model = build_model(start, processor)
+        model.config.long_weight = config.loss.at(1.0).long_weight  # of a curriculum, the weight it ends with
+        return kept, held, processor, model
+
+    pairs, held_out, keys = first_process_first(accelerator, opened)
+    (keys,) = broadcast_object_list([keys])
+    return first_process_first(accelerator, built)

@@ -33,6 +33,8 @@ def test_what_yaml_would_misread(tmp_path):
     config = parse_config([*arguments, "--data.train", "*.parquet", "--data.validation", "{000..003}.tar"])
     assert (config.output_dir, config.loop.steps, config.loss.long_weight) == ("2026-01-31", 9, 0.8)
     assert (config.data.train, config.data.validation) == ("*.parquet", "{000..003}.tar")
+    numbers = parse_config([*arguments, "--data.train", "2024", "--data.validation", "2023"]).data
+    assert (numbers.train, numbers.validation, numbers.share) == ("2024", "2023", None)
     recipe.write_text("- data\n")
     with pytest.raises(SystemExit, match="recipe.yaml holds a list; write fields and sections"):
         parse_config(arguments)

@@ -19,7 +19,7 @@ from tests.conftest import tower_configs
 from training import NOT_FINITE, distributed, train
 from training.loop import Trainer
 from training.model import ModelConfig, build_model, open_start
-from training.optim import OptimConfig, build_optimizer, build_scheduler
+from training.optim import OptimConfig, build_optimizer, build_scheduler, follow_schedule
 from training.run_folder import check_run_folder
 
 
@@ -118,6 +118,34 @@ def test_a_run_lengthened_equals_one_that_was_longer_from_the_start(run_argument
         train.main([*constant, "--loop.steps", "5", "--output_dir", str(tmp_path / "grown"), "--resume"])
 
 
+def test_the_schedule_of_a_lengthened_run(run_arguments, tmp_path):
+    cosine = [*run_arguments, "--optim.schedule", "cosine", "--optim.learning_rate", "0.01"]
+    for steps in ("2", "4"):
+        train.main([*cosine, "--loop.steps", steps, "--resume"])
+    rates = [record["learning_rate"] for record in log_of(tmp_path / "run")]
+    assert rates == pytest.approx([0.01, 0.005, 0.005, 0.005 * (1 - math.sqrt(0.5))])
+
+
+@pytest.mark.parametrize("warmup", [0, 6])
+def test_the_first_step_of_a_longer_run_has_its_rate(warmup, tmp_path):
+    parameter = torch.nn.Linear(2, 2)
+    config = OptimConfig(schedule="cosine", warmup_steps=warmup, learning_rate=0.1)
+    optimizers = [build_optimizer(parameter, config) for _ in range(2)]
+    short, long = (build_scheduler(optimizer, config, steps) for optimizer, steps in zip(optimizers, (4, 8)))
+    for _ in range(4):
+        short.optimizer.step(), short.step()
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    long.load_state_dict(short.state_dict())
+    follow_schedule(long)
+    whole = build_scheduler(build_optimizer(parameter, config), config, 8)
+    for _ in range(4):
+        whole.optimizer.step(), whole.step()
+    for _ in range(4):
+        assert long.get_last_lr() == whole.get_last_lr() == [group["lr"] for group in optimizers[1].param_groups]
+        for schedule in (long, whole):
+            schedule.optimizer.step(), schedule.step()
+
+
 def launch(arguments: list[str], world: int) -> str:
     """What the processes of torchrun print, which itself is started in test_survival.py and test_launch.py."""
     command = [sys.executable, "-m", "training.train", *arguments]
@@ -126,10 +154,10 @@ def launch(arguments: list[str], world: int) -> str:
     return "".join(result.stdout for result in results)
 
 
-def test_two_processes_equal_one(run_arguments, captioned_folder, tmp_path):
+def test_two_processes_equal_one(run_arguments, tmp_path):
     # SGD: Adam's division by tiny second moments would blow up the last bits of the sums.
     arguments = [*run_arguments, "--optim.name", "sgd", "--optim.learning_rate", "0.05", "--optim.warmup_steps", "2"]
-    arguments += ["--optim.schedule", "cosine", "--data.validation", str(captioned_folder)]
+    arguments += ["--optim.schedule", "cosine", "--data.validation", "0.25"]
     train.main([*arguments, "--output_dir", str(tmp_path / "one")])
     printed = launch([*arguments, "--output_dir", str(tmp_path / "two")], world=2)
     assert "on 2 x cpu" in printed

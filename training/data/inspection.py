@@ -4,15 +4,13 @@ import contextlib
 import re
 import statistics
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from modeling_lrsclip import LRSCLIPProcessor
 from modeling_lrsclip.encoding.imagery import SURVEYED, ImageError, read_image, spread, survey
-from modeling_lrsclip.files.hashing import bytes_sha256, file_sha256
 
 from .pairs import Pairs
-from .rows import Row, caption_fault, filled, text_list
+from .rows import Row, caption_fault, filled, image_sha256, text_list
 from .sources import DataConfig
 
 
@@ -37,7 +35,7 @@ def inspect_pairs(pairs: Pairs, processor: LRSCLIPProcessor, config: DataConfig)
     rows, hashes, images = [], [], []
     for number in _sample(pairs, HASHED):
         row = pairs.read([number])[0]
-        if digest := _image_sha256(row.image):
+        if digest := image_sha256(row.image):
             hashes.append(digest[:HASH_DIGITS])
         row.image = None  # thousands of them would fill the memory
         rows.append(row)
@@ -95,17 +93,6 @@ def _sample(pairs: Pairs, most: int) -> list[int]:
         numbers += [first + number for number in (range(min(each, rows)) if pairs.buffer else spread(rows, each))]
         first = end
     return numbers
-
-
-def _image_sha256(stored: Any) -> str | None:
-    """Hash of an image file's content; None for one that is missing, which training names when its turn comes."""
-    if isinstance(stored, dict):
-        stored = stored.get("path") if stored.get("bytes") is None else stored["bytes"]
-    if not isinstance(stored, str | Path | bytes):  # a number would be opened as a file descriptor
-        return None
-    with contextlib.suppress(OSError, ValueError):
-        return bytes_sha256(stored) if isinstance(stored, bytes) else file_sha256(stored)
-    return None
 
 
 def data_warnings(

@@ -14,7 +14,7 @@ from modeling_lrsclip.files.tables import BOM, MOST_ROWS, csv_dialect, limited
 
 
 BLOCK = 1 << 26  # bytes read at a time
-VERSION = "2"  # of what the indices look like
+VERSION = "3"  # of what the indices look like
 
 
 def kept_index(path: Path, kind: str, build: Callable[[Path], np.ndarray]) -> np.ndarray:
@@ -101,8 +101,10 @@ def _find_lines(path: Path) -> np.ndarray:
         ends = np.append(ends, first)
     spans = np.stack([np.append(0, ends)[:-1], ends], axis=1).astype(np.int64)
     full = np.ones(len(spans), dtype=bool)
-    with path.open("rb") as file:
-        for number in limited(np.flatnonzero(np.diff(spans)[:, 0] <= 2), MOST_ROWS):
-            file.seek(spans[number, 0])
-            full[number] = bool(file.read(int(spans[number, 1] - spans[number, 0])).strip())
+    content = np.memmap(path, dtype=np.uint8, mode="r") if first else np.empty(0, dtype=np.uint8)
+    initials = content[spans[:, 0]]  # of a row in JSON, a brace
+    for number in limited(np.flatnonzero((initials <= ord(" ")) | (initials > ord("~"))), MOST_ROWS):
+        start, end = spans[number].tolist()
+        line = content[start : min(end, start + BLOCK)].tobytes()
+        full[number] = bool(line.removeprefix(BOM if number == 0 else b"").decode("utf-8", "replace").strip())
     return spans[full]

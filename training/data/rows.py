@@ -5,6 +5,7 @@ Every kind of file is one class with the same four members: `chunks`, the rows t
 `read(numbers)`, a [`Row`] for each number; `texts(kind)`, the stored texts without the images; `columns`.
 """
 
+import contextlib
 import csv
 import io
 import os
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from modeling_lrsclip.files.hashing import bytes_sha256, file_sha256
 from modeling_lrsclip.files.tables import BOM, csv_dialect, csv_values, parse_object
 
 from .line_index import line_index
@@ -84,6 +86,17 @@ def locate_image(value: Any, folder: Path | None) -> Any:
         path = value.get("path")
         return str(folder / path) if path and isinstance(path, str) else value
     return value
+
+
+def image_sha256(stored: Any) -> str | None:
+    """Hash of an image file's content; None for one that is missing, which training names when its turn comes."""
+    if isinstance(stored, dict):
+        stored = stored.get("path") if stored.get("bytes") is None else stored["bytes"]
+    if not isinstance(stored, str | Path | bytes):  # a number would be opened as a file descriptor
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        return bytes_sha256(stored) if isinstance(stored, bytes) else file_sha256(stored)
+    return None
 
 
 class TableRows:

@@ -3,6 +3,7 @@
 import difflib
 import glob
 import itertools
+import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -167,7 +168,7 @@ def _open_parquet(
     progress = tqdm(files, desc=f"{source}: footers", unit="file", disable=quiet)
     parts = [ParquetRows(path, columns, cache, filesystem) for filesystem, path in progress]
     largest = max(int(rows.chunks.max(initial=0)) for rows in parts)
-    cache.rows = config.shuffle_buffer + 2 * largest
+    cache.rows = math.ceil(config.shuffle_buffer / (1 - (config.share or 0))) + 2 * largest  # of it all, what is left
     if largest > config.shuffle_buffer:
         warnings.warn(
             f"{source} has row groups of {largest} rows, and data.shuffle_buffer={config.shuffle_buffer} mixes rows of one "

@@ -14,6 +14,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from training.data.held_out import hold_out, image_keys
 from training.data.pairs import CaptionedImages, DataConfig, load_pairs
 from training.data.visiting_order import VisitSampler
 
@@ -191,6 +192,23 @@ def test_row_groups_are_read_once_a_window_and_then_let_go(forms, monkeypatch):
     groups = sum(len(part.chunks) for part in pairs.parts)
     assert max(held) <= 12 + 2 * 5 and all(part.cache is cache for part in pairs.parts)
     assert groups <= len(read) <= 2 * groups, "each once, and again where a window cuts it"
+
+
+def test_what_a_share_leaves_is_read_once_a_window_too(forms, monkeypatch):
+    config = told("parquet", forms, streaming=True, shuffle_buffer=12, validation=0.5)
+    whole = load_pairs(config, ["long", "short"])
+    pairs, _ = hold_out(whole, 0.5, image_keys(whole))
+    read, plain = [], pq.ParquetFile.read_row_group
+
+    def counting(self, group, **options):
+        read.append(group)
+        return plain(self, group, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counting)
+    for visits in VisitSampler(pairs.order(SEED), 4, len(pairs) // 4):
+        pairs.read([number for _, number in visits])
+    groups = sum(len(part.chunks) for part in pairs.parts)
+    assert len(read) <= 2 * groups and whole.parts[0].cache.rows == 24 + 2 * 5
 
 
 def test_nothing_but_footers_is_read_at_the_start(forms, monkeypatch):

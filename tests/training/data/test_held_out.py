@@ -1,20 +1,24 @@
 """`data.validation: 0.25`: images are held out with all their captions, the same ones however the rows are read."""
 
+import hashlib
 import json
 import tarfile
 
 import datasets
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from evaluation.benchmarks.retrieval_data import load_retrieval
 from training import train
 from training.data.fingerprints import fingerprints
-from training.data.held_out import hold_out
-from training.data.pairs import load_pairs
+from training.data.held_out import hold_out, image_keys, write_held_out
+from training.data.pairs import Pairs, load_pairs
+from training.data.rows import Row
 from training.data.sources import DataConfig
 
 
-SHARE = 0.25  # 3 of 12 images
+SHARE = 0.25  # of 12 images
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +42,16 @@ def forms(tmp_path_factory, captioned_folder):
     return folder, rows
 
 
-def split(path, streaming):
-    return hold_out(load_pairs(DataConfig(train=str(path), streaming=streaming), ["long", "short"]), SHARE)
+def split(path, streaming, share=SHARE):
+    pairs = load_pairs(DataConfig(train=str(path), streaming=streaming, max_skipped_fraction=1), ["long", "short"])
+    return hold_out(pairs, share, image_keys(pairs))
+
+
+def below(folder, names, share=SHARE):
+    """The images whose hashes lie in the first `share` of all hashes; at least the smallest one."""
+    digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    limit = max(share, int(min(digests.values())[:16], 16) / 2**64)
+    return {name for name, digest in digests.items() if int(digest[:16], 16) <= limit * 2**64}
 
 
 def captions(pairs):
@@ -58,7 +70,7 @@ def test_by_image_and_alike_in_every_form(forms):
             assert len(kept) + len(held) == len(rows) == 25
             found[name, streaming] = sorted(captions(held))
             sides = [{images[texts] for texts in captions(side)} for side in (kept, held)]
-            assert not sides[0] & sides[1] and len(sides[1]) == 3
+            assert not sides[0] & sides[1] and sides[1] == below(folder, set(images.values()))
             visits = {number for step in range(3) for _, number in kept.order(0).batch(step, 6)}
             assert max(visits) < len(kept)
     assert len({json.dumps(texts) for texts in found.values()}) == 1
@@ -70,7 +82,9 @@ def test_by_image_and_alike_in_every_form(forms):
 
 def test_a_run_validates_on_what_it_never_visits(forms, run_arguments, tmp_path, capsys):
     folder, rows = forms
-    arguments = [*run_arguments, "--data.train", str(folder / "rows.jsonl"), "--data.validation", str(SHARE)]
+    stored, captions_file = [row | {"image": str(folder / row["image"])} for row in rows], tmp_path / "rows.jsonl"
+    captions_file.write_text("\n".join(map(json.dumps, stored)))
+    arguments = [*run_arguments, "--data.train", str(captions_file), "--data.validation", str(SHARE)]
     train.main([*arguments, "--loop.log_ids", "true", "--loop.steps", "8"])
     assert "not held out" not in capsys.readouterr().out
     record = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -78,11 +92,17 @@ def test_a_run_validates_on_what_it_never_visits(forms, run_arguments, tmp_path,
     seen = {identifier for line in log if line["kind"] == "batch" for identifier in line["ids"]}
     visited = {rows[int(identifier.split(":")[1])]["image"].replace("copy", "3") for identifier in seen}
     data = load_retrieval(tmp_path / "run" / "held_out.parquet", "long_text")
-    assert len(visited) == 9 and len(data.images) == 3
-    assert not visited & {name.rpartition("/")[2].replace("copy", "3") for name in data.images.names}
+    held = {name.rpartition("/")[2].replace("copy", "3") for name in data.images.names}
+    assert held == below(folder, held | visited) and len(visited | held) == 12 and not visited & held
     assert record["validation"]["share"] == SHARE and record["validation"]["pairs"] == len(data.texts)
     assert not {digest[:16] for digest in data.images.digests} & set(record["data"]["images_sha256"])
     train.main([*arguments, "--loop.log_ids", "true", "--loop.steps", "9", "--resume"])  # the same split, or refused
+    table = (tmp_path / "run" / "held_out.parquet").read_bytes()
+    with captions_file.open("a") as file:
+        file.writelines("\n" + json.dumps(row) for row in stored)
+    with pytest.raises(SystemExit, match="allow-changed-data"):
+        train.main([*arguments, "--loop.log_ids", "true", "--loop.steps", "9", "--resume"])
+    assert (tmp_path / "run" / "held_out.parquet").read_bytes() == table, "of the run that was not gone on with"
 
 
 @pytest.mark.parametrize(
@@ -98,3 +118,74 @@ def test_one_image_cannot_be_divided(forms, tmp_path):
     (tmp_path / "one.jsonl").write_text(json.dumps(rows[0] | {"image": str(folder / "0.png")}))
     with pytest.raises(ValueError, match="holds out a share of the images, and there are 1 different ones"):
         split(tmp_path / "one.jsonl", True)
+
+
+def test_grown_data_hold_out_what_they_did(forms, tmp_path):
+    folder, rows = forms
+    images = [row["image"] for row in rows[:12]]
+    keys = np.array(
+        [int(hashlib.sha256((folder / name).read_bytes()).hexdigest()[:16], 16) for name in images], "uint64"
+    )
+    share = float(np.sort(keys)[5]) / 2**64 + 1e-9  # six of them
+    few = [rows[index] | {"image": str(folder / images[index])} for index in np.argsort(keys)[4:9]]  # two and three
+    for name, lines in ("few", few), ("all", [row | {"image": str(folder / row["image"])} for row in rows]):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    held = {name: set(captions(split(tmp_path / f"{name}.jsonl", True, share)[1])) for name in ("few", "all")}
+    assert (
+        held["few"] == held["all"] & {(row["long_text"], row["short_text"]) for row in few} and len(held["few"]) == 2
+    )
+
+
+def test_blank_lines_and_mended_images(forms, tmp_path):
+    """Rows are counted alike in memory and streamed, and nothing is remembered of an image that was another one."""
+    folder, rows = forms
+    for row in rows[:12]:
+        (tmp_path / row["image"]).write_bytes((folder / row["image"]).read_bytes())
+    lines = [json.dumps(row) for row in rows[:12]]
+    lines = ["\ufeff", *lines[:3], "   ", "\u3000\t\r", *lines[3:9], " " + lines[9], *lines[10:], "  "]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    sides = [[set(captions(side)) for side in split(tmp_path / "rows.jsonl", way)] for way in (True, False, True)]
+    assert sides[0] == sides[1] == sides[2] and sum(map(len, sides[0])) == 12
+    first, last = sorted(rows[:12], key=lambda row: hashlib.sha256((folder / row["image"]).read_bytes()).hexdigest())[
+        ::11
+    ]
+    for one, other in (first, last), (last, first):  # exported anew under the same names
+        (tmp_path / one["image"]).write_bytes((folder / other["image"]).read_bytes())
+    held = {long for long, _ in captions(split(tmp_path / "rows.jsonl", True)[1])}
+    assert last["long_text"] in held and first["long_text"] not in held
+
+
+class Listed:
+    """Rows in memory."""
+
+    name, location, one_by_one = "rows", "rows", True
+    columns = {"image": "image", "long": "long_text", "short": "short_text"}
+
+    def __init__(self, rows):
+        self.rows, self.chunks = rows, np.array([len(rows)])
+
+    def read(self, numbers):
+        return [self.rows[number] for number in numbers]
+
+
+UNUSABLE = [3, 0, [7], {"path": 3}, {"path": "0.png", "bytes": 7}, {"path": ["a"]}, {}, None, True, "half \ud800.png"]
+
+
+def test_rows_that_no_table_can_hold(forms, tmp_path):
+    folder, _ = forms
+    images = [str(folder / "0.png"), (folder / "1.png").read_bytes(), {"path": str(folder / "2.png")}]
+    rows = [Row(str(index), image, "Long.", ["One.", "Two."]) for index, image in enumerate([*UNUSABLE, *images])]
+    rows += [Row("half", images[0], "Half \udfff.", "One."), Row("none", images[0], " ", "One.")]
+    pairs = Pairs([[Listed(rows)]])
+    keys = image_keys(pairs)[0]  # of a number nothing is opened: it would be a descriptor of this process
+    assert [format(key, "016x") for key in keys[10:13].tolist()] == [
+        hashlib.sha256((folder / f"{number}.png").read_bytes()).hexdigest()[:16] for number in range(3)
+    ]
+    write_held_out(pairs, tmp_path / "held_out.parquet")
+    table = pq.read_table(tmp_path / "held_out.parquet").to_pylist()
+    assert [row["image"] for row in table] == [
+        {"bytes": None, "path": images[0]},
+        {"bytes": images[1], "path": None},
+        {"bytes": None, "path": str(folder / "2.png")},
+    ]
+    assert {tuple(row["short_text"]) for row in table} == {("One.", "Two.")}
