@@ -35,8 +35,11 @@ def _is_help_of_a_command() -> bool:
     words = sys.orig_argv
     module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
     program = Path(sys.argv[0])
-    ours = module.partition(".")[0] in ROOMS or program.name.startswith(("lrsclip-", "geosearch"))
-    return bool({"-h", "--help"} & set(sys.argv[1:])) and (ours or program.parent.name in ROOMS)
+    package = sys.modules.get(module.partition(".")[0])
+    folders = {Path(folder).resolve() for folder in (*getattr(package, "__path__", ()), program.parent)}
+    ours = folders & {Path(__file__).resolve().parents[1] / room for room in ROOMS}
+    console = program.name.startswith(("lrsclip-", "geosearch"))
+    return bool({"-h", "--help"} & set(sys.argv[1:]) and (ours or console))
 
 
 if not _is_help_of_a_command():  # which is shown without these seconds of imports

@@ -42,7 +42,9 @@ def options(folder: Path, run_options: list[str], data: Path) -> list[str]:
 def test_several_processes_are_one(name, alone, run_options, captioned_folder, tmp_path):
     command = [*LAUNCHER, str(FILES / f"{name}.yaml"), "-m", "training.train"]
     command += options(tmp_path / "run", run_options, captioned_folder)
-    done = processes.run(command, cwd=ROOT, env=environment(), project=True)  # the launcher; it starts the two
+    # The launcher is forked. It starts the two as new interpreters, each with a hash seed of its own, and waits until
+    # they have ended: one that hangs at its very end, which a forked process does not come to, is seen here.
+    done = processes.run(command, cwd=ROOT, env=environment(), project=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.strip().splitlines()
     assert lines[-1] == str(tmp_path / "run" / "final") and any("4 steps of 4 on 2 x cpu" in line for line in lines)
