@@ -31,7 +31,7 @@ import types
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +59,7 @@ PATIENCE = 500  # seconds for what should take a few, on a busy machine
 CALL = "import pickle, sys; function, arguments = pickle.load(open(sys.argv[1], 'rb')); function(*arguments)"
 _SOCKETS: dict[bool, Path] = {}  # of the servers of this process: without the project, with it
 _SERVERS: list["Process"] = []  # the latter; a process ends with the object here that stands for it
+_FAILURES: dict[bool, str] = {}  # of servers that did not start, so that only the first call waits for them
 _SETTINGS: dict[str, str] = {}  # Hugging Face's, when the one with the project was started
 
 
@@ -87,7 +88,11 @@ class Process:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
+        """End it, and the processes that it started in its session."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself, or has no session of its own yet
+                os.kill(self.pid, signal.SIGKILL)
+                os.killpg(self.pid, signal.SIGKILL)
 
 
 def start(
@@ -129,14 +134,16 @@ def run(
             process.wait(timeout)
         finally:
             process.kill()
-        written = []
-        for file in (stdout, stderr):
-            file.seek(0)
-            written.append(file.read().decode())
-    done = subprocess.CompletedProcess(process.args, process.returncode, *written)
+        done = _completed(process, stdout, stderr)
     if check:
         done.check_returncode()
     return done
+
+
+def _completed(process: Process, *files: IO[bytes]) -> subprocess.CompletedProcess:
+    for file in files:
+        file.seek(0)
+    return subprocess.CompletedProcess(process.args, process.returncode, *(file.read().decode() for file in files))
 
 
 def call(function: Callable, *arguments: Any, **options: Any) -> Process:
@@ -150,16 +157,21 @@ def call(function: Callable, *arguments: Any, **options: Any) -> Process:
 def wait_for_all(ranks: list[Process], timeout: float = PATIENCE) -> list[int]:
     """Exit codes; when one has failed, those that would wait for it are killed."""
     until = time.monotonic() + timeout
-    while any(rank.poll() is None for rank in ranks):
-        if any(rank.returncode for rank in ranks) or time.monotonic() > until:
+    while None in (codes := [rank.poll() for rank in ranks]):
+        if any(codes) or time.monotonic() > until:
             for rank in ranks:
                 rank.kill()
         time.sleep(0.02)
-    return [rank.returncode for rank in ranks]
+    return codes
 
 
-def run_ranks(command, world: int, env=None, **options: Any) -> list[subprocess.CompletedProcess]:
-    """Run a command in `world` processes that meet as those of `torchrun --standalone`. Options: see [`run`]."""
+def run_ranks(
+    command, world: int, env=None, timeout: float = PATIENCE, **options: Any
+) -> list[subprocess.CompletedProcess]:
+    """
+    Run a command in `world` processes that meet as those of `torchrun --standalone`; when one fails, the others are
+    killed. Options: see [`start`].
+    """
     import torch.distributed as dist
 
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # at a port that nobody else has
@@ -167,18 +179,16 @@ def run_ranks(command, world: int, env=None, **options: Any) -> list[subprocess.
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(world)}
     environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     environment |= {"LOCAL_WORLD_SIZE": str(world)}
-    done: dict[int, subprocess.CompletedProcess] = {}
-
-    def work(rank: int) -> None:
-        done[rank] = run(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **options)
-
-    _server(options.get("project", False))
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [done[rank] for rank in range(world)]
+    with contextlib.ExitStack() as stack:
+        ranks, files = [], []
+        for rank in range(world):
+            stdout, stderr = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(2))
+            variables = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(start(command, env=variables, stdout=stdout, stderr=stderr, **options))
+            stack.callback(ranks[-1].kill)
+            files.append((stdout, stderr))
+        wait_for_all(ranks, timeout)
+        return [_completed(rank, *outputs) for rank, outputs in zip(ranks, files, strict=True)]
 
 
 def as_subprocess(project: bool = False) -> types.SimpleNamespace:
@@ -192,20 +202,30 @@ def as_subprocess(project: bool = False) -> types.SimpleNamespace:
 
 def _server(project: bool) -> Path:
     """The socket of a server, which is started with the first process that it is asked for."""
+    if project in _FAILURES:
+        raise RuntimeError(_FAILURES[project])
     if project not in _SOCKETS:
-        folder = _server(False).parent if project else Path(tempfile.mkdtemp(prefix="processes-"))
+        short = "/tmp" if len(tempfile.gettempdir()) > 60 else None  # a socket's path has at most 107 bytes, or 103
+        folder = _server(False).parent if project else Path(tempfile.mkdtemp(prefix="processes-", dir=short))
         path = folder / ("project" if project else "libraries")
         words = [sys.executable, __file__, str(os.getpid()), str(path), *(PROJECT if project else LIBRARIES)]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # threads do not come along in a fork
-        if project:  # from the other one, which has half of it
-            environment |= {"PYTHONPATH": str(ROOT)}
-            _SERVERS.append(start(words, cwd=ROOT, env=environment, stderr=sys.__stderr__))
-        else:
-            subprocess.Popen(words, env=environment, cwd=path.parent, start_new_session=True)
+        log = path.with_suffix(".log")
+        with log.open("wb") as output:
+            written = {"stdout": output, "stderr": subprocess.STDOUT}
+            if project:  # from the other one, which has half of it
+                server = start(words, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, **written)
+                _SERVERS.append(server)
+            else:
+                server = subprocess.Popen(words, env=environment, cwd=path.parent, start_new_session=True, **written)
         until = time.monotonic() + PATIENCE
         while not path.exists():
-            assert time.monotonic() < until, f"{words} did not start"
+            if server.poll() is not None or time.monotonic() > until:
+                ending = f"ended with {server.returncode}" if server.poll() is not None else f"took over {PATIENCE} s"
+                _FAILURES[project] = f"{words} {ending} instead of waiting for requests:\n{log.read_text()}"
+                server.kill()
+                raise RuntimeError(_FAILURES[project])
             time.sleep(0.01)
         _SOCKETS[project] = path
         if project:
