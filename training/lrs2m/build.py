@@ -45,7 +45,10 @@ from .output import (
     Output,
     Progress,
     begin_again,
+    check_caps,
+    check_whole,
     load_progress,
+    rows_seen,
     save_progress,
     totals,
 )
@@ -59,10 +62,6 @@ from .sources.captions_by_key import JoinedCaptions, Unmatched
 from .sources.images import Skip
 from .sources.labels import LabelReader
 from .sources.records import read_source
-
-
-# After so many rows, so many times the cap, or half of the rows where that is less, stop a build before a source's end.
-EARLY_ROWS, EARLY_FACTOR = 1000, 10
 
 
 class Build:
@@ -137,8 +136,7 @@ class Build:
                     self.output.checkpoint(number + 1, 0)
                 if not self.part:
                     drop_repeats(self.output, self.recipe.checks)
-                    for source in self.recipe.sources:
-                        self._check_caps(source, early=False)
+                    check_whole(self.recipe, self.output)
             return self._finish()
         finally:
             self.answers.close()
@@ -184,7 +182,7 @@ class Build:
         self._add(maker, batch)
         if join:
             join.close()
-        self._check_caps(source, early=False)
+        check_caps(self.recipe, source.name, self.output)
 
     def _count_refused(self, source: SourceConfig, outcome: Written) -> None:
         self.silent = 0
@@ -218,7 +216,7 @@ class Build:
             output.count(source.name, f"skipped: {outcome.why.reason}")
         else:
             self._list_failed(source, entry, outcome.why)
-        self._check_caps(source, early=True)
+        check_caps(self.recipe, source.name, self.output, early=True)
 
     def _list_failed(self, source: SourceConfig, entry: dict[str, Any], why: Failed) -> None:
         self.output.list_entry("failed", entry | {"text": why.text, "reason": why.reason, "attempts": why.attempts})
@@ -231,22 +229,6 @@ class Build:
                 f"captioner {captioner} left {self.silent} rows in a row without an answer, the last: {why.reason}; see "
                 "that it runs, then run the same command again. Answers so far are kept."
             )
-
-    def _check_caps(self, source: SourceConfig, early: bool) -> None:
-        counts = self.output.counts.get(source.name, {})
-        seen = rows_seen(counts)
-        if not seen or (early and seen < EARLY_ROWS):
-            return
-        for what, cap in (("skipped", self.recipe.max_skipped_fraction), ("failed", self.recipe.max_failed_fraction)):
-            count = counts.get(what, 0)
-            if count > (max(cap, min(0.5, EARLY_FACTOR * cap)) if early else cap) * seen:
-                reasons = {name: times for name, times in counts.items() if name.startswith(f"{what}: ")}
-                listed = "; ".join(f"{name.partition(': ')[2]} {times}" for name, times in sorted(reasons.items()))
-                raise ValueError(
-                    f"{count} of {seen} rows of {source.name} {what}{f' ({listed})' if listed else ''}, more than "
-                    f"max_{what}_fraction={cap:g} allows; {what}.jsonl in {self.folder} lists them. Mend them, or raise "
-                    "it and run the command again."
-                )
 
     # ---------------------------------------------------------------------------------------------------------- the end
 
@@ -364,11 +346,6 @@ def build_captioner(config: CaptionerConfig, gate: Gate) -> Captioner:
     return TransformersCaptioner(config, gate.settle)
 
 
-def rows_seen(counts: dict[str, int]) -> int:
-    """Rows of a source that came to an end: in the data set, skipped, duplicates or failed."""
-    return sum(counts.get(what, 0) for what in ("train", "validation", "skipped", "duplicates", "failed"))
-
-
 def forget(folder: Path) -> None:
     """Takes a build back to its first row; the captioners' answers and the evaluation images' hashes stay."""
     for name in (MANIFEST, *(f"{name}.jsonl" for name in (*LISTS, JOURNAL))):
@@ -467,10 +444,10 @@ def _build_locked(
         if again == "restart":
             forget(folder)
         build = Build(recipe, folder, root, part, again == "retry")
+        replace_json(folder / WORK / "recipe.json", plain_values(recipe))  # a join goes by its caps
         if build.finished:
             print(f"{folder} is complete; --restart would build it again with the answers it has.")
             return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        replace_json(folder / WORK / "recipe.json", plain_values(recipe))
         return asyncio.run(build.run())
 
 

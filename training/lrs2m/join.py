@@ -29,7 +29,7 @@ from modeling_lrsclip.files.hashing import json_sha256
 from .captioners.captioner import AnswerStore
 from .checks.across_rows import drop_repeats
 from .data_row import Row
-from .output import BATCH, MANIFEST, WORK, Output, Progress, load_progress, totals
+from .output import BATCH, MANIFEST, WORK, Output, Progress, check_whole, load_progress, totals
 from .part import JOURNAL
 from .recipe import Recipe
 from .shards import read_shard
@@ -142,6 +142,7 @@ class Join:
             if not self.output.progress.complete:
                 self._take_all()
                 drop_repeats(self.output, self.recipe.checks)
+                check_whole(self.recipe, self.output)
             return self._finish()
         finally:
             self.output.close()

@@ -13,10 +13,12 @@ from modeling_lrsclip.files.atomic import replace_json, replacing, sync
 from modeling_lrsclip.files.hashing import file_sha256
 
 from .data_row import SPLITS, Row
+from .recipe import Recipe
 from .shards import SUFFIXES, ShardWriter, open_shard, read_shard
 
 
 MANIFEST, PROGRESS, WORK, DATA = "manifest.json", "progress.json", "work", "data"
+EARLY_ROWS, EARLY_FACTOR = 1000, 10  # rows of a source from which on, and times its cap by which, a build stops early
 LISTS = ("failed", "unmatched", "skipped", "duplicates")  # each a JSON lines file
 BATCH = 128  # rows that are added together
 
@@ -305,6 +307,51 @@ def totals(counts: dict[str, dict[str, int]]) -> dict[str, int]:
     for one in counts.values():
         total.update(one)
     return dict(total)
+
+
+def rows_seen(counts: dict[str, int]) -> int:
+    """Rows of a source that came to an end: in the data set, skipped, duplicates or failed."""
+    return sum(counts.get(what, 0) for what in (*SPLITS, "skipped", "duplicates", "failed"))
+
+
+def check_caps(recipe: Recipe, source: str, output: Output, early: bool = False) -> None:
+    """
+    Refuse a source of which too much is left out.
+
+    Args:
+        recipe: with the caps.
+        source: its name.
+        output: with its counts so far.
+        early: the source goes on, so that many times the cap is allowed, or half of the rows where that is less.
+
+    Raises:
+        `ValueError`: with the counts and the list to look into.
+    """
+    counts = output.counts.get(source, {})
+    seen = rows_seen(counts)
+    if not seen or (early and seen < EARLY_ROWS):
+        return
+    for what, cap in (("skipped", recipe.max_skipped_fraction), ("failed", recipe.max_failed_fraction)):
+        count = counts.get(what, 0)
+        if count > (max(cap, min(0.5, EARLY_FACTOR * cap)) if early else cap) * seen:
+            reasons = {name: times for name, times in counts.items() if name.startswith(f"{what}: ")}
+            listed = "; ".join(f"{name.partition(': ')[2]} {times}" for name, times in sorted(reasons.items()))
+            raise ValueError(
+                f"{count} of {seen} rows of {source} {what}{f' ({listed})' if listed else ''}, more than "
+                f"max_{what}_fraction={cap:g} allows; {what}.jsonl in {output.folder} lists them. Mend them, or raise it "
+                "and run the command again (before a join, that of every part)."
+            )
+
+
+def check_whole(recipe: Recipe, output: Output) -> None:
+    """Raise a `ValueError` where a whole set lacks too much of a source, or has no row though neither cap is 1."""
+    for source in recipe.sources:
+        check_caps(recipe, source.name, output)
+    if not output.part_rows and 1 not in (recipe.max_skipped_fraction, recipe.max_failed_fraction):
+        left_out = ", ".join(f"{times} {what}" for what, times in totals(output.counts).items() if times)
+        raise ValueError(
+            f"no row is left for the data set{f' ({left_out})' if left_out else ''}; the lists in {output.folder} say why."
+        )
 
 
 def _describe(path: Path, folder: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from .data_row import Record
-from .pipeline import Duplicate
 from .sources.captions_by_key import Unmatched
 
 
@@ -63,7 +62,8 @@ class Part:
 
         Returns:
             The source, the place in its stream, the record's id, its split or None, and the name under which the set
-            itself is still to be searched for its image; None where there is nothing to search for.
+            itself is still to be searched for its image, or where that matched an evaluation image, counts it; None where it
+            was not checked.
         """
         record = None if isinstance(outcome, Unmatched) else outcome.item.record if split else outcome.record
         name = self.names.pop(record.id, None) if record else None
@@ -73,5 +73,5 @@ class Part:
             "id": record.id if record else None,
             "image_key": record.image_key if record else None,
             "split": split,
-            "checked": None if isinstance(outcome, Duplicate) else name,
+            "checked": name,
         }

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import AutoTokenizer
 
 from modeling_lrsclip.processing_lrsclip import clean_text
@@ -63,7 +64,10 @@ class RowMaker:
         return [next(counted) if text.tokens is None else text.tokens for text in texts]
 
     def _label_scores(self, one: Written) -> tuple[float | None, float | None]:
-        return label_scores(one.long.text, one.item.labels, self.writer.classes)
+        """Precision and recall as a parquet file keeps them, whatever the format of this one."""
+        scores = label_scores(one.long.text, one.item.labels, self.writer.classes)
+        precision, recall = (None if score is None else float(np.float32(score)) for score in scores)
+        return precision, recall
 
     def _row(self, one: Written) -> Row:
         record, picture = one.item.record, one.item.picture

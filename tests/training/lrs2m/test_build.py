@@ -25,7 +25,6 @@ from tests.training.lrs2m.small_builds import (
     short_caption,
     source,
 )
-from training.lrs2m import build as build_module
 from training.lrs2m import output
 from training.lrs2m.build import Build
 from training.lrs2m.captioners.captioner import AnswerStore, Gate
@@ -353,7 +352,7 @@ def test_another_way_of_asking_has_answers_of_its_own(tiles, write_recipe, tmp_p
 def test_a_captioner_that_writes_nothing_of_use_stops_the_build_early(
     tiles, write_recipe, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(build_module, "EARLY_ROWS", 6)
+    monkeypatch.setattr(output, "EARLY_ROWS", 6)
     sources = [source("expand", {"kind": "table", "path": str(tiles / "captions.jsonl")})]
     with ChatServer(answer=lambda request: "A road.", delay=0.02) as server:
         recipe = write_recipe(sources, server.url, lookahead=4)
@@ -417,6 +416,14 @@ def test_bad_rows_are_skipped_listed_and_capped(tmp_path, write_recipe, capsys):
         "5.png": "garbled short caption",
     }
     assert len(rows_of(tmp_path / "set")) == 4
+
+
+def test_a_build_without_a_row_is_none(tiles, write_recipe, tmp_path, capsys):
+    read = {"kind": "table", "path": str(tiles / "captions.jsonl"), "limit": 3}
+    duplicates = {"inside": False, "against": [str(tiles)]}
+    recipe = write_recipe([source("merge", read, join=read)], duplicates=duplicates)
+    assert build(recipe, tmp_path / "set") == 1 and not (tmp_path / "set" / "manifest.json").exists()
+    assert "no row is left for the data set (3 duplicates)" in capsys.readouterr().err
 
 
 def test_duplicates_are_left_out_before_anything_is_asked(tiles, write_recipe, tmp_path):

@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import sqlite3
 from collections import Counter
+from contextlib import closing
 
 import pytest
 import yaml
@@ -11,7 +13,17 @@ from PIL import ImageOps
 
 from tests import processes
 from tests.training.lrs2m.chat_server import ChatServer, Fault
-from tests.training.lrs2m.small_builds import build, entries, long_caption, manifest_of, picture, short_caption, source
+from tests.training.lrs2m.small_builds import (
+    THINGS,
+    build,
+    entries,
+    long_caption,
+    manifest_of,
+    picture,
+    rows_of,
+    short_caption,
+    source,
+)
 from training.lrs2m import build as build_module
 from training.lrs2m import join as join_module
 from training.lrs2m import output
@@ -33,6 +45,12 @@ def files_of(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
+def shown_images(folder):
+    """Names of the images that the search of a set has counted, in order: blocks of them are searched by themselves."""
+    with closing(sqlite3.connect(folder / "work" / "duplicates.sqlite")) as store:
+        return store.execute("SELECT id FROM images WHERE owner = '' ORDER BY number").fetchall()
+
+
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
     """Images with near-copies among them, some with several captions, one unreadable; two evaluation images."""
@@ -48,6 +66,7 @@ def archive(tmp_path_factory):
     (folder / "tiles" / "09.png").write_bytes(b"no image")
     rows = [
         {"image": f"{number % IMAGES:02d}.png", "long_text": long_caption(number), "short_text": short_caption(number)}
+        | {"class_name": THINGS[number % len(THINGS)]}
         for number in range(ROWS)
     ]
     (folder / "tiles" / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -78,14 +97,21 @@ def undivided(archive, tmp_path_factory, _tokenizer_folder):
     with ChatServer(faults=faults) as server:
         table = {"kind": "table", "path": str(archive / "tiles" / "captions.jsonl")}
         images, joined = (table | {"path": str(archive / "tiles" / f"{name}.jsonl")} for name in ("images", "long"))
+        labels = {
+            "kind": "class_name",
+            "classes": ["road", "building"],
+        }  # a third of the classes in a caption is labelled
         engine = {"kind": "openai", "model": "tiny/mllm", "base_url": server.url, "concurrency": 4}
         values = {
             "name": "test",
             "tokenizer": str(_tokenizer_folder),
             "captioners": {"mllm": engine},
-            "sources": [source("expand", table), source("merge", images, name="merged", join=joined)],
+            "sources": [source("expand", table, labels=labels), source("merge", images, name="merged", join=joined)],
             "duplicates": {"inside": True, "against": [str(archive / "evaluated")]},
-            "checks": {"repeated_answer": "warn"},  # the answers of the server are one text with other words in it
+            "checks": {
+                "repeated_answer": "warn",
+                "excluded_class": "warn",
+            },  # the answers of the server are one text with other words in it
             "validation_fraction": 0.2,
             "shard_rows": 4,
             "max_skipped_fraction": 0.5,
@@ -116,6 +142,8 @@ def test_joined_parts_are_the_undivided_build(undivided, tmp_path, count, form):
     assert {name for name in expected if joined[name] != expected[name]} == set()
     listed = Counter(entry["against"] for entry in entries(tmp_path / "joined", "duplicates"))
     assert listed["evaluated"] >= 2 and listed[""] >= 4  # both kinds are there
+    assert shown_images(tmp_path / "joined") == shown_images(recipe.parent / "set")
+    assert any(row["label_precision"] not in (None, 0, 1) for row in rows_of(tmp_path / "joined"))
     counts = manifest_of(tmp_path / "joined")["totals"]
     assert all(counts[name] for name in ("failed", "skipped", "unmatched images", "unmatched captions"))
     assert (tmp_path / "joined" / "statistics.json").exists()
@@ -221,6 +249,17 @@ def test_a_join_goes_on_with_its_own_work_alone(undivided, tmp_path, capsys):
     assert join(command) == 0 and join(command) == 0
     (part / "manifest.json").write_text(json.dumps(manifest_of(part) | {"versions": "later"}))  # it was built again
     assert join(command) == 1 and "is not of these parts as they are now" in capsys.readouterr().err
+
+
+def test_a_join_holds_the_caps_of_the_whole(undivided, tmp_path, capsys):
+    recipe, _ = undivided()
+    again = "checks.repeated_answer=on"  # which is known when all parts are there
+    assert build(recipe, tmp_path, "--part", "1/1", "--set", again) == 0
+    command = [str(tmp_path), "--output", str(tmp_path / "joined")]
+    assert join(command) == 1 and "repeated_answer" in capsys.readouterr().err
+    assert not (tmp_path / "joined" / "manifest.json").exists()
+    assert build(recipe, tmp_path, "--part", "1/1", "--set", again, "max_failed_fraction=1") == 0
+    assert join(command) == 0 and {row["source"] for row in rows_of(tmp_path / "joined")} == {"merged"}
 
 
 def test_tasks_of_ray_build_the_same(undivided, tmp_path):
