@@ -93,18 +93,30 @@ class ClaimCheck:
         prompt: with the place {question}.
         answers: keeps them.
         gate: shared with a captioner that gathers batches.
+        max_tokens: of an answer.
+        most_silent: rows in a row without any answer, before an error ends the run.
     """
 
-    def __init__(self, captioner: Captioner, prompt: Prompt, answers: AnswerStore, gate: Gate, max_tokens: int):
+    def __init__(
+        self,
+        captioner: Captioner,
+        prompt: Prompt,
+        answers: AnswerStore,
+        gate: Gate,
+        max_tokens: int,
+        most_silent: int = 50,
+    ):
+        self.most_silent = most_silent
         self.captioner, self.prompt, self.answers, self.gate = captioner, prompt, answers, gate
         self.sampling = Sampling(0.0, 1.0, max_tokens, 0)
+        self.silent = 0  # rows in a row whose questions all stayed without an answer
 
     async def score(self, pictures: Sequence[Picture], rows: Sequence[Row]) -> list[dict[str, Any]]:
         """
         The two columns of claims for each row.
 
         Raises:
-            `ValueError`: where no question of several got an answer.
+            `ValueError`: after `most_silent` rows in a row whose questions all stayed without an answer.
         """
         claims = [claims_of(row["long_text"]) for row in rows]
         asked = [(picture, claim) for picture, own in zip(pictures, claims) for claim in own]
@@ -116,14 +128,17 @@ class ClaimCheck:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        failed = [answer for answer in answers if isinstance(answer, NoAnswer)]
-        if failed and len(failed) == len(answers):
-            raise ValueError(
-                f"captioner {self.captioner.id} left {len(failed)} questions without an answer, the last: {failed[-1]}; see "
-                "that it runs, then run the same command again. Answers so far are kept."
-            )
-        told = iter(answers)
-        return [self._columns(own, [next(told) for _ in own]) for own in claims]
+        following = iter(answers)
+        by_row = [[next(following) for _ in own] for own in claims]
+        for failed in filter(None, by_row):
+            silent = all(isinstance(answer, NoAnswer) for answer in failed)
+            self.silent = self.silent + 1 if silent else 0
+            if self.silent >= self.most_silent:
+                raise ValueError(
+                    f"captioner {self.captioner.id} left {self.silent} rows in a row without an answer, the last: "
+                    f"{failed[-1]}; see that it runs, then run the same command again. Answers so far are kept."
+                )
+        return [self._columns(own, row_answers) for own, row_answers in zip(claims, by_row)]
 
     async def _ask(self, picture: Picture, claim: Claim) -> str | NoAnswer:
         try:
@@ -186,7 +201,10 @@ class Verification:
                 config = self.recipe.captioners[self.config.captioner]
                 captioner = build_captioner(config, gate)
                 gate.captioners = [captioner] if hasattr(captioner, "waiting") else []
-                claims = ClaimCheck(captioner, self.prompt, answers, gate, config.max_tokens)
+                most_silent = min(
+                    self.recipe.max_failures_in_a_row, max(2, _rows_of(self.manifest))
+                )  # one may be refused
+                claims = ClaimCheck(captioner, self.prompt, answers, gate, config.max_tokens, most_silent)
             if not self.output.progress.complete:
                 await self._score_all(claims)
             return self._finish()
@@ -201,7 +219,7 @@ class Verification:
         if not done:
             self._copy_lists()
         rows = islice(_rows(self.folder, self.manifest), done, None)
-        total = sum(split["rows"] for split in self.manifest["splits"].values())
+        total = _rows_of(self.manifest)
         with tqdm(total=total, initial=done, unit=" rows", disable=None) as bar:
             while chunk := list(islice(rows, min(CHUNK, self.output.room))):
                 await self._score(chunk, claims)
@@ -222,6 +240,8 @@ class Verification:
         ):
             rows = [row | columns for row, columns in zip(rows, score)] if score else rows
         for (split, _), row in zip(chunk, rows):
+            if unanswered(row):
+                self.output.count(row["source"], "unanswered")
             fault = below_threshold(row, self.config)
             if fault is None:
                 self.output.add(row, split)
@@ -270,15 +290,26 @@ def below_threshold(row: Row, config: VerifyConfig) -> tuple[str, str] | None:
             if (score := row[f"{which}_similarity"]) < config.min_similarity:
                 return "similarity", f"{which} text {score:.3f}, below {config.min_similarity:g}"
     confirmed = row["claims_confirmed"]
+    if config.min_confirmed is not None and unanswered(row):
+        return "claims", "no answer"
     if config.min_confirmed is not None and confirmed is not None and confirmed < config.min_confirmed:
         return "claims", f"{confirmed:.0%} confirmed, below {config.min_confirmed:.0%}"
     return None
+
+
+def unanswered(row: Row) -> bool:
+    """Whether claims of a row were asked and none was answered with yes or no."""
+    return row["claims_confirmed"] is None and bool(json.loads(row["claims"] or "[]"))
 
 
 def _deciding(recipe: Recipe) -> list[Any]:
     captioner = recipe.captioners.get(recipe.verify.captioner or "")
     settings = captioner and [captioner.model, captioner.revision, captioner.max_image_side, captioner.extra]
     return [plain_values(recipe.verify), settings, recipe.shard_rows, recipe.shard_bytes]
+
+
+def _rows_of(manifest: dict[str, Any]) -> int:
+    return sum(split["rows"] for split in manifest["splits"].values())
 
 
 def _rows(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, Row]]:
@@ -308,7 +339,9 @@ def verify(folder: Path, recipe: Recipe, target: Path) -> dict[str, Any]:
 def _sheet(folder: Path, count: int) -> str:
     manifest = read_manifest(folder)
     rows = (row for _, row in _rows(folder, manifest))
-    drawn = write_sheet(rows, count, folder / "sheet", f"{manifest['name']}: are the captions true?")
+    drawn = write_sheet(
+        rows, count, folder / "sheet", f"{manifest['name']}: are the captions true?", data_hash(manifest)
+    )
     return (
         f"{drawn} rows in {folder / 'sheet' / SHEET}; sheet.html beside it shows them. Fill it in, then --read-sheet."
     )
@@ -316,7 +349,7 @@ def _sheet(folder: Path, count: int) -> str:
 
 def _read_sheet(folder: Path) -> str:
     manifest = read_manifest(folder)
-    rates = read_sheet(folder / "sheet" / SHEET)
+    rates = read_sheet(folder / "sheet" / SHEET, data_hash(manifest))
     replace_json(folder / HAND_READ, {"data_sha256": data_hash(manifest)} | rates)
     told = [
         f"{which}: {one['false']} of {rates['rows']} with a false statement, {one['rate']:.1%} ({one['low']:.1%} to {one['high']:.1%})"
@@ -368,8 +401,9 @@ def _run(options: argparse.Namespace) -> str:
     (options.output / WORK).mkdir(parents=True, exist_ok=True)
     with FileLock(options.output / WORK / "lock", timeout=0):
         manifest = verify(options.folder, recipe, options.output)
-    rows = sum(split["rows"] for split in manifest["splits"].values())
-    return f"{rows:,} rows with scores in {options.output}"
+    unanswered_rows = manifest["totals"].get("unanswered", 0)
+    without = f", {unanswered_rows:,} without any answer to their claims" if unanswered_rows else ""
+    return f"{_rows_of(manifest):,} rows with scores in {options.output}{without}"
 
 
 def _complain(message: str) -> int:

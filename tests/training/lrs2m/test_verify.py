@@ -16,8 +16,8 @@ from tests.training.lrs2m.small_builds import build, entries, manifest_of, rows_
 from training.lrs2m.card import main as write_card
 from training.lrs2m.checks.candidate import split_sentences
 from training.lrs2m.checks.claims import claims_of, read_answer
-from training.lrs2m.checks.sheet import read_sheet, wilson
-from training.lrs2m.statistics import statistics
+from training.lrs2m.checks.sheet import read_sheet, wilson, write_sheet
+from training.lrs2m.statistics import data_hash, statistics
 from training.lrs2m.verify import main
 
 
@@ -138,9 +138,36 @@ def test_claims_are_asked_once_and_a_kill_changes_nothing(whole, tmp_path):
         recipe = recipe_with(whole, tmp_path / "r.yaml", section | {"min_confirmed": 0.9}, server.url)
         assert main([str(whole[0]), "--config", recipe, "--output", str(tmp_path / "none")]) == 0
     assert len(entries(tmp_path / "none", "failed")) == 24
-    with ChatServer(faults=lambda request: Fault(status=400)) as server:
+
+
+def test_rows_without_an_answer_are_counted_and_pass_no_threshold(whole, tmp_path, capsys):
+    """A server that refuses all requests of one image, or says neither yes nor no of any; one that refuses all ends the run."""
+    refused: list[str] = []
+
+    def fault(request):
+        refused.append(request.image) if not refused else None
+        return Fault(status=400) if request.image == refused[0] else None
+
+    section = {"captioner": "judge", "min_confirmed": 0.5}
+    with ChatServer(answer=lambda request: "Yes", faults=fault) as server:
         recipe = recipe_with(whole, tmp_path / "r.yaml", section, server.url)
-        assert main([str(whole[0]), "--config", recipe, "--output", str(tmp_path / "dead")]) == 2
+        assert main([str(whole[0]), "--config", recipe, "--output", str(tmp_path / "one")]) == 0
+    (entry,) = entries(tmp_path / "one", "failed")
+    assert (entry["reason"], entry["attempts"][0]["detail"]) == ("claims", "no answer")
+    assert manifest_of(tmp_path / "one")["totals"]["unanswered"] == 1
+    with ChatServer(faults=lambda request: Fault(status=400)) as server:
+        recipe = recipe_with(whole, tmp_path / "r.yaml", {"captioner": "judge"}, server.url)
+        command = [str(whole[0]), "--config", recipe, "--set", "max_failures_in_a_row=7", "--output"]
+        assert main([*command, str(tmp_path / "dead")]) == 2
+        assert "left 7 rows in a row without an answer" in capsys.readouterr().err
+        command = [str(whole[0]), "--config", recipe, "--output", str(tmp_path / "dead, fewer rows than the limit")]
+        assert main(command) == 2 and "left 24 rows in a row" in capsys.readouterr().err
+    with ChatServer(answer=lambda request: "Perhaps") as server:
+        recipe = recipe_with(whole, tmp_path / "r.yaml", {"captioner": "judge"}, server.url)
+        command = [str(whole[0]), "--config", recipe, "--set", "max_failures_in_a_row=7", "--output"]
+        assert main([*command, str(tmp_path / "vague")]) == 0
+    assert "24 without any answer" in capsys.readouterr().out
+    assert manifest_of(tmp_path / "vague")["totals"]["unanswered"] == len(rows_of(tmp_path / "vague")) == 24
 
 
 def test_a_sheet_is_filled_in_and_read_back(whole, capsys):
@@ -162,7 +189,7 @@ def test_a_sheet_is_filled_in_and_read_back(whole, capsys):
         lines.writeheader()
         lines.writerows(rows)
     assert main([str(folder), "--read-sheet"]) == 0 and "long: 3 of 8" in capsys.readouterr().out
-    rates = read_sheet(path)
+    rates = read_sheet(path, data_hash(manifest_of(folder)))
     assert rates["rows"] == 8 and (rates["long"]["false"], rates["short"]["false"], rates["either"]["false"]) == (
         3,
         1,
@@ -181,6 +208,28 @@ def test_a_sheet_is_filled_in_and_read_back(whole, capsys):
         main([str(folder), "--read-sheet"]) == 2
         and "row 2: long_false and short_false hold 'x'" in capsys.readouterr().err
     )
+    (folder / "sheet" / "drawn_from.json").write_text('{"data_sha256": "of other data"}')
+    assert main([str(folder), "--read-sheet"]) == 2 and "was not drawn from the data" in capsys.readouterr().err
+
+
+def test_a_sheet_runs_no_formula_and_may_come_back_from_excel(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(buffer, "PNG")
+    texts = ['=HYPERLINK("http://a.example")', "+1", "-1", "@a", "\ta", "\ra", "A caf\u00e9 = a house"]
+    rows = [
+        {"id": f"{place}", "image": {"bytes": buffer.getvalue()}, "long_text": text, "short_text": "A road"}
+        for place, text in enumerate(texts)
+    ]
+    write_sheet(rows, len(rows), tmp_path, "test", "hash")
+    path = tmp_path / "sheet.csv"
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines = sorted(csv.DictReader(file), key=lambda line: line["id"])
+    assert [line["long_text"] for line in lines] == [*("'" + text for text in texts[:-1]), texts[-1]]
+    with path.open("w", encoding="cp1252", newline="") as file:
+        table = csv.DictWriter(file, lines[0], delimiter=";")
+        table.writeheader()
+        table.writerows(line | {"long_false": "1", "short_false": "0"} for line in lines)
+    assert read_sheet(path, "hash")["long"]["false"] == len(rows)
 
 
 def test_the_interval_is_wilsons():

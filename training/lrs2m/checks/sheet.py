@@ -9,6 +9,7 @@ import hashlib
 import heapq
 import html
 import io
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from modeling_lrsclip.encoding.imagery import read_image
-from modeling_lrsclip.files.atomic import replace_bytes, replace_text
+from modeling_lrsclip.files.atomic import replace_bytes, replace_json, replace_text
 
 from ..data_row import Row
 
 
-SHEET, PAGE, THUMBNAILS = "sheet.csv", "sheet.html", "thumbnails"
+SHEET, PAGE, THUMBNAILS, DRAWN_FROM = "sheet.csv", "sheet.html", "thumbnails", "drawn_from.json"
 SIDE = 512  # pixels of a thumbnail
 FILLED = ("long_false", "short_false")  # columns for the reader: statements that the image does not bear out
 COLUMNS = ("number", "id", "thumbnail", "long_text", "short_text", *FILLED, "remark")
@@ -34,7 +35,7 @@ long_false and short_false of {sheet}. Rows without a number count as not read.<
 """
 
 
-def write_sheet(rows: Iterable[Row], count: int, folder: Path, title: str) -> int:
+def write_sheet(rows: Iterable[Row], count: int, folder: Path, title: str, data_sha256: str) -> int:
     """
     Write the sheet, a page that shows it, and the thumbnails.
 
@@ -43,6 +44,7 @@ def write_sheet(rows: Iterable[Row], count: int, folder: Path, title: str) -> in
         count: of rows to draw.
         folder: is made; a sheet that is there is not overwritten.
         title: of the page.
+        data_sha256: of the data set, which the filled-in sheet is then bound to.
 
     Returns:
         Number of rows drawn.
@@ -65,32 +67,48 @@ def write_sheet(rows: Iterable[Row], count: int, folder: Path, title: str) -> in
         name = f"{THUMBNAILS}/{number:04d}.jpg"
         replace_bytes(folder / name, _thumbnail(row["image"]["bytes"]))
         lines.writerow(
-            {"number": number, "thumbnail": name} | {key: row[key] for key in ("id", "long_text", "short_text")}
+            {"number": number, "thumbnail": name}
+            | {key: _no_formula(row[key]) for key in ("id", "long_text", "short_text")}
         )
         texts = "".join(f"<p>{html.escape(row[key])}</p>" for key in ("short_text", "long_text"))
         shown.append(f'<article><img src="{name}" alt=""><div><h2>{number}</h2>{texts}</div></article>')
     replace_text(folder / PAGE, _PAGE.format(title=html.escape(title), sheet=SHEET, rows="\n".join(shown)))
+    replace_json(folder / DRAWN_FROM, {"data_sha256": data_sha256})
     replace_text(folder / SHEET, "\ufeff" + table.getvalue())  # by the mark, spreadsheets know the encoding
     return len(drawn)
 
 
-def read_sheet(path: Path) -> dict[str, Any]:
+def read_sheet(path: Path, data_sha256: str) -> dict[str, Any]:
     """
     The share of false captions of a filled-in sheet, with 95 % intervals after Wilson.
 
     Args:
         path: the CSV file, also as spreadsheets save it, with semicolons.
+        data_sha256: of the data set that it is to have been drawn from.
 
     Returns:
         `rows` read, and for `long`, `short` and `either` text: `false` (captions with a false statement), `rate`, `low` and
         `high`.
 
     Raises:
-        `ValueError`: for a file that is no sheet, a value that is no number, and a sheet that nobody has filled in.
+        `ValueError`: for a file that is no sheet, a sheet of other data, a value that is no number, and a sheet that nobody
+            has filled in.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist; --sheet N writes a sheet.")
-    text = path.read_text(encoding="utf-8-sig")
+    drawn_from = path.with_name(DRAWN_FROM)
+    if not drawn_from.is_file() or json.loads(drawn_from.read_bytes()).get("data_sha256") != data_sha256:
+        raise ValueError(
+            f"{path} was not drawn from the data that is in {path.parent.parent} now; move the folder away and write a sheet "
+            "of it with --sheet N."
+        )
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except (
+        UnicodeDecodeError
+    ):  # as Excel saves it in western countries: ids and numbers are ASCII, and only they are read
+        text = content.decode("cp1252", errors="replace")
     delimiter = ";" if text.split("\n")[0].count(";") > text.split("\n")[0].count(",") else ","
     lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     if not {"id", *FILLED} <= set(lines.fieldnames or ()):
@@ -120,6 +138,11 @@ def _filled(line: dict[str, str], where: str) -> tuple[int, ...] | None:
             f"{where}: {' and '.join(FILLED)} hold {values[0]!r} and {values[1]!r}; write a number in each."
         )
     return tuple(map(int, values))
+
+
+def _no_formula(text: str) -> str:
+    """A cell that a spreadsheet takes for text, also where it begins like a formula."""
+    return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def _thumbnail(content: bytes) -> bytes:
