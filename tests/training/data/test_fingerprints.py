@@ -12,7 +12,7 @@ from tests.soak import make_data, run_arguments
 from tests.training.data.test_data_streaming import picture, write_tar
 from training import train
 from training.data.fingerprints import changes, fingerprints
-from training.data.inspection import _image_sha256
+from training.data.rows import image_sha256
 from training.data.pairs import load_pairs
 from training.data.sources import DataConfig
 from training.distributed import MistakeError
@@ -130,4 +130,4 @@ def test_what_is_no_image_file_has_no_hash(stored, monkeypatch):
         return really(file, *arguments, **options)
 
     monkeypatch.setattr("builtins.open", guarded)
-    assert _image_sha256(stored) is None
+    assert image_sha256(stored) is None
