@@ -12,8 +12,8 @@ from tests.soak import make_data, run_arguments
 from tests.training.data.test_data_streaming import picture, write_tar
 from training import train
 from training.data.fingerprints import changes, fingerprints
-from training.data.rows import image_sha256
 from training.data.pairs import load_pairs
+from training.data.rows import image_sha256
 from training.data.sources import DataConfig
 from training.distributed import MistakeError
 
