@@ -7,19 +7,19 @@ import functools
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from filelock import FileLock, Timeout
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from modeling_lrsclip.encoding import load_encoder
 from modeling_lrsclip.files.atomic import make_folder, replace_json, replace_text
 from modeling_lrsclip.files.documents import first_line
+from modeling_lrsclip.files.locks import only_process
 from modeling_lrsclip.published.registry import ModelSource, label_models, resolve
 
 from .results import SCHEMA_VERSION, Table, csv_lines, environment, make_console, markdown, print_table
@@ -53,7 +53,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     main_process = processes is None or processes.is_main_process
     device = check_device(str(processes.device) if processes else wanted)
     output = prepare_output(options.output)
-    with only_writer(output) if main_process else contextlib.nullcontext():
+    busy = f"--output {output} is being written by another evaluation; wait for it, or name another folder."
+    with only_process(output / ".lock", busy) if main_process else contextlib.nullcontext():
         return measure_all(options, tasks, dict(zip(labels, sources, strict=True)), device, processes)
 
 
@@ -177,28 +178,6 @@ def prepare_output(path: str) -> Path:
     except OSError as error:
         raise ValueError(f"--output {path} cannot be written: {error.strerror or error}") from error
     return output
-
-
-@contextlib.contextmanager
-def only_writer(output: Path) -> Iterator[None]:
-    """
-    Hold the output folder, in which two evaluations would replace each other's results.
-
-    Raises:
-        `ValueError`: where another one holds it.
-    """
-    lock = FileLock(output / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(
-            f"--output {output} is being written by another evaluation; wait for it, or name another folder."
-        ) from None
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
 
 
 # ------------------------------------------------------------------------------------------------------------- output

@@ -17,10 +17,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from filelock import FileLock, Timeout
 
 from modeling_lrsclip.encoding import Encoder, load_encoder
 from modeling_lrsclip.files.atomic import PARTIAL
+from modeling_lrsclip.files.locks import only_process
 from modeling_lrsclip.published.registry import resolve
 
 from .block_encoder import SKIPPED, check_skipped, encode_blocks, tell, write_skipped
@@ -162,19 +162,11 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(f"{folder} is not a folder: name another --output.") from error
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(
-            f"{folder} is being written by another process: wait for it, or use another --output."
-        ) from error
-    try:
+    busy = f"{folder} is being written by another process: wait for it, or use another --output."
+    with only_process(folder / LOCK, busy):
         for path in (*folder.glob(f".*.{PARTIAL}"), *folder.glob(".*.next")):  # of a process that was killed
             path.unlink(missing_ok=True)
         yield
-    finally:
-        lock.release()
 
 
 def tell_plan(plan: Plan) -> None:

@@ -2,32 +2,11 @@
 """LRSCLIP for transformers. Importing it makes the Auto classes know `model_type` `lrsclip`."""
 
 import sys
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 
 ROOMS = ("evaluation", "geosearch", "model_cards", "modeling_lrsclip", "training")  # folders that hold commands
 __version__ = "0.1.0"
-
-__all__ = [
-    "LRSCLIPConfig",
-    "LRSCLIPImageProcessor",
-    "LRSCLIPModel",
-    "LRSCLIPOutput",
-    "LRSCLIPProcessor",
-    "LRSCLIPTextConfig",
-    "LRSCLIPTextModelWithProjection",
-    "LRSCLIPVisionConfig",
-    "LRSCLIPVisionModelWithProjection",
-    "stretch_position_embedding",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(".auto_classes", __name__), name)
 
 
 def _is_help_of_a_command() -> bool:
@@ -43,4 +22,5 @@ def _is_help_of_a_command() -> bool:
 
 
 if not _is_help_of_a_command():  # which is shown without these seconds of imports
-    from . import auto_classes  # noqa: F401
+    from .auto_classes import *  # noqa: F403
+    from .auto_classes import __all__  # noqa: F401

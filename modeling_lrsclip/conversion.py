@@ -19,11 +19,10 @@ from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
-from modeling_lrsclip.files.atomic import growing_folder, make_folder, publish_folder
-from modeling_lrsclip.files.hashing import file_sha256
-
 from .commands import DEFAULT_TOKENIZER, say_once_that_the_hub_is_away
 from .configuration_lrsclip import LRSCLIPConfig
+from .files.atomic import growing_folder, make_folder, publish_folder
+from .files.hashing import file_sha256
 from .image_processing_lrsclip import LRSCLIPImageProcessor
 from .modeling_lrsclip import LRSCLIPModel
 from .position_stretching import stretch_position_embedding
@@ -133,6 +132,7 @@ def prepare(
     **reading: Any,
 ) -> Prepared:
     """
+    Read a checkpoint, map its weights to LRSCLIP's, stretch its position table if asked for, and find its tokenizer.
 
     Args:
         source (`str` or `Path`): a published checkpoint file (see [`read_published_checkpoint`]), or the folder or Hub

@@ -322,7 +322,9 @@ def _become(search_path: list[str], request: int, *outputs: int) -> None:
 
 
 def _settings(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith("HF_") and name != "HF_TOKEN"}
+    # of no effect without network, and gradio writes it into the environment of the process that shows a page
+    changing = ("HF_TOKEN", "HF_HUB_DISABLE_TELEMETRY")
+    return {name: value for name, value in environment.items() if name.startswith("HF_") and name not in changing}
 
 
 def _entries(environment: Mapping[str, str]) -> list[str]:

@@ -15,8 +15,10 @@ from evaluation import measure, run
 from evaluation.benchmarks.aerial_scenes import data_set as aerial_scenes
 from evaluation.results import Column, Table, make_console, markdown, print_table
 from evaluation.retrieval import LAST_BAR, LONGEST_EXAMPLE, TOKEN_BIN, retrieval_recall
+from evaluation.tasks import TASKS
 from modeling_lrsclip.encoding import embed_images, embed_texts
 from modeling_lrsclip.files.atomic import replace_json
+from modeling_lrsclip.files.locks import only_process
 from modeling_lrsclip.published.registry import MODELS, ModelSource, label_models
 from tests import processes
 from tests.modeling_lrsclip.references import published_state
@@ -77,7 +79,7 @@ def test_two_models_on_both_tasks(
     assert "| tiny-lrsclip | 248 |" in (output / "results.md").read_text(encoding="utf-8")
     for name in ("recall_vs_tokens.png", "retrieval_gallery.png"):
         assert min(Image.open(output / name).size) > 500
-    assert not list(output.glob(".*"))
+    assert [path.name for path in output.glob(".*")] == [".lock"]
 
 
 def test_how_images_were_read_is_said_and_recorded(tiny_checkpoint, data, images, tmp_path, capsys):
@@ -305,7 +307,7 @@ def test_a_word_without_end_is_measured_and_drawn_as_far_as_it_is_read(tiny_chec
 
 def test_two_evaluations_do_not_write_one_folder(tiny_checkpoint, data, tmp_path, capsys):
     command = arguments([tiny_checkpoint], data, tmp_path / "out", "--tasks", "zcrs", "--tokens-kept", "none")
-    with measure.only_writer(measure.prepare_output(str(tmp_path / "out"))):
+    with only_process(measure.prepare_output(str(tmp_path / "out")) / ".lock", "busy"):
         assert run.main(command) == 2
     assert f"--output {tmp_path / 'out'} is being written by another evaluation" in capsys.readouterr().err
     assert not (tmp_path / "out/results.json").exists() and run.main(command) == 0
@@ -321,3 +323,8 @@ def test_a_model_without_directions_is_not_measured(
     assert run.main(arguments([tmp_path / "empty"], data, tmp_path / "out", "--tasks", "zcrs")) == 2
     noun = "images" if projection == "visual_projection" else "texts"
     assert f"empty gives 4 of 4 {noun} no direction (zeros, or no numbers)" in capsys.readouterr().err
+
+
+def test_the_help_names_every_task():
+    """It is printed before the tasks, with torch below them, are imported."""
+    assert tuple(TASKS) == run.TASK_NAMES

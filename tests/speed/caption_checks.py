@@ -32,7 +32,7 @@ from training.lrs2m.checks.across_rows import MOST_IMAGES, find_repeats
 from training.lrs2m.checks.candidate import Candidate, Limits, split_sentences
 from training.lrs2m.checks.classes import find_mentions, phrases_of, synonyms_of
 from training.lrs2m.checks.cleaning import clean_answer
-from training.lrs2m.checks.pipeline import CHECKS
+from training.lrs2m.checks.named_checks import CHECKS
 from training.lrs2m.recipe import CaptionerConfig, TextConfig
 from training.lrs2m.sources.anchors import Label, plural
 from training.lrs2m.sources.images import Picture, read_picture

@@ -52,7 +52,7 @@ def hold_out(pairs: Pairs, share: float, keys: list[np.ndarray]) -> tuple[Pairs,
     held = images[: min(max(1, count), len(images) - 1)]
     sides = []
     for side in (False, True):
-        chosen = iter(np.flatnonzero(np.isin(own, held) == side) for own in keys)
+        chosen = iter(np.flatnonzero(np.isin(part_keys, held) == side) for part_keys in keys)
         sources = [[ChosenRows(part, rows) for part in parts if len(rows := next(chosen))] for parts in pairs.sources]
         weights = [weight for weight, parts in zip(pairs.weights or [], sources) if parts] or None
         sides.append(Pairs([parts for parts in sources if parts], weights, None if side else pairs.buffer))

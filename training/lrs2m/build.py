@@ -23,7 +23,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from modeling_lrsclip.files.atomic import replace_json
@@ -48,6 +47,7 @@ from .output import (
     check_caps,
     check_whole,
     load_progress,
+    only_builder,
     rows_seen,
     save_progress,
     totals,
@@ -411,8 +411,6 @@ def main(argv: Iterable[str] | None = None) -> int:
         folder = part_folder(folder, part) if part else folder
         again = "restart" if arguments.restart else "retry" if arguments.retry_failed else None
         manifest = _build_locked(recipe, folder, root, part, again)
-    except Timeout:
-        return _complain(f"another build is at work in {folder}; wait for it, or take another --output.")
     except (CaptionerDown, ValueError, OSError) as error:
         return _complain(str(error))
     except KeyboardInterrupt:
@@ -438,9 +436,7 @@ def _build_locked(
     recipe: Recipe, folder: Path, root: Path, part: tuple[int, int] | None = None, again: str | None = None
 ) -> dict[str, Any]:
     """Build in a folder that no other process builds in, and return the manifest."""
-    load_progress(folder)  # refuses a folder that holds other data
-    (folder / WORK).mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / WORK / "lock", timeout=0):
+    with only_builder(folder):
         if again == "restart":
             forget(folder)
         build = Build(recipe, folder, root, part, again == "retry")

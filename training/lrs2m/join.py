@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from modeling_lrsclip.files.configuration import validate
@@ -29,7 +28,7 @@ from modeling_lrsclip.files.hashing import json_sha256
 from .captioners.captioner import AnswerStore
 from .checks.across_rows import drop_repeats
 from .data_row import Row
-from .output import BATCH, MANIFEST, WORK, Output, Progress, check_whole, load_progress, totals
+from .output import BATCH, MANIFEST, WORK, Output, Progress, check_whole, load_progress, only_builder, totals
 from .part import JOURNAL
 from .recipe import Recipe
 from .shards import read_shard
@@ -227,8 +226,7 @@ def join(folders: Sequence[Path], output: Path) -> dict[str, Any]:
             f"{output} holds a {progress.command} that is not of these parts as they are now; take another --output, or "
             "remove it."
         )
-    (output / WORK).mkdir(parents=True, exist_ok=True)
-    with FileLock(output / WORK / "lock", timeout=0):
+    with only_builder(output, "join"):
         finished = output / MANIFEST
         manifest = read_manifest(output) if finished.is_file() else Join(parts, output).run()
         if manifest["totals"].get("train", 0) + manifest["totals"].get("validation", 0):
@@ -245,8 +243,6 @@ def main(argv: Iterable[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         manifest = join(arguments.folders, arguments.output)
-    except Timeout:
-        return _complain(f"another command is at work in {arguments.output}; wait for it, or take another --output.")
     except (ValueError, OSError) as error:
         return _complain(str(error))
     except KeyboardInterrupt:

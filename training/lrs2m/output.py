@@ -1,5 +1,6 @@
 """The folder of a data set in the making: shards, lists of what was left out, and the point a restart goes on from."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 
 from modeling_lrsclip.files.atomic import replace_json, replacing, sync
 from modeling_lrsclip.files.hashing import file_sha256
+from modeling_lrsclip.files.locks import only_process
 
 from .data_row import SPLITS, Row
 from .recipe import Recipe
@@ -249,6 +251,25 @@ class Output:
 
     def _save(self) -> None:
         save_progress(self.folder, self.progress)
+
+
+@contextlib.contextmanager
+def only_builder(folder: Path, command: str | None = None) -> Iterator[None]:
+    """
+    Hold the folder of a data set, which is made, for a command that writes it.
+
+    Args:
+        folder: the data set's.
+        command: as of [`load_progress`].
+
+    Raises:
+        `ValueError`: where another process is at work there, and as [`load_progress`], before anything is made.
+    """
+    load_progress(folder, command)
+    (folder / WORK).mkdir(parents=True, exist_ok=True)
+    busy = f"another command is at work in {folder}; wait for it, or take another --output."
+    with only_process(folder / WORK / "lock", busy):
+        yield
 
 
 def save_progress(folder: Path, progress: Progress) -> None:

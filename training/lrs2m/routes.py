@@ -14,7 +14,7 @@ from .captioners.captioner import AnswerStore, Captioner, NoAnswer, Request, Sam
 from .captioners.prompts import Prompt
 from .checks.candidate import Candidate, Limits
 from .checks.cleaning import clean_answer
-from .checks.pipeline import judge
+from .checks.named_checks import judge
 from .data_row import GIVEN, Record
 from .recipe import Recipe, SourceConfig, TextConfig
 from .sources.anchors import Label, anchor_text, anchors_json, labels_caption

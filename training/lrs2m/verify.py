@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from modeling_lrsclip.encoding import embed_images, embed_texts, load_encoder
@@ -41,7 +40,7 @@ from .checks.candidate import split_sentences
 from .checks.claims import Claim, claims_of, read_answer
 from .checks.sheet import SHEET, read_sheet, write_sheet
 from .data_row import Row
-from .output import LISTS, WORK, Output, Progress, load_progress, totals
+from .output import LISTS, WORK, Output, Progress, load_progress, only_builder, totals
 from .recipe import Recipe, TextConfig, VerifyConfig, public_recipe, read_recipe
 from .shards import read_shard
 from .sources.images import Picture, read_picture
@@ -119,7 +118,7 @@ class ClaimCheck:
             `ValueError`: after `most_silent` rows in a row whose questions all stayed without an answer.
         """
         claims = [claims_of(row["long_text"]) for row in rows]
-        asked = [(picture, claim) for picture, own in zip(pictures, claims) for claim in own]
+        asked = [(picture, claim) for picture, row_claims in zip(pictures, claims) for claim in row_claims]
         self.gate.rows, self.gate.full = len(asked), True
         tasks = [asyncio.ensure_future(self._ask(picture, claim)) for picture, claim in asked]
         try:
@@ -129,7 +128,7 @@ class ClaimCheck:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         following = iter(answers)
-        by_row = [[next(following) for _ in own] for own in claims]
+        by_row = [[next(following) for _ in row_claims] for row_claims in claims]
         for failed in filter(None, by_row):
             silent = all(isinstance(answer, NoAnswer) for answer in failed)
             self.silent = self.silent + 1 if silent else 0
@@ -138,7 +137,7 @@ class ClaimCheck:
                     f"captioner {self.captioner.id} left {self.silent} rows in a row without an answer, the last: "
                     f"{failed[-1]}; see that it runs, then run the same command again. Answers so far are kept."
                 )
-        return [self._columns(own, row_answers) for own, row_answers in zip(claims, by_row)]
+        return [self._columns(*pair) for pair in zip(claims, by_row)]
 
     async def _ask(self, picture: Picture, claim: Claim) -> str | NoAnswer:
         try:
@@ -187,7 +186,6 @@ class Verification:
         self.similarity = Similarity(self.config.model) if self.config.model else None
         self.prompt = load_prompt(TextConfig(captioner="verify", prompt=PROMPT), Path())
         limits = recipe.shard_rows, recipe.shard_bytes
-        (target / WORK).mkdir(parents=True, exist_ok=True)
         self.output = Output(target, self.manifest["format"], limits, progress)
 
     async def run(self) -> dict[str, Any]:
@@ -351,12 +349,12 @@ def _read_sheet(folder: Path) -> str:
     manifest = read_manifest(folder)
     rates = read_sheet(folder / "sheet" / SHEET, data_hash(manifest))
     replace_json(folder / HAND_READ, {"data_sha256": data_hash(manifest)} | rates)
-    told = [
+    lines = [
         f"{which}: {one['false']} of {rates['rows']} with a false statement, {one['rate']:.1%} ({one['low']:.1%} to {one['high']:.1%})"
         for which, one in rates.items()
         if which != "rows"
     ]
-    return "\n".join(told)
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -377,8 +375,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         print(_run(options))
-    except Timeout:
-        return _complain(f"another command is at work in {options.output}; wait for it, or take another --output.")
     except (CaptionerDown, ValueError, OSError) as error:
         return _complain(str(error))
     except KeyboardInterrupt:
@@ -398,8 +394,7 @@ def _run(options: argparse.Namespace) -> str:
     recipe = read_recipe(options.config, options.set)
     if options.output.resolve() == options.folder.resolve():
         raise ValueError(f"--output {options.output} is the data set that is read; take another folder.")
-    (options.output / WORK).mkdir(parents=True, exist_ok=True)
-    with FileLock(options.output / WORK / "lock", timeout=0):
+    with only_builder(options.output, "verify"):
         manifest = verify(options.folder, recipe, options.output)
     unanswered_rows = manifest["totals"].get("unanswered", 0)
     without = f", {unanswered_rows:,} without any answer to their claims" if unanswered_rows else ""

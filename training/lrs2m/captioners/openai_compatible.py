@@ -177,9 +177,9 @@ class OpenAICaptioner:
         """Begins with the servers that are there; it takes a second to see, not the tries of the first rows."""
         pongs = await self.ping()
         if all(pong.fault for pong in pongs):
-            told = "; ".join(f"{pong.url} {pong.fault}" for pong in pongs)
+            faults = "; ".join(f"{pong.url} {pong.fault}" for pong in pongs)
             raise CaptionerDown(
-                f"{told}. Start the server of {self.config.model}, or set base_url. Nothing was asked."
+                f"{faults}. Start the server of {self.config.model}, or set base_url. Nothing was asked."
             )
         for server, pong in zip(self._servers, pongs, strict=True):
             if pong.fault:

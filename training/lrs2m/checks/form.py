@@ -66,11 +66,11 @@ def find_prompt_echo(candidate: Candidate) -> str | None:
     Instructions of the prompt within the answer. What the prompt says of the image ("This is a remote sensing image, seen from
     above") may well be said again.
     """
-    told = set()
+    instructed = set()
     for sentence in split_sentences(candidate.instructions.replace(":", ".").replace('"', " ")):
         if not sentence.startswith(("This is", "You describe")):
-            told.update(_runs(words_of(sentence)))
-    return next((" ".join(run) for run in _runs(candidate.words) if run in told), None)
+            instructed.update(_runs(words_of(sentence)))
+    return next((" ".join(run) for run in _runs(candidate.words) if run in instructed), None)
 
 
 def find_tags(candidate: Candidate) -> str | None:
@@ -85,10 +85,10 @@ def find_special_tokens(candidate: Candidate) -> str | None:
 
 def find_role_names(candidate: Candidate) -> str | None:
     """A turn of a conversation, as `ASSISTANT:` or `### Response:`."""
-    for found in re.finditer(r"(?:^|[.!?:#\"]\s*|\s)([A-Za-z]+)\s?:(?=\s|$)", candidate.text):
-        at_start = not re.search(r"[^.!?:#\"\s]\s*$", candidate.text[: found.start(1)])
-        if found[1].lower() in word_set("roles") and (at_start or found[1].isupper()):
-            return found[1] + ":"
+    for role in re.finditer(r"(?:^|[.!?:#\"]\s*|\s)([A-Za-z]+)\s?:(?=\s|$)", candidate.text):
+        at_start = not re.search(r"[^.!?:#\"\s]\s*$", candidate.text[: role.start(1)])
+        if role[1].lower() in word_set("roles") and (at_start or role[1].isupper()):
+            return role[1] + ":"
     return None
 
 

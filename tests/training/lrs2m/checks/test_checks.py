@@ -15,7 +15,7 @@ from training.lrs2m.captioners.prompts import FOLDER, load_prompt
 from training.lrs2m.checks.candidate import Candidate, Limits
 from training.lrs2m.checks.cleaning import clean_answer
 from training.lrs2m.checks.labels import label_scores
-from training.lrs2m.checks.pipeline import CHECKS, judge
+from training.lrs2m.checks.named_checks import CHECKS, judge
 from training.lrs2m.recipe import ChecksConfig, TextConfig
 from training.lrs2m.sources.anchors import Label, anchor_text, labels_caption, plural, position_of
 
