@@ -3,17 +3,18 @@ The command that draws where an image tower looks for a phrase (paper, Fig. 2): 
 --image TILE.png --text "..." ["..."] --output attention.png`.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from modeling_lrsclip.commands import command, command_parser
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation.attention",
-        description="Draws where an image tower looks for phrases (paper, Fig. 2).",
-    )
+
+@command()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; bad input is one sentence on standard error and exit status 2."""
+    description = "Draws where an image tower looks for phrases (paper, Fig. 2)."
+    parser = command_parser("python -m evaluation.attention", description)
     parser.add_argument("--model", required=True, help="as for evaluation.run")
     parser.add_argument("--image", required=True, type=Path)
     parser.add_argument("--text", required=True, nargs="+", help="phrases, a panel each")
@@ -23,12 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     from .attention_maps import explain  # seconds of imports, which --help does without
 
-    try:
-        print(explain(options))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    print(explain(options))
 
 
 if __name__ == "__main__":

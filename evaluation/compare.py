@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from modeling_lrsclip.commands import command, command_parser
 from modeling_lrsclip.files.documents import read_json, refuse_malformed
 
 from .bootstrap import LEVEL, RESAMPLES, differences
@@ -25,7 +26,7 @@ DIGITS = {"Rsu": 4, "Ras": 4, "Rda": 4, "Rmi": 4}  # others are percent
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m evaluation.compare", description=__doc__)
+    parser = command_parser("python -m evaluation.compare", __doc__)
     parser.add_argument("first", metavar="A.json", help="results.json of evaluation.run")
     parser.add_argument("second", metavar="B.json", nargs="?", help="another one; default: the two models of A.json")
     parser.add_argument("--seeds", metavar="C.json", nargs="+", help="results of the same models with other seeds")
@@ -35,23 +36,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; bad input is one sentence on standard error and exit status 2."""
+@command()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; bad input is one sentence on standard error and exit status 2."""
     options = parse_arguments(arguments)
-    try:
-        if options.resamples < 100:
-            raise ValueError(f"--resamples {options.resamples} must be at least 100 for a 95 % interval.")
-        if options.seeds and (options.a or options.b):
-            raise ValueError(
-                "--a and --b choose two models to compare; --seeds shows every model: leave out one of them."
-            )
-        if options.seeds:
-            tables = spread_tables([*filter(None, (options.first, options.second)), *options.seeds])
-        else:
-            tables = compare(options.first, options.second, options.a, options.b, options.resamples)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.resamples < 100:
+        raise ValueError(f"--resamples {options.resamples} must be at least 100 for a 95 % interval.")
+    if options.seeds and (options.a or options.b):
+        raise ValueError("--a and --b choose two models to compare; --seeds shows every model: leave out one of them.")
+    if options.seeds:
+        tables = spread_tables([*filter(None, (options.first, options.second)), *options.seeds])
+    else:
+        tables = compare(options.first, options.second, options.a, options.b, options.resamples)
     tables[-1].note = tables[-1].note or (
         f"Paired bootstrap, {options.resamples:,} resamples of images (retrieval, classification) or queries "
         "(localization); better: the interval is on one side of 0. Each row stands alone: of 20 rows without any "
@@ -60,7 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = make_console()
     for table in tables:
         print_table(console, table)
-    return 0
 
 
 def compare(

@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from modeling_lrsclip.commands import say_once_that_the_hub_is_away
+from modeling_lrsclip.commands import command, command_parser, say_once_that_the_hub_is_away
 from modeling_lrsclip.files.cache_folder import cache_folder
 
 
@@ -18,7 +18,7 @@ TOKENS_KEPT = "20,40,77,120,160,200,248"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m evaluation.run", description="Measures CLIP models on tasks.")
+    parser = command_parser("python -m evaluation.run", "Measures CLIP models on tasks.")
     parser.add_argument(
         "--model",
         nargs="+",
@@ -70,18 +70,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return options
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; bad input is one sentence on standard error and exit status 2."""
+@command()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; bad input is one sentence on standard error and exit status 2."""
     options = parse_arguments(arguments)
     from .measure import evaluate  # seconds of imports, which --help and a mistyped option do without
 
     say_once_that_the_hub_is_away()
-    try:
-        evaluate(options)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    evaluate(options)
 
 
 if __name__ == "__main__":

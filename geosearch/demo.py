@@ -5,7 +5,6 @@ PLACES is a file of JSON lines with `text`, `scene` (a path, or the end of one) 
 `evaluation.benchmarks.scene_archive` writes it. OUTPUT gets a page and a heat map of the last description that was found.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -14,6 +13,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+
+from modeling_lrsclip.commands import command, command_parser
 
 from .exact_search import Hits, search
 from .index_store import load_index_encoder, open_index
@@ -100,19 +101,15 @@ def run(index_folder: Path, places_file: Path, output: Path) -> dict[str, int]:
     return counts
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m geosearch.demo", description=__doc__.splitlines()[1])
+@command()
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; bad input is one sentence on standard error and exit status 2."""
+    parser = command_parser("python -m geosearch.demo", __doc__.splitlines()[1])
     parser.add_argument("index", metavar="INDEX", type=Path, help="folder that geosearch index made")
     parser.add_argument("places", metavar="PLACES", type=Path, help="JSON lines with text, scene and pixel_box")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder for the page and the heat map")
     options = parser.parse_args(arguments)
-    try:
-        run(options.index, options.places, options.output)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    run(options.index, options.places, options.output)
 
 
 if __name__ == "__main__":

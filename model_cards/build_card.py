@@ -7,7 +7,6 @@ Fills a model card from a checkpoint, what was measured of it, and how it was tr
 A card shows no figure that is not in results.json, in the training record or in the paper's tables.
 """
 
-import argparse
 import os
 import re
 import sys
@@ -25,6 +24,7 @@ if not __package__:  # run as a file: siblings and modeling_lrsclip are found fr
 
 from model_cards.redaction import command_for, without_paths
 from model_cards.result_tables import eval_results, paper_tables, results_section, select_model, tokens_section
+from modeling_lrsclip.commands import command, command_parser
 from modeling_lrsclip.files.atomic import make_folder, replacing
 
 
@@ -323,9 +323,10 @@ def _listed(versions: dict[str, str | None]) -> str:
 # --------------------------------------------------------------------------------------------------------------- command
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; bad input is one sentence on standard error and exit status 2."""
-    parser = argparse.ArgumentParser(prog="python model_cards/build_card.py", description="Builds a model card.")
+@command()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; bad input is one sentence on standard error and exit status 2."""
+    parser = command_parser("python model_cards/build_card.py", "Builds a model card.")
     parser.add_argument("--checkpoint", type=Path, help="model folder as save_pretrained writes it")
     parser.add_argument("--results", type=Path, help="results.json of evaluation.run on this checkpoint")
     parser.add_argument(
@@ -336,21 +337,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--license", default=UNKNOWN, help="of the weights, as the Hub spells it (unknown)")
     parser.add_argument("--output", type=Path, help="file to write (README.md in the checkpoint folder)")
     options = parser.parse_args(arguments)
-    try:
-        advice = "give results.json of evaluation.run, run.json of training.train"
-        results, training = (path and read_json(path, advice) for path in (options.results, options.training))
-        chosen = {"published": options.published, "license_id": options.license}
-        card = build_card(options.checkpoint, results, training, options.repo, **chosen)
-        output = options.output or (options.checkpoint and options.checkpoint / "README.md")
-        if output is None:
-            raise ValueError("--output FILE is needed where no --checkpoint is given.")
-        with replacing(make_folder(output.parent) / output.name) as growing:
-            card.save(growing)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    advice = "give results.json of evaluation.run, run.json of training.train"
+    results, training = (path and read_json(path, advice) for path in (options.results, options.training))
+    chosen = {"published": options.published, "license_id": options.license}
+    card = build_card(options.checkpoint, results, training, options.repo, **chosen)
+    output = options.output or (options.checkpoint and options.checkpoint / "README.md")
+    if output is None:
+        raise ValueError("--output FILE is needed where no --checkpoint is given.")
+    with replacing(make_folder(output.parent) / output.name) as growing:
+        card.save(growing)
     print(output)
-    return 0
 
 
 if __name__ == "__main__":

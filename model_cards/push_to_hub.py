@@ -32,6 +32,7 @@ if not __package__:  # run as a file: siblings and modeling_lrsclip are found fr
 
 from model_cards.build_card import RECORD, UNKNOWN
 from model_cards.staging import OWN, OWN_NAMES, RESULTS, NotVerified, Staged, stage, stage_plain_clip, verify
+from modeling_lrsclip.commands import command, command_parser
 from modeling_lrsclip.files.documents import first_line, read_json
 from modeling_lrsclip.files.hashing import file_sha256, git_blob_id
 
@@ -274,11 +275,7 @@ def _megabytes(size: int) -> str:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python model_cards/push_to_hub.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python model_cards/push_to_hub.py", __doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="model folder as save_pretrained writes it")
     parser.add_argument("--repo", required=True, help="owner/name on the Hub; made if it does not exist")
     parser.add_argument("--results", type=Path, help="results.json of evaluation.run (without: not yet measured)")
@@ -348,14 +345,12 @@ def run(options: argparse.Namespace, api: HfApi) -> None:
             _say("done", push(api, staged, target, options.message, options.create_pr))
 
 
+@command()
 def main(arguments: Sequence[str] | None = None, api: HfApi | None = None) -> int:
-    """Runs the command; what goes wrong is one sentence on standard error and an exit status, see above."""
+    """Run the command; what goes wrong is one sentence on standard error and an exit status, see above."""
     options = parse_arguments(arguments)
     try:
         run(options, api or HfApi())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except NotVerified as error:
         print(f"error: {error} Nothing was sent.", file=sys.stderr)
         return 4

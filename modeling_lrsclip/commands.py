@@ -1,13 +1,58 @@
-"""Console commands for the rooms that are run from a clone: `lrsclip-train` and `lrsclip-evaluate` work from any folder."""
+"""
+Parts that the commands of all rooms share, and the console commands for the rooms that are run from a clone:
+`lrsclip-train` and `lrsclip-evaluate` work from any folder.
+"""
 
+import argparse
+import functools
 import importlib
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import ParamSpec
 
 
+Arguments = ParamSpec("Arguments")
 DEFAULT_TOKENIZER = "openai/clip-vit-base-patch16"  # of published files, which bring none
 CLONE = Path(__file__).resolve().parents[1]  # where an editable installation finds this package
+
+
+def command_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser that shows `description` with its own line breaks."""
+    return argparse.ArgumentParser(prog, None, description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def command(
+    *errors: type[Exception], status: int = 2, interrupted: str = "interrupted"
+) -> Callable[[Callable[Arguments, int | None]], Callable[Arguments, int]]:
+    """
+    Decorate the function of a command: what goes wrong is one sentence on standard error and an exit status.
+
+    Args:
+        errors: exceptions that are the user's to mend, besides `ValueError` and `OSError`.
+        status: exit status for these; an exception with an `exit_status` has its own.
+        interrupted: the sentence for Ctrl-C, which ends with status 130, as shells count it.
+
+    Returns:
+        A decorator of functions that return an exit status, or None for 0.
+    """
+
+    def decorate(main: Callable[Arguments, int | None]) -> Callable[Arguments, int]:
+        @functools.wraps(main)
+        def run(*args: Arguments.args, **options: Arguments.kwargs) -> int:
+            try:
+                return main(*args, **options) or 0
+            except (ValueError, OSError, *errors) as error:
+                print(f"error: {error}", file=sys.stderr)
+                return getattr(error, "exit_status", status)
+            except KeyboardInterrupt:
+                print(interrupted, file=sys.stderr)
+                return 130
+
+        return run
+
+    return decorate
 
 
 def say_once_that_the_hub_is_away() -> None:

@@ -45,6 +45,41 @@ def test_without_a_clone(tmp_path, monkeypatch):
         commands.train()
 
 
+@pytest.mark.parametrize(
+    "raised, status, message",
+    [
+        (None, 0, ""),
+        (ValueError("--top 0 is too few."), 3, "error: --top 0 is too few.\n"),
+        (FileNotFoundError(2, "No such file", "a.json"), 3, "error: [Errno 2] No such file: 'a.json'\n"),
+        (LookupError("no row a"), 3, "error: no row a\n"),
+        (KeyboardInterrupt(), 130, "stopped; run it again\n"),
+    ],
+)
+def test_what_ends_a_command_is_a_sentence_and_a_status(raised, status, message, capsys):
+    @commands.command(LookupError, status=3, interrupted="stopped; run it again")
+    def main(arguments: list[str]) -> None:
+        """Run it."""
+        if raised:
+            raise raised
+
+    assert main(["a"]) == status and capsys.readouterr().err == message and main.__doc__ == "Run it."
+
+
+def test_an_error_may_have_a_status_and_a_mistake_of_ours_is_shown(capsys):
+    refused = ValueError("not pushed")
+    refused.exit_status = 4
+
+    @commands.command()
+    def main(error: Exception | None) -> int:
+        if error:
+            raise error
+        return 7
+
+    assert (main(None), main(refused), main(error=ValueError("other"))) == (7, 4, 2)
+    with pytest.raises(TypeError, match="ours"):
+        main(TypeError("ours"))
+
+
 CLONE = os.environ | {"PYTHONPATH": str(ROOT)}
 COMMANDS = ["training.train", "evaluation.run", "evaluation.compare", "evaluation.attention", "geosearch"]
 COMMANDS += ["modeling_lrsclip.convert", "modeling_lrsclip.export_onnx", "model_cards/build_card.py"]
