@@ -21,6 +21,7 @@ from modeling_lrsclip.encoding.imagery import IMAGE_SUFFIXES
 from modeling_lrsclip.encoding.rasters import Raster, RasterError
 from modeling_lrsclip.files.documents import first_line
 from modeling_lrsclip.files.hashing import bytes_sha256, file_sha256
+from modeling_lrsclip.files.tables import parquet_batches
 
 from .footprints import to_lon_lat
 
@@ -241,9 +242,12 @@ def _table_rows(path: Path) -> Iterator[dict[str, Any]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield from csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         return
-    names = set(pq.read_schema(path).names)
-    wanted = [name for name in (*PATH_COLUMNS, *TIME_COLUMNS, "id", "assets", "start_datetime") if name in names]
-    yield from pq.read_table(path, columns=wanted or None, partitioning=None).to_pylist()
+    with pq.ParquetFile(path) as file:
+        names = set(file.schema_arrow.names)
+        wanted = [name for name in (*PATH_COLUMNS, *TIME_COLUMNS, "id", "assets", "start_datetime") if name in names]
+        for group in range(file.num_row_groups):
+            for batch in parquet_batches(file, group, wanted or None):
+                yield from batch.to_pylist()
 
 
 def _time(value: Any) -> datetime.datetime | None:

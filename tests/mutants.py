@@ -123,7 +123,7 @@ def _mutants_at(node: ast.AST) -> Iterator[Mutant]:
         or isinstance(node, ast.AugAssign)
     ):
         yield node, "pass"
-    elif isinstance(node, ast.Return) and node.value is not None:
+    elif isinstance(node, ast.Return) and not (node.value is None or ast.unparse(node.value) == "None"):
         yield node, "return None"
 
 

@@ -197,7 +197,6 @@ def save_state(accelerator: Accelerator, run_folder: Path, states: Mapping[str, 
     if accelerator.is_main_process:
         for old in _steps(run_folder)[:-keep]:
             gone = old.with_name(f".{old.name}.gone")  # by rename too: never half a folder of that name
-            shutil.rmtree(gone, ignore_errors=True)
             old.rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
 

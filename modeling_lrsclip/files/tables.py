@@ -31,6 +31,7 @@ MOST_MEMBERS = 50_000_000  # of a tar
 MOST_ROWS = 500_000_000  # of a file whose rows are indexed
 LONGEST_LOOK = 4 * 3600  # seconds that all headers of a tar, or all line ends of a file, may take
 LONGEST_FIELD = 1 << 24  # characters of a CSV field; more is a quote that was never closed
+LARGEST_GROUP = 2 << 30  # bytes of the columns wanted of a parquet row group that is held in memory
 _BLOCK = 1 << 20
 
 csv.field_size_limit(LONGEST_FIELD)
@@ -305,13 +306,39 @@ def parquet_columns(path: Path) -> dict[str, list[str] | None]:
     return {name: getattr(features[name], "names", None) for name in schema.names}
 
 
+def parquet_batches(file: Any, group: int, columns: Sequence[str] | None = None) -> Iterator[Any]:
+    """
+    Batches of a row group's rows, of so few that each is small although one long value may stand in all its rows.
+
+    Args:
+        file: a `pyarrow.parquet.ParquetFile`.
+        group: number of the row group.
+        columns: those that are wanted, `image.path` being a part of one; None: all.
+
+    Returns:
+        `pyarrow.RecordBatch`es of up to 256 rows.
+    """
+    largest = max(group_sizes(file, group, columns), default=0)  # no value is larger
+    rows = min(256, max(1, LARGEST_GROUP // max(1, largest)))
+    yield from file.iter_batches(rows, row_groups=[group], columns=columns and list(columns), use_threads=False)
+
+
+def group_sizes(file: Any, group: int, columns: Sequence[str] | None = None) -> list[int]:
+    """Bytes of each column of a row group, as the footer has them; the arguments are those of [`parquet_batches`]."""
+    footer = file.metadata.row_group(group)
+    parts = [footer.column(number) for number in range(footer.num_columns)]
+    wanted = ("",) if columns is None else tuple(f"{name}." for name in columns)
+    return [part.total_uncompressed_size for part in parts if f"{part.path_in_schema}.".startswith(wanted)]
+
+
 def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[TableRow]:
     from pyarrow import ArrowException, parquet
 
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256, columns=columns and list(columns)):
+        with parquet.ParquetFile(path, buffer_size=_BLOCK) as file:
+            groups = range(file.metadata.num_row_groups)
+            for batch in chain.from_iterable(parquet_batches(file, group, columns) for group in groups):
                 for index in range(len(batch)):
                     number += 1
                     try:

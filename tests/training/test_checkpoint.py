@@ -9,22 +9,29 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 
+from modeling_lrsclip import LRSCLIPModel, LRSCLIPProcessor
 from tests import processes
 from training.checkpoint import (
     CHECKPOINTS,
     MANIFEST,
     STATES,
     NotSavedError,
+    TrainState,
     clean_up,
     find_damage,
     load_newest_state,
     only_numbers_unpickled,
+    read_states,
     replace_folder,
+    save_model,
     save_state,
+    whole_model,
     write_manifest,
 )
+from training.model import LoRAConfig, add_adapters
 
 
 ROOT = Path(__file__).parents[2]
@@ -163,6 +170,50 @@ def test_old_ones_go_after_the_new_one_is_there(accelerator, tmp_path, monkeypat
     assert find_damage(tmp_path / CHECKPOINTS / "step-00000003") is None
 
 
+def test_what_cannot_be_removed_ends_no_run(accelerator, tmp_path, monkeypatch):
+    """As on NFS, where an open file stays."""
+    monkeypatch.setattr(accelerator, "save_state", lambda folder: (Path(folder) / "weights").write_text("new"))
+    save_state(accelerator, tmp_path, {}, 1, keep=1)
+
+    def refuse(*_, **__):
+        raise OSError("device or resource busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.unlink", refuse)
+        save_state(accelerator, tmp_path, {}, 2, keep=1)
+        clean_up(tmp_path)
+    assert (tmp_path / CHECKPOINTS / ".step-00000001.gone" / "weights").exists()
+    clean_up(tmp_path)
+    assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000002"]
+
+
+def test_a_full_disk_says_which_checkpoint_is_the_last(accelerator, tmp_path, monkeypatch):
+    def disk_full(folder):
+        raise dcp.api.CheckpointException("all of them", {1: (OSError("no\nspace left"), None)})
+
+    monkeypatch.setattr(accelerator, "save_state", disk_full)
+    with pytest.raises(
+        NotSavedError, match=r"step-00000003 could not be written \(no space left\); .* no checkpoint yet"
+    ):
+        save_state(accelerator, tmp_path, {}, 3, keep=1)
+    a_checkpoint(tmp_path, 2)
+    with pytest.raises(NotSavedError, match="the last checkpoint, .*step-00000002, is whole. Make room"):
+        save_state(accelerator, tmp_path, {}, 3, keep=1)
+
+
+def test_a_folder_below_a_file(accelerator, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotSavedError, match="file/best could not be written"):
+        replace_folder(accelerator, tmp_path / "file" / "best", write("x"))
+
+
+def test_progress_returns():
+    progress = TrainState(step=3, best_recall=51.5, best_step=2, validated=3, not_better=1, skipped=4, seconds=0.5)
+    resumed = TrainState()
+    resumed.load_state_dict(json.loads(json.dumps(progress.state_dict())))
+    assert resumed == progress != TrainState()
+
+
 def test_clean_up(tmp_path):
     for name in (".best.old", ".final.old", "final", ".final.partial", "checkpoints/.step-00000001.gone"):
         (tmp_path / name).mkdir(parents=True)
@@ -220,6 +271,28 @@ def test_no_file_of_a_checkpoint_runs_code(saved, tmp_path, monkeypatch, name, n
     with pytest.raises(ValueError, match=named):
         load_newest_state(accelerator, tmp_path)
     assert not (tmp_path / "gone-off").exists()
+
+
+def test_a_sharded_checkpoint_has_a_table_of_contents(tmp_path):
+    tensors = {"weight": torch.ones(3), "half": torch.ones(2, dtype=torch.float16), "bytes": [1]}
+    dcp.save(tensors, checkpoint_id=tmp_path / "pytorch_model_fsdp_0", no_dist=True)
+    (tmp_path / STATES).write_text('{"step": 1}')
+    assert read_states(tmp_path) == {"step": 1}
+
+
+def test_a_saved_model_has_ordinary_weights(accelerator, tmp_path, tiny_model, tiny_processor):
+    assert whole_model(accelerator, tiny_model) is tiny_model
+    save_model(accelerator, tiny_model, tiny_processor, tmp_path / "best")
+    plain = LRSCLIPModel.from_pretrained(tmp_path / "best").state_dict()
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in tiny_model.state_dict().items())
+    assert LRSCLIPProcessor.from_pretrained(tmp_path / "best").tokenizer.vocab_size
+    add_adapters(tiny_model.train(), LoRAConfig(rank=2))
+    random = torch.get_rng_state()
+    merged = whole_model(accelerator, tiny_model)
+    assert torch.equal(torch.get_rng_state(), random) and not merged.training
+    assert all(
+        torch.equal(tensor, plain[name]) for name, tensor in merged.state_dict().items()
+    )  # adapters begin at zero
 
 
 def test_torch_load_is_restricted_whatever_it_is_told(tmp_path):

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from modeling_lrsclip.files.hashing import bytes_sha256, file_sha256, json_sha256
+from modeling_lrsclip.files.tables import parquet_batches
 
 from ..distributed import MistakeError
 from .line_index import kept_index
@@ -110,7 +111,7 @@ def _hash_parquet(part: ParquetRows, columns: list[str]) -> str:
     def groups() -> Iterator[pa.Table]:
         for group in range(len(part.chunks)):
             try:
-                yield part.file.read_row_group(group, columns=columns, use_threads=False)
+                yield from (pa.table(batch) for batch in parquet_batches(part.file, group, columns))
             except (OSError, ValueError, pa.ArrowException):  # its rows are skipped and named when their turn comes
                 unreadable.append([group, int(part.chunks[group])])
 

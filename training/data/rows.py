@@ -21,7 +21,16 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from modeling_lrsclip.files.hashing import bytes_sha256, file_sha256
-from modeling_lrsclip.files.tables import BOM, csv_dialect, csv_values, parse_object
+from modeling_lrsclip.files.tables import (
+    BOM,
+    LARGEST_GROUP,
+    MOST_ROWS,
+    csv_dialect,
+    csv_values,
+    group_sizes,
+    parquet_batches,
+    parse_object,
+)
 
 from .line_index import line_index
 
@@ -226,6 +235,10 @@ class ParquetRows(FileRows):
         footer = self.file.metadata
         self.chunks = np.array([footer.row_group(number).num_rows for number in range(footer.num_row_groups)])
         self.starts = np.cumsum(self.chunks) - self.chunks
+        if footer.num_rows > MOST_ROWS or self.chunks.min(initial=0) < 0:
+            raise ValueError(f"{path} says that it has {footer.num_rows:,} rows; up to {MOST_ROWS:,} are read.")
+        for group in range(len(self.chunks) if columns else 0):
+            self._check_size(group, sum(group_sizes(self.file, group, list(columns.values()))))
         self._close()
 
     def _open(self) -> pq.ParquetFile:
@@ -250,19 +263,32 @@ class ParquetRows(FileRows):
         return rows
 
     def _group(self, group: int) -> pa.Table:
-        names = list(dict.fromkeys(self.columns.values()))
-        return self.cache.get(
-            (self.path, group), lambda: self.file.read_row_group(group, columns=names, use_threads=False)
-        )
+        return self.cache.get((self.path, group), lambda: self._read_group(group))
+
+    def _read_group(self, group: int) -> pa.Table:
+        batches, size = [], 0
+        for batch in parquet_batches(self.file, group, list(dict.fromkeys(self.columns.values()))):
+            size += batch.nbytes
+            self._check_size(group, size)
+            batches.append(batch)
+        rows = sum(map(len, batches))
+        if rows < self.chunks[group]:
+            raise ValueError(f"{self.path} has {rows} rows in row group {group}, and says {self.chunks[group]}")
+        return pa.Table.from_batches(batches)
+
+    def _check_size(self, group: int, size: int) -> None:
+        if size > LARGEST_GROUP:
+            limit = f"{size:,} bytes or more in row group {group}, and {LARGEST_GROUP:,} are read into memory"
+            raise ValueError(f"{self.path} has {limit}; write it anew with smaller row groups.")
 
     def texts(self, kind: str) -> Iterator[Stored]:
         for group, count in enumerate(self.chunks.tolist()):
-            name = self.columns[kind]
-            try:
-                texts = self.file.read_row_group(group, columns=[name]).column(name).to_pylist()
-            except (OSError, ValueError, pa.ArrowException):  # `read` says of each row why
-                texts = [None] * count
-            yield from texts
+            read = 0
+            with contextlib.suppress(OSError, ValueError, pa.ArrowException):  # `read` says of each row why
+                for batch in parquet_batches(self.file, group, [self.columns[kind]]):
+                    yield from batch.column(0).to_pylist()
+                    read += len(batch)
+            yield from [None] * (count - read)
         self._close()
 
 

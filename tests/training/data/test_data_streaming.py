@@ -2,8 +2,10 @@
 
 import io
 import json
+import re
 import tarfile
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +16,10 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from modeling_lrsclip.files.tables import read_rows
 from training.data.held_out import hold_out, image_keys
 from training.data.pairs import CaptionedImages, DataConfig, load_pairs
+from training.data.rows import ParquetRows
 from training.data.visiting_order import VisitSampler
 
 
@@ -178,13 +182,13 @@ def test_row_groups_are_read_once_a_window_and_then_let_go(forms, monkeypatch):
     config = told("parquet", forms, streaming=True, shuffle_buffer=12)
     pairs = load_pairs(config, ["long", "short"])
     read, held = [], []
-    plain = pq.ParquetFile.read_row_group
+    plain = ParquetRows._read_group
 
-    def counting(self, group, **options):
+    def counting(self, group):
         read.append(group)
-        return plain(self, group, **options)
+        return plain(self, group)
 
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counting)
+    monkeypatch.setattr(ParquetRows, "_read_group", counting)
     data, cache = CaptionedImages(pairs, config, SEED), pairs.parts[0].cache
     for visits in VisitSampler(pairs.order(SEED), BATCH, 6):
         data.__getitems__(visits)
@@ -198,13 +202,13 @@ def test_what_a_share_leaves_is_read_once_a_window_too(forms, monkeypatch):
     config = told("parquet", forms, streaming=True, shuffle_buffer=12, validation=0.5)
     whole = load_pairs(config, ["long", "short"])
     pairs, _ = hold_out(whole, 0.5, image_keys(whole))
-    read, plain = [], pq.ParquetFile.read_row_group
+    read, plain = [], ParquetRows._read_group
 
-    def counting(self, group, **options):
+    def counting(self, group):
         read.append(group)
-        return plain(self, group, **options)
+        return plain(self, group)
 
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counting)
+    monkeypatch.setattr(ParquetRows, "_read_group", counting)
     for visits in VisitSampler(pairs.order(SEED), 4, len(pairs) // 4):
         pairs.read([number for _, number in visits])
     groups = sum(len(part.chunks) for part in pairs.parts)
@@ -215,7 +219,7 @@ def test_nothing_but_footers_is_read_at_the_start(forms, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a row group was read")
 
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", refuse)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", refuse)
     assert len(load_pairs(told("parquet", forms, streaming=True), ["long", "short"])) == ROWS
 
 
@@ -241,6 +245,57 @@ def test_files_behind_an_address(forms):
     parts = _open_parquet("you/pairs", files, columns, DataConfig(train="you/pairs", streaming=True))
     assert [int(part.chunks.sum()) for part in parts] == [13, 16, 21]
     assert parts[1].read([2])[0].long == row(15)["long_text"]
+
+
+def with_footer(path: Path, change) -> bytes:
+    """A parquet file's bytes with a changed footer, which ends with its length and a mark."""
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[-8:-4], "little")
+    footer = change(whole[-8 - length : -8])
+    return whole[: -8 - length] + footer + len(footer).to_bytes(4, "little") + whole[-4:]
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [(b"\x80\x80\x80\x80\x80\x40", "says that it has 1,099,511,627,776 rows"), (b"\xe2\x09", "600 rows .* says 625")],
+)
+def test_a_footer_that_counts_wrongly(tmp_path, rows, problem):
+    path = tmp_path / "counted.parquet"
+    pq.write_table(pa.Table.from_pylist([{"image": "a.png"} | row(0)] * 600), path)
+    path.write_bytes(with_footer(path, lambda footer: footer.replace(b"\xb0\x09", rows)))  # 600, as thrift has it
+    with pytest.raises(ValueError, match=f"counted.parquet .*{problem}"):
+        pairs = load_pairs(DataConfig(train=str(path), streaming=True), ["long", "short"])
+        raise ValueError(pairs.read([0])[0].fault)
+
+
+def test_a_row_group_is_held_up_to_a_size(tmp_path, monkeypatch):
+    """A text of 128 KB that stands in all 300 rows takes 128 KB of the file, and 38 MB where it is read."""
+    path = tmp_path / "large.parquet"
+    pq.write_table(pa.Table.from_pylist([{"image": "a.png"} | row(0) | {"long_text": "x" * (1 << 17)}] * 300), path)
+    assert path.stat().st_size < 20_000
+    monkeypatch.setattr("modeling_lrsclip.files.tables.LARGEST_GROUP", 1 << 21)
+    monkeypatch.setattr("training.data.rows.LARGEST_GROUP", 1 << 21)
+    batches, plain = [], pq.ParquetFile.iter_batches
+
+    def counting(self, *arguments, **options):
+        for batch in plain(self, *arguments, **options):
+            batches.append(batch.nbytes)
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counting)
+    pairs = load_pairs(DataConfig(train=str(path), streaming=True), ["long", "short"])
+    limit = (
+        r"row group 0 cannot be read .*large.parquet has \d,\d{3},\d{3} bytes or more in row group 0, and 2,097,152"
+    )
+    assert re.match(limit, pairs.read([7])[0].fault) and len(batches) <= 2
+    assert sum(len(text) for text in pairs.texts("long")) == 300 << 17 and len(list(read_rows(path))) == 300
+    assert max(batches) < 1 << 22
+    monkeypatch.setattr("training.data.rows.LARGEST_GROUP", 1 << 16)
+    for streaming in (True, False):
+        with pytest.raises(
+            ValueError, match="large.parquet has .* bytes or more .* write it anew with smaller row groups"
+        ):
+            load_pairs(DataConfig(train=str(path), streaming=streaming), ["long", "short"])
 
 
 def test_a_broken_row_group_names_itself(forms, tmp_path):
