@@ -324,7 +324,15 @@ def parquet_batches(file: Any, group: int, columns: Sequence[str] | None = None)
 
 
 def group_sizes(file: Any, group: int, columns: Sequence[str] | None = None) -> list[int]:
-    """Bytes of each column of a row group, as the footer has them; the arguments are those of [`parquet_batches`]."""
+    """
+    Bytes of the columns of a row group, uncompressed, as the footer has them.
+
+    Args:
+        file, group, columns: as for [`parquet_batches`].
+
+    Returns:
+        A number for each column, and for each part of a nested one.
+    """
     footer = file.metadata.row_group(group)
     parts = [footer.column(number) for number in range(footer.num_columns)]
     wanted = ("",) if columns is None else tuple(f"{name}." for name in columns)
