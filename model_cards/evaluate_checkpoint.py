@@ -26,10 +26,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image, ImageOps
-from transformers import AutoModel, AutoProcessor
-from transformers.utils import logging
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Recomputes the retrieval figures of a model card.")
+    parser.add_argument("--data", required=True, type=Path, help="folder or file with the measured images and texts")
+    parser.add_argument("--results", type=Path, help="stored figures (results.json beside this file)")
+    parser.add_argument("--tolerance", type=float, default=0.5, help="largest difference, in percentage points (0.5)")
+    parser.add_argument("--batch-size", type=int, default=64, help="texts or images encoded at once (64)")
+    parser.add_argument("--device", default="cpu", help="where the model runs (cpu)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__" and not {"-h", "--help"}.isdisjoint(sys.argv):
+    parse_arguments()  # prints and ends, without the seconds of imports that follow
+
+import torch  # noqa: E402
+from PIL import Image, ImageOps  # noqa: E402
+from transformers import AutoModel, AutoProcessor  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 
 
 TASKS = {  # name in results.json -> columns that hold its texts, the first that is there
@@ -50,13 +64,7 @@ class Differs(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Recomputes the retrieval figures of a model card.")
-    parser.add_argument("--data", required=True, type=Path, help="folder or file with the measured images and texts")
-    parser.add_argument("--results", type=Path, help="stored figures (results.json beside this file)")
-    parser.add_argument("--tolerance", type=float, default=0.5, help="largest difference, in percentage points (0.5)")
-    parser.add_argument("--batch-size", type=int, default=64, help="texts or images encoded at once (64)")
-    parser.add_argument("--device", default="cpu", help="where the model runs (cpu)")
-    options = parser.parse_args(arguments)
+    options = parse_arguments(arguments)
     try:
         return evaluate(Path(__file__).absolute().parent, options)  # not resolved: the cache is all links
     except Differs as error:

@@ -16,7 +16,7 @@ ALLOWED = {
     "model_cards": {"modeling_lrsclip"},
 }
 # and training/ablations/, training/lrs2m/
-MAY_IMPORT_EVALUATION = {"training/train.py", "training/validation.py", "training/ablate.py"}
+MAY_IMPORT_EVALUATION = {"training/train.py", "training/validation.py"}
 
 
 def imports_of(path: Path) -> list[tuple[int, str]]:

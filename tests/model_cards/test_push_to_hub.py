@@ -14,7 +14,7 @@ from safetensors.torch import load, load_file, save_file
 from transformers.utils import hub as transformers_hub
 
 from evaluation import run as evaluation_run
-from model_cards import push_to_hub, staging
+from model_cards import staging, upload
 from model_cards.checkpoint import read_checkpoint
 from model_cards.push_to_hub import MESSAGE, main
 from model_cards.redaction import without_paths
@@ -94,8 +94,8 @@ def commands(monkeypatch):
     waits: list[float] = []
     clock = SimpleNamespace(sleep=waits.append)
     monkeypatch.setattr("huggingface_hub.utils._http.time", clock)
-    monkeypatch.setattr(push_to_hub, "time", clock)
-    monkeypatch.setattr(push_to_hub, "verify", lambda checkpoint, staged: {"text embeddings": 0.0})
+    monkeypatch.setattr(upload, "time", clock)
+    monkeypatch.setattr(upload, "verify", lambda checkpoint, staged: {"text embeddings": 0.0})
     return waits
 
 
@@ -475,14 +475,14 @@ class TestStaging:
         code = tiny_checkpoint / "modeling_lrsclip.py"
         code.write_text(f"open({str(ran)!r}, 'w')\n" + code.read_text())
         command = ["--checkpoint", str(tiny_checkpoint), "--repo", REPO, "--dry-run"]
-        assert push_to_hub.main(command) == 2
+        assert main(command) == 2
         assert "modeling_lrsclip.py is not the code of this package" in capsys.readouterr().err and not ran.exists()
-        assert push_to_hub.main([*command, "--trust-checkpoint-code"]) == 0 and ran.exists()
+        assert main([*command, "--trust-checkpoint-code"]) == 0 and ran.exists()
 
     def test_links_out_of_the_folder(self, tiny_checkpoint, tmp_path, capsys):
         (tmp_path / "secret").write_text("{}")
         (tiny_checkpoint / "vocab.json").symlink_to(tmp_path / "secret")
-        assert push_to_hub.main(["--checkpoint", str(tiny_checkpoint), "--repo", REPO, "--dry-run"]) == 2
+        assert main(["--checkpoint", str(tiny_checkpoint), "--repo", REPO, "--dry-run"]) == 2
         assert "vocab.json is a link to" in capsys.readouterr().err
 
     def test_a_download_from_the_hub_is_all_links(self, tiny_checkpoint, tmp_path):

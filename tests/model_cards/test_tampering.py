@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi, snapshot_download
 
-from model_cards import push_to_hub
+from model_cards import push_to_hub, upload
 from model_cards.evaluate_checkpoint import Differs, check_files
 from tests.hub_server import HubServer
 
@@ -19,7 +19,7 @@ def flip_last_bit(content: bytes) -> bytes:
 
 @pytest.fixture
 def pushed(monkeypatch, tiny_checkpoint):
-    monkeypatch.setattr(push_to_hub, "verify", lambda checkpoint, staged: {"text embeddings": 0.0})
+    monkeypatch.setattr(upload, "verify", lambda checkpoint, staged: {"text embeddings": 0.0})
     with HubServer() as hub:
         hub.connect(monkeypatch)
         assert push_to_hub.main(["--checkpoint", str(tiny_checkpoint), "--repo", REPO]) == 0

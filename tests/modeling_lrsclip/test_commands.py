@@ -82,6 +82,7 @@ def test_an_error_may_have_a_status_and_a_mistake_of_ours_is_shown(capsys):
 
 CLONE = os.environ | {"PYTHONPATH": str(ROOT)}
 COMMANDS = ["training.train", "evaluation.run", "evaluation.compare", "evaluation.attention", "geosearch"]
+COMMANDS += ["training.ablate", "model_cards/push_to_hub.py", "model_cards/evaluate_checkpoint.py"]
 COMMANDS += ["modeling_lrsclip.convert", "modeling_lrsclip.export_onnx", "model_cards/build_card.py"]
 COMMANDS += [f"evaluation.benchmarks.{name}" for name in ("aerial_scenes", "scene_mosaics", "scene_archive")]
 ASK_ALL = """

@@ -13,11 +13,11 @@ from PIL import Image
 from evaluation.bootstrap import differences
 from evaluation.paper import ablation_figures, paper_tables
 from tests import processes
-from training.ablate import draw_data, main
+from training.ablate import main, parse_arguments
 from training.ablations.figure import draw_study
 from training.ablations.models import PAPER_RECIPE, OwnModels, SmallModels
-from training.ablations.options import WEIGHTS, parse_arguments, parse_seeds, parse_setting
 from training.ablations.outcome import Outcome, judge
+from training.ablations.run_studies import WEIGHTS, draw_data, parse_seeds, parse_setting
 from training.ablations.runs import Run, RunFolders, Source, checked, field_of, identify, with_starts
 from training.ablations.studies import Ladders, Ordering, choose_studies
 
@@ -139,9 +139,9 @@ def test_mistakes_are_told_before_anything_is_trained(small_models):
     with pytest.raises(ValueError, match="--set loss has no value; write section.field=value"):
         parse_setting("loss")
     assert parse_setting("optim.learning_rate=1e-4") == ("optim.learning_rate", 1e-4)
-    assert parse_seeds(parse_arguments(["--study", "pcm", "--full"], "")) == (0, 1, 2)
+    assert parse_seeds(parse_arguments(["--study", "pcm", "--full"])) == (0, 1, 2)
     with pytest.raises(ValueError, match="--seeds a must be whole numbers"):
-        parse_seeds(parse_arguments(["--study", "pcm", "--seeds", "a"], ""))
+        parse_seeds(parse_arguments(["--study", "pcm", "--seeds", "a"]))
 
 
 def test_init_wants_a_long_clip_of_the_same_size(tmp_path, capsys):
@@ -256,7 +256,7 @@ def test_an_interrupted_run_may_save_its_state(tmp_path):
 
 
 def test_the_drawn_data_is_drawn_once_and_shows_half_of_the_classes_first(tmp_path):
-    options = parse_arguments(["--study", "pcm", "--scenes", "40", "--test-scenes", "8", "--mosaics", "1"], "")
+    options = parse_arguments(["--study", "pcm", "--scenes", "40", "--test-scenes", "8", "--mosaics", "1"])
     said = []
     scenes, general, evaluation_data = draw_data(tmp_path, options, said.append)
     assert scenes.pairs == 40 and 20 <= general.pairs <= 60
