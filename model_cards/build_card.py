@@ -83,7 +83,7 @@ def build_card(
     conversion = None
     if checkpoint is not None:
         facts = read_checkpoint(checkpoint)
-        conversion, beside = (_read_beside(checkpoint, name) for name in (CONVERSION, RECORD))
+        conversion, beside = (read_beside(checkpoint, name) for name in (CONVERSION, RECORD))
         training = training or beside
     _check_origin(checkpoint, facts, conversion, training, description)
     measured, model_results = {}, []
@@ -108,7 +108,7 @@ def build_card(
         template_path=str(TEMPLATE),
         title=without_markup(description["name"] if description else title),
         facts=facts,
-        conversion=without_markup(conversion),
+        conversion=without_markup(without_paths(conversion)),
         text=facts.config.text_config,
         vision=facts.config.vision_config,
         address=address,
@@ -172,8 +172,8 @@ def card_data(
 # ---------------------------------------------------------------------------------------------------------------- origin
 
 
-def _read_beside(checkpoint: Path, name: str) -> dict[str, Any] | None:
-    """A record that lies beside the weights, if there is one and it says anything."""
+def read_beside(checkpoint: Path, name: str) -> dict[str, Any] | None:
+    """Return a record that lies beside the weights, if there is one and it says anything."""
     path = checkpoint / name
     return (read_json(path, "remove it, or put back what was written there") or None) if path.is_file() else None
 

@@ -26,7 +26,7 @@ from modeling_lrsclip.conversion import convert
 from modeling_lrsclip.files.atomic import replace_json
 from modeling_lrsclip.files.hashing import file_sha256
 
-from .build_card import RECORD, build_card
+from .build_card import RECORD, build_card, read_beside
 from .checkpoint import INDEX, WEIGHTS, read_checkpoint
 from .redaction import command_for, without_paths
 from .result_tables import select_model
@@ -96,9 +96,7 @@ def stage(
         if (checkpoint / name).is_symlink():
             _check_link(checkpoint, name)
     source = checkpoint if _complete(checkpoint) else _with_code(checkpoint, folder.with_name(f"{folder.name}-saved"))
-    record = checkpoint / RECORD
-    if training is None and record.is_file():
-        training = json.loads(record.read_text(encoding="utf-8"))
+    training = training or read_beside(checkpoint, RECORD)
     card = build_card(source, results, training, repo_id, **card_options)  # also finds what is wrong with the weights
     code = _code_files(source)
     if not trust_checkpoint_code:
@@ -315,13 +313,33 @@ def verify(checkpoint: Path, staged: Staged) -> dict[str, float]:
     if done.returncode:
         reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
         raise NotVerified(f"the staged copy of {checkpoint} does not load without this package: {reason}")
-    outputs = torch.load(work / "outputs.pt")
-    differences = {}
     reference = (CLIPModel if of_clip else LRSCLIPModel).from_pretrained(checkpoint, dtype=torch.float32).eval()
     processor = LRSCLIPProcessor.from_pretrained(staged.folder if of_clip and not plain else checkpoint)
-    for name, expected in _outputs(reference, processor, work / "image.png").items():
-        same = outputs[name].shape == expected.shape
-        differences[name] = (outputs[name] - expected).abs().max().item() if same else float("inf")
+    expected = _outputs(reference, processor, work / "image.png")
+    return compare_outputs(torch.load(work / "outputs.pt"), expected, checkpoint)
+
+
+def compare_outputs(
+    outputs: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], checkpoint: Path
+) -> dict[str, float]:
+    """
+    Largest difference between what a staged copy gives and what its checkpoint gives.
+
+    Args:
+        outputs: of the copy, by name; embeddings are unit vectors.
+        expected: those of the checkpoint.
+        checkpoint: for the error.
+
+    Returns:
+        The difference by name.
+
+    Raises:
+        [`NotVerified`]: for other token ids, and for anything else that differs by more than [`TOLERANCE`].
+    """
+    differences = {}
+    for name, tensor in expected.items():
+        same = outputs[name].shape == tensor.shape
+        differences[name] = (outputs[name] - tensor).abs().max().item() if same else float("inf")
         if not differences[name] <= (0 if name == "token ids" else TOLERANCE):
             raise NotVerified(
                 f"{name} of the staged copy differ from those of {checkpoint} by {differences[name]:.1e} (allowed: "

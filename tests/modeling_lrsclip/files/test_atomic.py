@@ -53,6 +53,15 @@ def test_files_and_folders_are_flushed_and_closed(tmp_path, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) == open_before
 
 
+def test_a_folder_is_made_with_those_above_it(tmp_path):
+    for _ in range(2):
+        assert atomic.make_folder(str(tmp_path / "a" / "b")) == tmp_path / "a" / "b"
+        assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file/c cannot be written to \(Not a directory\); give another folder."):
+        atomic.make_folder(tmp_path / "file" / "c")
+
+
 def test_json_without_nan_where_it_is_asked_for(tmp_path):
     atomic.replace_json(tmp_path / "a.json", [float("nan")])
     with pytest.raises(ValueError, match="not JSON compliant"):
