@@ -40,10 +40,7 @@ TESTS = {
         "training/test_processes.py::test_a_process_alone_gathers_nothing",
     ],
     "training/checkpoint.py": ["training/test_checkpoint.py"],
-    "evaluation/retrieval.py": [
-        *("evaluation/test_retrieval.py", "evaluation/test_metrics.py"),
-        "evaluation/test_run.py::test_a_word_without_end_is_measured_and_drawn_as_far_as_it_is_read",
-    ],
+    "evaluation/retrieval.py": ["evaluation/test_retrieval.py"],
     "evaluation/metrics/semantic_localization/measures.py": ["evaluation/test_localization_metrics.py"],
     "model_cards/staging.py": [
         f"model_cards/test_push_to_hub.py::{test}"
@@ -83,14 +80,36 @@ EQUIVALENT = {
         "1",
         "2",
     ): "a line end and blanks, which split() drops anyway",
-    (
-        "evaluation/retrieval.py",
-        "tokens_curve",
-        "changed and kept < encoder.positions",
-        "(changed or kept < encoder.positions)",
-    ): "what is encoded again comes out the same; it costs time only",
     ("training/losses.py", "backward", "False", "True"): "autocast leaves doubles and products into a buffer alone",
     ("training/losses.py", "forward", "False", "True"): "autocast leaves doubles alone",
+    **{
+        ("evaluation/retrieval.py", function, before, after): why
+        for function, before, after, why in (
+            ("", "16", "17", "size of a block"),
+            ("", "2", "3", "size of a block"),
+            ("", "20", "21", "size of a block"),
+            ("", "2000", "2001", "in the same bar"),
+            ("retrieval_ranks", "1", "2", "size of the smallest block"),
+            ("retrieval_ranks", "8", "9", "size of a block"),
+            ("check_embeddings", "0", "1", "all tensors are on one device here"),
+            ("evaluate_retrieval", "64", "65", "size of a batch"),
+            ("tokens_curve", "kept < encoder.positions", "(kept <= encoder.positions)", "a set has it once"),
+            ("tokens_curve", "len(row) > kept", "(len(row) >= kept)", "encoded again, it comes out the same"),
+            (
+                *("tokens_curve", "changed and kept < encoder.positions", "(changed or kept < encoder.positions)"),
+                "what is encoded again comes out the same",
+            ),
+        )
+    },
+    **{
+        ("model_cards/staging.py", function, before, after): why
+        for function, before, after, why in (
+            ("", "4", "5", "length of a text that is tried"),
+            ("verify", "300", "301", "width of an image that is tried"),
+            ("verify", "260", "261", "height of an image that is tried"),
+            ("verify", "30", "31", "angle of an image that is tried"),
+        )
+    },
 }
 LONGEST = 300  # seconds; a mutant whose tests hang is noticed too
 Mutant = tuple[ast.AST, str]  # what is replaced, by what text

@@ -1,18 +1,27 @@
 """Recall on matrices counted by hand, against a slow reference, with ties and with bad input."""
 
+import io
+import json
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
+from evaluation.benchmarks.retrieval_data import RetrievalData
 from evaluation.retrieval import (
-    EXAMPLES,
+    RetrievalTask,
+    check_indices,
     evaluate_retrieval,
     recall_from_ranks,
     retrieval_ranks,
     retrieval_recall,
+    shorten,
     spread_evenly,
 )
+from modeling_lrsclip.encoding import Encoder, embed_images, embed_texts
+from modeling_lrsclip.encoding.imagery import ImageFiles
 
 
 def ranks_of(scores, text_to_image, **options):
@@ -136,6 +145,17 @@ def test_shuffling_texts_and_images_changes_nothing():
 def test_perfect_embeddings_score_100_and_k_may_exceed_the_candidates():
     recall = retrieval_recall(torch.eye(4), torch.eye(4), range(4), ks=(1, 50))
     assert set(recall.values()) == {100.0}
+    assert set(retrieval_recall(torch.eye(1), torch.eye(1), [0]).values()) == {100.0}
+
+
+def test_scores_are_held_in_blocks(monkeypatch):
+    image_embeds, text_embeds, owners = random_embeds(3)
+    held, plain = [], torch.Tensor.scatter_
+    monkeypatch.setattr(
+        torch.Tensor, "scatter_", lambda scores, *rest: held.append(len(scores)) or plain(scores, *rest)
+    )
+    retrieval_ranks(image_embeds, text_embeds, owners, block_bytes=3 * 8 * len(image_embeds))
+    assert set(held[:-1]) == {3} and sum(held) == len(owners)
 
 
 GOOD = torch.eye(3)
@@ -150,6 +170,7 @@ GOOD = torch.eye(3)
         (GOOD, GOOD / 0, [0, 1, 2], "text_embeds has NaN or infinite values in 3 of 3 rows, first: 0"),
         (GOOD, GOOD, [0, 1], "3 image indices"),
         (GOOD, GOOD, [0.0, 1.0, 2.0], "float32"),
+        (GOOD, GOOD, [True, False, True], "3 image indices, one a text; got shape .3,. of bool"),
         (GOOD, GOOD, [0, 1, 3], r"text_to_image\[2\] is 3; with 3 images it must be from 0 to 2"),
         (GOOD, GOOD, [0, -1, 2], r"text_to_image\[1\] is -1"),
         (GOOD, GOOD, [0, 0, 1], "1 of 3 images have no text in text_to_image, first: image 2"),
@@ -160,6 +181,15 @@ def test_bad_input_is_one_clear_sentence(images, texts, owners, problem):
         retrieval_recall(images, texts, owners)
 
 
+def test_indices_of_something_else():
+    for labels, problem in (
+        ([5], r"labels\[0\] is 5; with 3 classes it must be from 0 to 2"),
+        ([], "one an image; got"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            check_indices("labels", labels, 1, 3, "image", "class")
+
+
 @pytest.mark.parametrize("ks", [(), (0,), (1.5,), (True,)])
 def test_ks_must_be_positive_whole_numbers(ks):
     with pytest.raises(ValueError, match="ks="):
@@ -167,8 +197,6 @@ def test_ks_must_be_positive_whole_numbers(ks):
 
 
 def test_evaluating_a_model_takes_items_or_their_embeddings(tiny_model, tiny_processor, images, long_texts):
-    from modeling_lrsclip.encoding import embed_images, embed_texts
-
     owners = list(range(len(images)))
     recall = evaluate_retrieval(tiny_model, tiny_processor, images, long_texts, owners)
     embeds = embed_images(tiny_model, tiny_processor, images), embed_texts(tiny_model, tiny_processor, long_texts)
@@ -177,7 +205,63 @@ def test_evaluating_a_model_takes_items_or_their_embeddings(tiny_model, tiny_pro
     assert recall["text_to_image_R@10"] == 100  # four images
 
 
+def test_a_task_measures_a_model(tiny_model, tiny_processor, images, long_texts, short_texts):
+    rng, files = np.random.default_rng(1), []
+    for picture in [*images, *(Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(3))]:
+        files.append(io.BytesIO())
+        picture.save(files[-1], "png")
+    pictures = ImageFiles([file.getvalue() for file in files], [f"{number}.png" for number in range(7)])
+    texts = [f"{long_texts[0]} " * 9, *long_texts[1:], *short_texts, "a lake"]
+    owners = [0, 1, 2, 3, 4, 5, 6, 6, 0]
+    encoder = Encoder(tiny_model.eval(), tiny_processor)
+    result = RetrievalTask("long_text", (5, 20, 400)).evaluate(
+        encoder, RetrievalData("tiles", pictures, texts, owners)
+    )
+
+    def tokens(text: str, most: int = 10**9) -> list[int]:
+        return tiny_processor.tokenizer(text, truncation=True, max_length=most)["input_ids"]
+
+    lengths = [len(tokens(text)) for text in texts]
+    assert (result["images"], result["texts"], result["image_of_text"]) == (7, 9, owners)
+    assert lengths[0] > 248 > max(lengths[1:]) and result["share_truncated"] == 1 / 9
+    bars = [sum(length // 10 == bar for length in lengths) for bar in range(max(lengths) // 10 + 1)]
+    assert result["tokens"] == {"mean": sum(lengths) / 9, "longest": lengths[0], "histogram": bars}
+
+    image_embeds, text_embeds = embed_images(tiny_model, tiny_processor, list(pictures)), []
+    for most in (5, 20, 248):
+        with torch.no_grad():
+            cut = [tiny_model.get_text_features(torch.tensor([tokens(text, most)])).pooler_output for text in texts]
+        text_embeds.append(F.normalize(torch.cat(cut), dim=1))
+    curve = [retrieval_recall(image_embeds, embeds, owners) for embeds in text_embeds]
+    assert [point.pop("tokens") for point in result["curve"]] == [5, 20, 248]
+    assert result["curve"] == curve and result["metrics"] == curve[-1] != curve[0]
+    ranks = slow_ranks(image_embeds, text_embeds[-1], owners)
+    assert (result["ranks"]["text_to_image"], result["ranks"]["image_to_text"]) == ranks
+
+    assert len(result["examples"]) == 4
+    for index, example in zip([1, 3, 5, 7], result["examples"]):
+        words = texts[index].split()
+        ends = [len(tokens(" ".join(words[: count + 1]))) - 2 for count in range(len(words))]
+        assert (example["text"], example["word_tokens"]) == (texts[index], ends)
+        assert (example["image"], example["rank"]) == (owners[index], ranks[0][index])
+        scores = image_embeds.double() @ text_embeds[-1][index].double()
+        assert example["found"] == scores.argsort(descending=True)[:5].tolist()
+
+
+def test_a_task_loads_its_column(tmp_path, images):
+    images[0].save(tmp_path / "a.png")
+    rows = [{"image": name, "short_text": "A road."} for name in ("a.png", "b.png")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = RetrievalTask("short_text")
+    with pytest.raises(ValueError, match=r"b\.png"):
+        task.load(str(tmp_path / "rows.jsonl"))
+    assert task.load(str(tmp_path / "rows.jsonl"), 1).texts == ["A road."]
+
+
+def test_long_texts_are_shown_shortened():
+    assert shorten("x" * 3000) == "x" * 3000 and shorten("x" * 3001) == "x" * 3000 + " …"
+
+
 def test_examples_are_spread_evenly():
     assert spread_evenly(3) == [0, 1, 2]
-    many = spread_evenly(10 * EXAMPLES)
-    assert many == list(range(5, 10 * EXAMPLES, 10))
+    assert spread_evenly(40) == [5, 15, 25, 35]
