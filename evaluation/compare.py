@@ -1,7 +1,7 @@
 """
 Test of the differences between two models for significance:
-`python -m evaluation.compare A/results.json [B/results.json] [--a LABEL] [--b LABEL]`; with `--seeds`, the mean and the
-spread of each model over results of several seeds.
+`python -m evaluation.compare A/results.json [B/results.json] [--a LABEL] [--b LABEL]`; with `--seeds A B C ...`, the mean
+and the spread of each model over results of several seeds.
 
 Paired bootstrap over images or queries, on data that must be the same ([`~evaluation.bootstrap.differences`]).
 """
@@ -27,9 +27,13 @@ DIGITS = {"Rsu": 4, "Ras": 4, "Rda": 4, "Rmi": 4}  # others are percent
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser("python -m evaluation.compare", __doc__)
-    parser.add_argument("first", metavar="A.json", help="results.json of evaluation.run")
-    parser.add_argument("second", metavar="B.json", nargs="?", help="another one; default: the two models of A.json")
-    parser.add_argument("--seeds", metavar="C.json", nargs="+", help="results of the same models with other seeds")
+    parser.add_argument(
+        "results",
+        metavar="RESULTS",
+        nargs="+",
+        help="results.json of evaluation.run, or its folder: A and B; one: its two models; with --seeds as many as ran",
+    )
+    parser.add_argument("--seeds", action="store_true", help="mean and spread of the same models with several seeds")
     parser.add_argument("--a", metavar="LABEL", help="model of A.json; default: each that B.json has too, or the only")
     parser.add_argument("--b", metavar="LABEL", help="model of B.json")
     parser.add_argument("--resamples", type=int, default=RESAMPLES, help=f"of the bootstrap ({RESAMPLES})")
@@ -45,9 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.seeds and (options.a or options.b):
         raise ValueError("--a and --b choose two models to compare; --seeds shows every model: leave out one of them.")
     if options.seeds:
-        tables = spread_tables([*filter(None, (options.first, options.second)), *options.seeds])
+        tables = spread_tables(options.results)
     else:
-        tables = compare(options.first, options.second, options.a, options.b, options.resamples)
+        if len(options.results) > 2:
+            raise ValueError(f"{len(options.results)} results were given; two are compared, and more with --seeds.")
+        tables = compare(*options.results, label_a=options.a, label_b=options.b, resamples=options.resamples)
     tables[-1].note = tables[-1].note or (
         f"Paired bootstrap, {options.resamples:,} resamples of images (retrieval, classification) or queries "
         "(localization); better: the interval is on one side of 0. Each row stands alone: of 20 rows without any "
@@ -104,6 +110,8 @@ def spread_tables(paths: Sequence[str]) -> list[Table]:
     Raises:
         `ValueError`: for files that are no results, and a result that one of them lacks.
     """
+    if len(paths) < 2:
+        raise ValueError(f"--seeds takes the results of two seeds or more, not {' '.join(paths)} alone.")
     documents = [read_results(path) for path in paths]
     tables: dict[tuple[str, str], Table] = {}
     with refuse_malformed(" or ".join(paths), "name results.json files as evaluation.run wrote them"):
@@ -122,7 +130,7 @@ def spread_tables(paths: Sequence[str]) -> list[Table]:
             cells = []
             for metric in result["metrics"]:
                 values, digits = [run["metrics"][metric] for run in runs], DIGITS.get(metric, 1)
-                cells.append(f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}")
+                cells.append(f"{statistics.fmean(values):.{digits}f}±{statistics.stdev(values):.{digits}f}")
             table.rows.append([key["model"], *cells])
     return list(tables.values())
 

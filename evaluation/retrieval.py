@@ -6,7 +6,7 @@ Shapes: M images, N texts, D width of the shared space.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -224,9 +224,10 @@ class RetrievalTask:
 
     text_column: str  # `long_text` or `short_text`
     tokens_kept: Sequence[int] = ()  # text lengths for the curve of recall, in tokens; none: no curve
+    columns: Mapping[str, str] | None = None  # names of the user's own, see [`load_retrieval`]
 
     def load(self, source: str, allow_missing: int = 0) -> RetrievalData:
-        return load_retrieval(source, self.text_column, allow_missing)
+        return load_retrieval(source, self.text_column, allow_missing, self.columns)
 
     def evaluate(self, encoder: Encoder, data: RetrievalData) -> dict[str, Any]:
         """

@@ -34,6 +34,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--data", nargs="+", required=True, help="folders, files or Hub ids; each task takes those that hold its data"
     )
     parser.add_argument("--output", required=True, help="folder for results.json, results.md and the figures")
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=(),
+        metavar="KIND=NAME",
+        help="zcrl, zcrs: names of columns in files of your own, such as image=tile long=description short=title",
+    )
     parser.add_argument("--allow-missing", type=int, default=0, help="images a data set may lack (0)")
     parser.add_argument("--batch-size", type=int, default=64, help="texts or images encoded at once, at most (64)")
     parser.add_argument(

@@ -13,6 +13,7 @@ from modeling_lrsclip.files.configuration import choose_names
 
 from .benchmarks.classification_data import find_sources as find_classification
 from .benchmarks.localization_data import find_sources as find_localization
+from .benchmarks.retrieval_data import KINDS
 from .benchmarks.retrieval_data import find_sources as find_retrieval
 from .benchmarks.tables import NotHere, Unusable
 from .bootstrap import intervals
@@ -38,7 +39,8 @@ class Task:
     Args:
         make: from the command's options, which it checks, the object with `load(source, allow_missing)` and
             `evaluate(encoder, data)`.
-        sources: a path or Hub id -> those below it that hold this task's data; raises `NotHere` where there are none.
+        sources: a path or Hub id, and the command's options -> those below it that hold this task's data; raises
+            `NotHere` where there are none.
         tables: results of one data set (of all, with `one_table`) and the models' descriptions -> tables.
         figures: results of one data set, its data, the models' descriptions, and a function from a figure's name to its
             path -> paths written.
@@ -48,7 +50,7 @@ class Task:
     name: str
     title: str
     make: Callable[[argparse.Namespace], Any]
-    sources: Callable[[str], list[str]]
+    sources: Callable[[str, argparse.Namespace], list[str]]
     tables: Callable[[str, Results, Results], list[Table | None]]
     figures: Callable[[Results, Any, Results, Callable[[str], Path]], list[Path]]
     headline: str
@@ -60,8 +62,10 @@ def _retrieval(name: str, title: str, column: str, studies_tokens: bool) -> Task
     return Task(
         name,
         title,
-        make=lambda options: RetrievalTask(column, parse_tokens(options.tokens_kept) if studies_tokens else ()),
-        sources=lambda source: find_retrieval(source, column),
+        make=lambda options: RetrievalTask(
+            column, parse_tokens(options.tokens_kept) if studies_tokens else (), parse_columns(options.columns)
+        ),
+        sources=lambda source, options: find_retrieval(source, column, parse_columns(options.columns)),
         tables=lambda title, results, models: [retrieval_table(title, results, models), tokens_table(title, results)],
         figures=_draw_retrieval,
         headline="mR",
@@ -109,7 +113,7 @@ TASKS = {
             "zic",
             "Zero-shot classification (ZIC)",
             make=lambda options: ClassificationTask(options.templates, options.class_names),
-            sources=find_classification,
+            sources=lambda source, options: find_classification(source),
             tables=lambda title, results, models: [classification_table(title, results)],
             figures=_draw_classification,
             headline="accuracy",
@@ -119,7 +123,7 @@ TASKS = {
             "selo",
             "Semantic localization (SeLo)",
             make=lambda options: LocalizationTask(options.protocol, options.reference_io),
-            sources=find_localization,
+            sources=lambda source, options: find_localization(source),
             tables=lambda title, results, models: [localization_table(title, results)],
             figures=_draw_localization,
             headline="Rmi",
@@ -132,6 +136,14 @@ TASKS = {
 def choose_tasks(names: str) -> list[Task]:
     """`zcrl,zcrs` or `all` -> tasks, in the order given."""
     return [TASKS[name] for name in choose_names(names, TASKS, "task", "--tasks")]
+
+
+def parse_columns(settings: Sequence[str]) -> dict[str, str]:
+    """`["long=description", "image=tile"]` -> names of columns by their kind."""
+    columns = dict(setting.partition("=")[::2] for setting in settings)
+    if bad := [kind for kind, name in columns.items() if kind not in KINDS or not name]:
+        raise ValueError(f"--columns {bad[0]}={columns[bad[0]]} must be KIND=NAME, KIND one of {', '.join(KINDS)}.")
+    return columns
 
 
 def parse_tokens(values: str) -> list[int]:
@@ -206,7 +218,7 @@ def load_benchmarks(tasks: Sequence[Task], options: argparse.Namespace, say: Cal
         method, loaded = task.make(options), []
         for path in options.data:
             try:
-                sources = task.sources(path)
+                sources = task.sources(path, options)
             except NotHere as error:
                 absent[task.name] = error
                 continue

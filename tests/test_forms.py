@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from evaluation import run
 from evaluation.benchmarks.retrieval_data import load_retrieval
 from modeling_lrsclip.encoding.imagery import read_image
 from training.data.pairs import load_pairs
@@ -140,3 +141,53 @@ def test_every_form_is_read_alike(forms, way):
 
 def test_the_table_names_every_form(forms):
     assert table() == dict.fromkeys(forms, ["yes"] * len(WAYS))
+
+
+def test_columns_of_other_names_are_read_alike(forms, tmp_path):
+    """All three kinds are named, where a usual name stands beside them for something else."""
+    rows = [json.loads(line) for line in forms["JSONL"].read_text().splitlines()]
+    named = {"image": "tile", "long": "description", "short": "heading"}
+    others = [
+        {
+            "tile": str(forms["JSONL"].parent / row["image"]),
+            "description": row["long_text"],
+            "heading": row["short_text"],
+        }
+        | {"title": "another", "long_text": "another", "filename": "nothing.png"}
+        for row in rows
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, others)))
+    path = str(tmp_path / "rows.jsonl")
+    for streaming in (False, True):
+        pairs = load_pairs(
+            DataConfig(train=[{"path": path, "columns": named}], streaming=streaming), ["long", "short"]
+        )
+        assert [row.short for row in pairs.read(list(range(len(pairs))))] == [row["short_text"] for row in rows]
+    long, short = (load_retrieval(path, column, columns=named) for column in ("long_text", "short_text"))
+    read = zip(long.images, long.texts, short.texts, strict=True)
+    assert [(identity(image), *texts) for image, *texts in read] == expected()
+    columns = {"image": "tile", "long_text": "description", "short_text": "heading"}
+    read = ReadConfig(kind="table", path=path, columns=columns)
+    records = list(read_source(SourceConfig(name="a", route="merge", licence="CC0-1.0", read=read), tmp_path))
+    assert [(identity(read_image(r.image)), r.long_text, r.short_text) for r in records] == expected()
+
+
+def test_columns_are_named_on_the_command_line(tiny_checkpoint, forms, tmp_path, capsys):
+    rows = [json.loads(line) for line in forms["JSONL"].read_text().splitlines()]
+    others = [{"tile": str(forms["JSONL"].parent / row["image"]), "heading": row["short_text"]} for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, others)))
+    command = [
+        "--model",
+        str(tiny_checkpoint),
+        "--data",
+        str(tmp_path / "rows.jsonl"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    command += ["--cache", "none", "--tasks", "zcrs", "--columns", "image=tile"]
+    assert run.main([*command, "short=heading"]) == 0
+    assert "columns tile and heading" in (tmp_path / "out" / "results.json").read_text()
+    assert run.main([*command, "short=head"]) == 2
+    assert "has no head; it has tile, heading (is heading what you mean?)" in capsys.readouterr().err
+    assert run.main([*command, "caption=heading"]) == 2
+    assert "--columns caption=heading must be KIND=NAME, KIND one of image, long, short." in capsys.readouterr().err

@@ -7,7 +7,7 @@ M images, N texts; a text belongs to one image, an image has one text or several
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +51,7 @@ OTHERWISE = (  # may also lie beside the folders of several benchmarks
     *(f"train{suffix}" for suffix in FORMATS[1:]),
     "*.tar",
 )
+KINDS = ("image", "long", "short")  # of columns that may be named
 
 
 class PublishedSplit(NamedTuple):
@@ -111,11 +112,16 @@ class RetrievalData:
         return describe_data(self, expected.name if expected else None, counts)
 
 
-def find_sources(source: str | Path, text_column: str) -> list[str]:
+def find_sources(source: str | Path, text_column: str, columns: Mapping[str, str] | None = None) -> list[str]:
     """
     The benchmarks that a folder holds: itself where it has a caption file, else each folder below it that has one with
-    the kind of text asked for; a `metadata.*`, `train.*` or tar counts where no folder below has such a file. Anything
-    that is no folder is returned as it is.
+    the kind of text asked for; a `metadata.*`, `train.*` or tar counts where no folder below has such a file.
+
+    Args:
+        source, text_column, columns: as of [`load_retrieval`].
+
+    Returns:
+        Paths; anything that is no folder as it is.
     """
     path = Path(source).expanduser()
     if not path.is_dir() or _caption_files(path, IN_A_FOLDER):
@@ -127,7 +133,7 @@ def find_sources(source: str | Path, text_column: str) -> list[str]:
     benchmarks = []
     for folder in folders:
         try:
-            _read(folder, text_column)
+            _read(folder, text_column, columns or {})
         except MissingColumn:
             continue
         benchmarks.append(str(folder))
@@ -137,7 +143,9 @@ def find_sources(source: str | Path, text_column: str) -> list[str]:
     return benchmarks or [str(source)]
 
 
-def load_retrieval(source: str | Path, text_column: str, allow_missing: int = 0) -> RetrievalData:
+def load_retrieval(
+    source: str | Path, text_column: str, allow_missing: int = 0, columns: Mapping[str, str] | None = None
+) -> RetrievalData:
     """
     Loads images and one kind of caption.
 
@@ -155,6 +163,7 @@ def load_retrieval(source: str | Path, text_column: str, allow_missing: int = 0)
             files call the short one `title`, `caption`, `captions` or `sentences`.
         allow_missing: how many images may be missing or unreadable; they and their texts are left out, and named in
             `skipped`.
+        columns: names in files of your own, by kind: `image`, `long`, `short`.
 
     Returns:
         [`RetrievalData`]: rows that name the same image become one image with several texts.
@@ -163,7 +172,7 @@ def load_retrieval(source: str | Path, text_column: str, allow_missing: int = 0)
         `ValueError`: one sentence for a missing column, missing images, or empty captions, with their number and the
             first of them.
     """
-    table = _read(source, text_column)
+    table = _read(source, text_column, columns or {})
     if not len(table):
         raise ValueError(f"{table.origin} has no rows.")
     captions = _captions(table, text_column)
@@ -202,18 +211,22 @@ def _published_split(source: str | Path, text_column: str) -> PublishedSplit | N
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def _read(source: str | Path, text_column: str) -> Table:
-    path, columns = Path(source).expanduser(), USUAL_COLUMNS[text_column]
+def _read(source: str | Path, text_column: str, named: Mapping[str, str]) -> Table:
+    path = Path(source).expanduser()
+    columns, image_columns = (
+        (named[kind],) if (kind := column.removesuffix("_text")) in named else USUAL_COLUMNS[column]
+        for column in (text_column, "image")
+    )
     if path.is_dir():
         if files := _caption_files(path):
             if files[0].suffix == ".parquet":
-                return read_parquet(files, columns)
+                return read_parquet(files, columns, image_columns)
             if files[0].suffix == ".tar":
                 return _joined([read_table(file, columns) for file in files])
             if len(files) > 1:
                 names = ", ".join(file.name for file in files)
                 raise ValueError(f"{path} holds several caption files ({names}); name one of them.")
-            return _read_file(files[0], text_column)
+            return _read_file(files[0], text_column, columns, image_columns)
         near = ", ".join(sorted(file.name for file in path.iterdir() if file.suffix in FORMATS)[:5])
         raise NotHere(
             f"{path} holds no test.parquet, dataset_*.json, *_test.csv or captions.jsonl; name a "
@@ -221,22 +234,22 @@ def _read(source: str | Path, text_column: str) -> Table:
             + (f", for example one of: {near}." if near else " with the columns image, long_text, short_text.")
         )
     if path.is_file():
-        return _read_file(path, text_column)
+        return _read_file(path, text_column, columns, image_columns)
     if path.suffix in FORMATS or not is_hub_id(str(source)):
         raise NotHere(f"{path} does not exist; give a folder, a {', '.join(FORMATS)} file or a Hub id.")
-    return read_hub(str(source), columns)
+    return read_hub(str(source), columns, image_columns=image_columns)
 
 
 def _caption_files(folder: Path, patterns: Sequence[str] = (*IN_A_FOLDER, *OTHERWISE)) -> list[Path]:
     return next((files for pattern in patterns if (files := sorted(folder.glob(pattern)))), [])
 
 
-def _read_file(path: Path, text_column: str) -> Table:
+def _read_file(path: Path, text_column: str, columns: Sequence[str], image_columns: Sequence[str]) -> Table:
     if path.name.endswith("_caps.txt"):
         return _read_line_pairs(path, text_column)
     if path.suffix == ".json" and json_list_name(path) == "images":
         return _read_karpathy(path, list(read_rows(path)), text_column)
-    return read_table(path, USUAL_COLUMNS[text_column])
+    return read_table(path, columns, image_columns)
 
 
 def _joined(tables: list[Table]) -> Table:

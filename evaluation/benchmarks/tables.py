@@ -68,13 +68,14 @@ class Table:
         return self.places[row] if self.places else f"{self.row_name} {row + 1}"
 
 
-def read_table(path: Path, columns: Sequence[str]) -> Table:
+def read_table(path: Path, columns: Sequence[str], image_columns: Sequence[str] = IMAGE_COLUMNS) -> Table:
     """
     Reads a table file.
 
     Args:
         path: a file of one of the `FORMATS`.
         columns: names that the column of texts or labels may have; the first found is taken.
+        image_columns: the same of images; those of a tar are its members.
 
     Returns:
         [`Table`]: the column of images and that one, a row each.
@@ -83,15 +84,16 @@ def read_table(path: Path, columns: Sequence[str]) -> Table:
         `ValueError`: one sentence for a format or encoding that cannot be read, or a missing column.
     """
     if path.suffix == ".parquet":
-        return read_parquet([path], columns)
+        return read_parquet([path], columns, image_columns)
     if path.suffix not in FORMATS:
         raise NotHere(f"{path}: {path.suffix or 'no suffix'} is not a supported format; use {', '.join(FORMATS)}.")
     if path.suffix == ".json" and json_list_name(path) != "":
         raise NotHere(f"{path} must hold a list of objects, one an image.")
     is_tar = path.suffix == ".tar"
     encoding = ENCODINGS[0] if is_tar else text_encoding(path)
-    images, values, places, image, column = [], [], [], IMAGE_COLUMNS[0], columns[0]
-    image_columns = IMAGE_COLUMNS[:1] if is_tar else IMAGE_COLUMNS  # a tar holds its images: no paths of this machine
+    if is_tar:  # it holds its images: no paths of this machine
+        image_columns = IMAGE_COLUMNS[:1]
+    images, values, places, image, column = [], [], [], image_columns[0], columns[0]
     for row in _tar_rows(path) if is_tar else iter_rows(path, encoding):
         origin = f"{path}, {row.where}"
         if row.fault:
@@ -114,12 +116,21 @@ def _tar_rows(path: Path) -> Iterator[TableRow]:
     return (TableRow(f"sample {values['__key__']}", values) for values in tar_samples(path, TAR_IMAGES))
 
 
-def read_parquet(paths: Sequence[Path], columns: Sequence[str]) -> Table:
-    """Reads parquet files of the same columns as one table; otherwise as [`read_table`]."""
+def read_parquet(paths: Sequence[Path], columns: Sequence[str], image_columns: Sequence[str] = IMAGE_COLUMNS) -> Table:
+    """
+    Reads parquet files of the same columns as one table.
+
+    Args:
+        paths: of the files.
+        columns, image_columns: as of [`read_table`].
+
+    Returns:
+        [`Table`]: a row each.
+    """
     images, values, names = [], [], None
     for path in paths:
         known = parquet_columns(path)
-        image = find_column(str(path), list(known), IMAGE_COLUMNS)
+        image = find_column(str(path), list(known), image_columns)
         column = find_column(str(path), list(known), columns)
         for row in read_rows(path, columns=[image, column]):
             images.append(row[image])
@@ -129,7 +140,12 @@ def read_parquet(paths: Sequence[Path], columns: Sequence[str]) -> Table:
     return Table(origin, images, values, paths[0].parent, how=_took(image, column), label_names=names)
 
 
-def read_hub(name: str, columns: Sequence[str], split: str | None = "test") -> Table:
+def read_hub(
+    name: str,
+    columns: Sequence[str],
+    split: str | None = "test",
+    image_columns: Sequence[str] = IMAGE_COLUMNS,
+) -> Table:
     """
     Reads a data set of the Hub.
 
@@ -137,6 +153,7 @@ def read_hub(name: str, columns: Sequence[str], split: str | None = "test") -> T
         name: its id, `owner/name`.
         columns: as for [`read_table`].
         split: the one to take; None for all of them.
+        image_columns: as for [`read_table`].
 
     Returns:
         [`Table`]: the column of images and that one, a row each.
@@ -148,7 +165,7 @@ def read_hub(name: str, columns: Sequence[str], split: str | None = "test") -> T
         data, splits = load_hub(name, split)
     except ValueError as error:
         raise NotHere(str(error)) from error
-    image = find_column(name, data.column_names, IMAGE_COLUMNS)
+    image = find_column(name, data.column_names, image_columns)
     column = find_column(name, data.column_names, columns)
     names = getattr(data.features[column], "names", None)
     how = f"{_took(image, column)}, split {splits}"

@@ -95,14 +95,17 @@ def test_the_spread_of_several_seeds(tmp_path, capsys):
             "texts_sha256": str(seed),
         }
         files.append(document(tmp_path / f"{seed}.json", x=result))
-    status, printed = run(capsys, files[0], "--seeds", *files[1:])
-    assert status == 0 and "3 seeds" in printed and "63.0 ± 3.6" in printed and "50.0 ± 0.0" in printed
-    assert run(capsys, *files[:2], "--seeds", files[2]) == (status, printed)  # B.json is a seed, too
+    status, printed = run(capsys, *files, "--seeds")
+    assert status == 0 and "3 seeds" in printed and "63.0±3.6" in printed and "50.0±0.0" in printed
+    assert run(capsys, "--seeds", *files) == (status, printed)
     for option in ("--a", "--b"):
-        status, printed = run(capsys, files[0], option, "x", "--seeds", files[1])
+        status, printed = run(capsys, *files, option, "x", "--seeds")
         assert status == 2 and "--seeds shows every model: leave out one of them" in printed
     other = document(tmp_path / "other.json", y=retrieval_result(0))
-    assert run(capsys, files[0], "--seeds", other) == (2, f"error: {other} has no zcrl on tiles of x.\n")
+    assert run(capsys, files[0], other, "--seeds") == (2, f"error: {other} has no zcrl on tiles of x.\n")
+    status, printed = run(capsys, files[0], "--seeds")
+    assert status == 2 and "--seeds takes the results of two seeds or more" in printed
+    assert run(capsys, *files) == (2, "error: 3 results were given; two are compared, and more with --seeds.\n")
 
 
 @pytest.mark.parametrize("name, what", [("images_sha256", "images"), ("texts_sha256", "texts")])
@@ -122,7 +125,7 @@ def test_what_cannot_be_compared_is_one_clear_sentence(tmp_path, capsys):
     for text in ("{}", '{"results": []}', '{"results": {}}', '{"results": "none"}'):
         (tmp_path / "empty.json").write_text(text)
         for words in ([tmp_path / "empty.json"], [good, tmp_path / "empty.json"]):
-            for option in ([], ["--seeds", good]):
+            for option in ([], [good, "--seeds"]):
                 status, printed = run(capsys, *words, *option)
                 assert status == 2 and "empty.json" in printed and printed.count("\n") == 1, (words, option)
     elsewhere = document(tmp_path / "b.json", x=retrieval_result(0) | {"dataset": "scenes"})
