@@ -30,6 +30,7 @@ MANIFEST = "manifest.json"  # in a checkpoint: size in bytes and SHA-256 of ever
 STATES = (
     "states.json"  # in a checkpoint: what this package keeps beside accelerate's weights, optimizer and random states
 )
+TOKENIZER = "tokenizer"  # in a checkpoint: the folder of the tokenizer, where the run has trained one
 DAMAGED = "damaged-"  # before the name of a checkpoint that was set aside
 # Of Python, torch.save, safetensors and FSDP2's checkpoints where a disk is full; the last one is no `Exception`.
 _WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
@@ -168,7 +169,9 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
-def save_state(accelerator: Accelerator, run_folder: Path, states: Mapping[str, Any], step: int, keep: int) -> None:
+def save_state(
+    accelerator: Accelerator, run_folder: Path, states: Mapping[str, Any], step: int, keep: int, tokenizer: Any = None
+) -> None:
     """
     Save everything a resumed run needs.
 
@@ -178,6 +181,7 @@ def save_state(accelerator: Accelerator, run_folder: Path, states: Mapping[str, 
         states: what else there is, as JSON has it.
         step: optimizer steps done.
         keep: checkpoints that stay, the newest ones.
+        tokenizer: one that the run has trained, of which the data may be others when it is resumed.
 
     Raises:
         [`NotSavedError`]: says which checkpoint is the last one.
@@ -186,6 +190,8 @@ def save_state(accelerator: Accelerator, run_folder: Path, states: Mapping[str, 
 
     def seal(growing: Path) -> None:
         replace_json(growing / STATES, states)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(growing / TOKENIZER)
         write_manifest(growing)
 
     try:
@@ -321,6 +327,12 @@ def clean_up(run_folder: Path) -> None:
 def newest_checkpoint(run_folder: Path) -> Path | None:
     """Return the folder that a resumed run would look at first, if there is any."""
     return next(reversed(_steps(run_folder)), None)
+
+
+def trained_tokenizer(run_folder: Path) -> Path | None:
+    """Find the tokenizer that a run has trained, in the newest checkpoint that is whole and holds one."""
+    folders = [folder for folder in reversed(_steps(run_folder)) if (folder / TOKENIZER).is_dir()]
+    return next((folder / TOKENIZER for folder in folders if find_damage(folder) is None), None)
 
 
 def _steps(run_folder: Path) -> list[Path]:

@@ -47,7 +47,7 @@ from .distributed import (
 )
 from .large_batch import cached_gradients, cut
 from .losses import DualTextLoss, LossConfig, dual_text_loss
-from .model import Embedder, compile_layers
+from .model import TRAIN_TOKENIZER, Embedder, compile_layers
 from .optim import build_optimizer, build_scheduler, follow_schedule
 from .run_log import RunLog
 from .signals import Interrupted, Interruption
@@ -184,7 +184,9 @@ class Trainer:
             raise not_finite(self.accelerator, self.folder, "largest_weight", numbers, batch.get("ids", []))
         progress, schedule = self.state.state_dict(), self.scheduler.state_dict()
         states = {"progress": progress, "schedule": schedule, "data": self.data, "steps": self.steps}
-        save_state(self.accelerator, self.folder, states, self.state.step, self.config.loop.keep_checkpoints)
+        tokenizer = self.processor.tokenizer if self.config.model.tokenizer == TRAIN_TOKENIZER else None
+        keep = self.config.loop.keep_checkpoints
+        save_state(self.accelerator, self.folder, states, self.state.step, keep, tokenizer)
 
     def _interrupted(self, signal_number: int) -> Interrupted:
         name = signal.Signals(signal_number).name

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,7 +20,7 @@ from modeling_lrsclip.commands import say_once_that_the_hub_is_away
 from modeling_lrsclip.files.configuration import plain_values
 
 from . import ENDED_BY_SIGNAL, FAILED, NOT_FINITE, NOT_SAVED
-from .checkpoint import NotSavedError, TrainState
+from .checkpoint import NotSavedError, TrainState, trained_tokenizer
 from .config import TrainConfig
 from .data.batches import count_workers, explain_lost_workers
 from .data.held_out import HELD_OUT, hold_out, image_keys, write_held_out
@@ -29,7 +30,7 @@ from .data.skipped import SKIPPED
 from .data.visiting_order import VisitSampler
 from .distributed import USER_ERRORS, MistakeError, explain_lost_processes, first_process_first, start_processes
 from .loop import NotFiniteError, Trainer
-from .model import build_model, build_processor, open_start
+from .model import TRAIN_TOKENIZER, build_model, build_processor, open_start
 from .push import look_for_a_token, push
 from .run_folder import RunRecord, check_run_folder, lock_run_folder
 from .signals import Interrupted, limited_meeting
@@ -157,7 +158,9 @@ def load(config: TrainConfig, accelerator: Accelerator) -> tuple[Pairs, Pairs | 
     def built() -> tuple[Pairs, Pairs | None, LRSCLIPProcessor, LRSCLIPModel]:
         kept, held = hold_out(pairs, config.data.share, keys) if config.data.share else (pairs, held_out)
         VisitSampler(kept.order(config.seed), batch_size, steps=1, share=(0, processes))  # are there enough left?
-        start = open_start(config.model)
+        trains = config.model.tokenizer == TRAIN_TOKENIZER
+        trained = trained_tokenizer(Path(config.output_dir)) if trains and config.resume else None
+        start = open_start(replace(config.model, tokenizer=str(trained)) if trained else config.model)
         processor = build_processor(start, kept.all_texts())
         model = build_model(start, processor)
         model.config.long_weight = config.loss.at(1.0).long_weight  # of a curriculum, the weight it ends with

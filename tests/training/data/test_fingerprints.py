@@ -88,8 +88,10 @@ def test_a_resumed_run_with_changed_data(tmp_path, capsys):
     captions = make_data(tmp_path / "data", pairs=16)
     arguments = [*run_arguments(captions, tmp_path / "run", steps=2, save_every=1), "--loop.validate_every", "1000"]
     train.main(arguments)
-    lines = captions.read_text().splitlines()
-    captions.write_text("\n".join(reversed(lines)))
+    tokenizer = (tmp_path / "run/final/tokenizer.json").read_text()
+    rows = [json.loads(line) for line in captions.read_text().splitlines()]
+    fewer_words = [row | {"long_text": "A road.", "short_text": "A road."} for row in reversed(rows)]
+    captions.write_text("\n".join(map(json.dumps, fewer_words)))  # of which a smaller tokenizer would be trained
     arguments += ["--loop.save_every", "2"]
     with pytest.raises(
         SystemExit, match=r"have changed since: .*captions\.jsonl has its 16 rows in another order .*--allow-"
@@ -99,6 +101,7 @@ def test_a_resumed_run_with_changed_data(tmp_path, capsys):
         refused.value.__cause__, MistakeError
     )  # of all processes together, so that the first one says it
     train.main([*arguments, "--allow-changed-data"])
+    assert (tmp_path / "run/final/tokenizer.json").read_text() == tokenizer
     first, second = json.loads((tmp_path / "run/run.json").read_text())["starts"]
     assert "changed_data" not in first
     assert second["changed_data"] == [f"{captions} has its 16 rows in another order or with other texts"]
