@@ -20,14 +20,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from modeling_lrsclip import LRSCLIPModel, LRSCLIPProcessor
 from modeling_lrsclip.files.atomic import replace_json
 
-from .checkpoint import (
-    TrainState,
-    load_newest_state,
-    newest_checkpoint,
-    save_model,
-    save_state,
-    whole_model,
-)
+from .checkpoint import TrainState, load_newest_state, newest_checkpoint, save_model, save_state, whole_model
 from .config import TrainConfig
 from .data.batches import load_batches
 from .data.fingerprints import changes, fingerprints, refuse_changes

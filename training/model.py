@@ -14,12 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch._inductor import config as inductor_config
 from transformers import AutoConfig, AutoTokenizer
 
-from modeling_lrsclip import (
-    LRSCLIPConfig,
-    LRSCLIPImageProcessor,
-    LRSCLIPModel,
-    LRSCLIPProcessor,
-)
+from modeling_lrsclip import LRSCLIPConfig, LRSCLIPImageProcessor, LRSCLIPModel, LRSCLIPProcessor
 from modeling_lrsclip.conversion import Prepared, prepare
 from modeling_lrsclip.files.documents import refuse_malformed
 from modeling_lrsclip.published.registry import resolve

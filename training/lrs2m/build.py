@@ -80,12 +80,7 @@ class Build:
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        folder: Path,
-        root: Path,
-        part: tuple[int, int] | None = None,
-        retry_failed: bool = False,
+        self, recipe: Recipe, folder: Path, root: Path, part: tuple[int, int] | None = None, retry_failed: bool = False
     ):
         self.recipe, self.folder, self.root = recipe, folder, root
         self.part = Part(*part) if part else None

@@ -178,9 +178,7 @@ def _digest(card: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; what goes wrong is one sentence on standard error and exit status 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.lrs2m.card",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m training.lrs2m.card", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="a finished data set")
     parser.add_argument("--replace", action="store_true", help="replace a README.md that was changed by hand")

@@ -376,11 +376,7 @@ def check_whole(recipe: Recipe, output: Output) -> None:
 
 
 def _describe(path: Path, folder: Path) -> dict[str, Any]:
-    return {
-        "path": path.relative_to(folder).as_posix(),
-        "bytes": path.stat().st_size,
-        "sha256": file_sha256(path),
-    }
+    return {"path": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _open_at(path: Path, size: int) -> Any:

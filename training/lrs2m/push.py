@@ -189,9 +189,7 @@ def _say(stage: str, text: str) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m training.lrs2m.push",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m training.lrs2m.push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="a finished data set")
     parser.add_argument("--repo", required=True, help="owner/name on the Hub; made if it does not exist")

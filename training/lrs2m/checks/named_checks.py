@@ -21,13 +21,7 @@ from .form import (
     find_unknowable,
     find_urls,
 )
-from .labels import (
-    find_count,
-    find_excluded_class,
-    find_invented_landmark,
-    find_missing_class,
-    find_negated_class,
-)
+from .labels import find_count, find_excluded_class, find_invented_landmark, find_missing_class, find_negated_class
 from .language import find_language, find_script
 
 
