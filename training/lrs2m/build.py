@@ -50,7 +50,6 @@ from .output import (
     only_builder,
     rows_seen,
     save_progress,
-    totals,
 )
 from .part import JOURNAL, Part, part_folder
 from .pipeline import Duplicate, Outcome, Pipeline, Written
@@ -228,7 +227,6 @@ class Build:
     # ---------------------------------------------------------------------------------------------------------- the end
 
     def _finish(self) -> dict[str, Any]:
-        counts = self.output.counts
         manifest = {
             "name": self.recipe.name,
             "format": self.recipe.format,
@@ -241,8 +239,6 @@ class Build:
                 for prompt in prompts.values()
             },
             "evaluation_sets": [Path(name).name for name in self._against()],
-            "counts": counts,
-            "totals": totals(counts),
             "versions": versions(),
             "code": git_state(Path(__file__).parent),
         }

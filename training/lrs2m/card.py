@@ -23,8 +23,8 @@ from modeling_lrsclip.files.documents import without_markup
 from modeling_lrsclip.files.hashing import bytes_sha256
 
 from .output import DATA
-from .shards import SUFFIXES
-from .statistics import SCORES, STATISTICS, data_hash, false_captions, hand_read, read_manifest, write
+from .shards import SUFFIXES, data_hash, read_manifest
+from .statistics import PICTURES, SCORES, STATISTICS, false_captions, hand_read, write
 
 
 CARD, LICENCES = "README.md", "LICENSE.md"  # the latter is what `license_link` on the Hub may name
@@ -59,18 +59,13 @@ def build_card(statistics: dict[str, Any], manifest: dict[str, Any], figures: Se
     statistics, manifest = without_markup(statistics), without_markup(manifest)  # what others wrote is plain text
     sources = [_source(source) for source in statistics["sources"]]
     values = {
-        "name": statistics["name"],
-        "rows": statistics["rows"],
-        "images": statistics["images"],
+        **{name: statistics[name] for name in ("name", "rows", "images", "vocabulary")},
+        **{name: statistics["left_out"][name] for name in ("failed", "skipped", "duplicates")},
         "sources": sources,
         "long_mean_tokens": statistics["long"]["mean_tokens"],
         "short_mean_tokens": statistics["short"]["mean_tokens"],
         "over_77": 100 * statistics["long"]["over_77"],
         "over_248": 100 * statistics["long"]["over_248"],
-        "vocabulary": statistics["vocabulary"],
-        "failed": statistics["left_out"]["failed"],
-        "skipped": statistics["left_out"]["skipped"],
-        "duplicates": statistics["left_out"]["duplicates"],
         "evaluation_sets": statistics["evaluation_sets"] or None,
         "captioners": _captioners(manifest),
         "checked": false_captions(statistics["hand_read"]) if statistics.get("hand_read") else None,
@@ -145,14 +140,12 @@ def write_card(folder: Path, replace: bool = False) -> Path:
     """
     manifest = read_manifest(folder)
     path = folder / STATISTICS
-    statistics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else write(folder)
-    if statistics.get("data_sha256") != data_hash(manifest) or statistics.get("hand_read") != hand_read(
-        folder, manifest
-    ):
+    statistics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    current = {"data_sha256": data_hash(manifest), "hand_read": hand_read(folder, manifest)}
+    if any(statistics.get(name) != value for name, value in current.items()):
         statistics = write(folder)  # of another build, or before somebody read it
-    card = build_card(
-        statistics, manifest, [name for name in ("token_lengths.png", "map.png") if (folder / name).is_file()]
-    )
+    figures = [name for name in PICTURES if (folder / name).is_file()]
+    card = build_card(statistics, manifest, figures)
     written = {folder / CARD: card, folder / LICENCES: build_licences(statistics)}
     for path, text in written.items():
         if path.is_file() and not replace and not is_own(path.read_text(encoding="utf-8")):

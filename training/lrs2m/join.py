@@ -28,11 +28,11 @@ from modeling_lrsclip.files.hashing import json_sha256
 from .captioners.captioner import AnswerStore
 from .checks.across_rows import drop_repeats
 from .data_row import Row
-from .output import BATCH, MANIFEST, WORK, Output, Progress, check_whole, load_progress, only_builder, totals
+from .output import BATCH, MANIFEST, WORK, Output, Progress, check_whole, load_progress, only_builder
 from .part import JOURNAL
 from .recipe import Recipe
-from .shards import read_shard
-from .statistics import read_manifest, write
+from .shards import count_rows, read_manifest, read_rows
+from .statistics import write
 
 
 @dataclass
@@ -52,8 +52,7 @@ class FinishedPart:
 
     def rows(self, split: str) -> Iterator[Row]:
         """Rows of a split, in the same order."""
-        for file in self.manifest["splits"][split]["files"]:
-            yield from read_shard(self.folder / file["path"])
+        return (row for _, row in read_rows(self.folder, {"splits": {split: self.manifest["splits"][split]}}))
 
 
 def find_parts(folders: Sequence[Path], output: Path) -> list[FinishedPart]:
@@ -204,11 +203,8 @@ class Join:
         with closing(AnswerStore(work / "answers.sqlite")) as answers:
             for part in self.parts:
                 answers.take(part.folder / WORK / "answers.sqlite")
-        counts = self.output.counts
-        manifest = {
-            name: value for name, value in self.parts[0].manifest.items() if name not in ("part", "splits", "lists")
-        }
-        self.output.finish(manifest | {"format": self.recipe.format, "counts": counts, "totals": totals(counts)})
+        manifest = {name: value for name, value in self.parts[0].manifest.items() if name != "part"}
+        self.output.finish(manifest | {"format": self.recipe.format})
         return read_manifest(self.folder)
 
 
@@ -229,7 +225,7 @@ def join(folders: Sequence[Path], output: Path) -> dict[str, Any]:
     with only_builder(output, "join"):
         finished = output / MANIFEST
         manifest = read_manifest(output) if finished.is_file() else Join(parts, output).run()
-        if manifest["totals"].get("train", 0) + manifest["totals"].get("validation", 0):
+        if count_rows(manifest):
             write(output)
         return manifest
 

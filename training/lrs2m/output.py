@@ -16,10 +16,10 @@ from modeling_lrsclip.files.locks import only_process
 
 from .data_row import SPLITS, Row
 from .recipe import Recipe
-from .shards import SUFFIXES, ShardWriter, open_shard, read_shard
+from .shards import MANIFEST, SUFFIXES, ShardWriter, open_shard, read_shard
 
 
-MANIFEST, PROGRESS, WORK, DATA = "manifest.json", "progress.json", "work", "data"
+PROGRESS, WORK, DATA = "progress.json", "work", "data"
 EARLY_ROWS, EARLY_FACTOR = 1000, 10  # rows of a source from which on, and times its cap by which, a build stops early
 LISTS = ("failed", "unmatched", "skipped", "duplicates")  # each a JSON lines file
 BATCH = 128  # rows that are added together
@@ -32,16 +32,15 @@ class Progress:
     recipe_hash: str
     source: int = 0  # place in the recipe of the source at work
     index: int = 0  # records of its stream that are done
-    parts: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    files: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {split: [] for split in SPLITS})  # of rows
     lists: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LISTS, 0))  # bytes
     counts: dict[str, dict[str, int]] = field(default_factory=dict)  # by source
     part: list[int] = field(default_factory=lambda: [1, 1])  # which of how many
     compared: bool = False  # rows of all parts were compared with each other
-    complete: bool = False  # all rows are in parts
+    complete: bool = False  # all rows are in files
     retries: int = 0  # times that `--retry-failed` was given
-    repeated: dict[str, int] = field(
-        default_factory=dict
-    )  # by record: retries before which its answers were others' too
+    # By record: retries before which its answers were others' too.
+    repeated: dict[str, int] = field(default_factory=dict)
     command: str = "build"  # that makes the folder: build, join, verify or rejoin
     parts_hash: str | None = None  # of the manifests of the parts that a join takes
 
@@ -50,7 +49,7 @@ class Output:
     """
     Rows and list entries, taken in a stable order and made durable at checkpoints.
 
-    Rows go to parts below `work/`; a checkpoint closes the open parts, forces them and the lists to disk and writes
+    Rows go to files below `work/`; a checkpoint closes the open ones, forces them and the lists to disk and writes
     `progress.json` in one step. After a kill, what came after the last checkpoint is cut off and made again.
     """
 
@@ -60,18 +59,21 @@ class Output:
         self.folder, self.form, self.progress = folder, form, progress
         self.shard_rows, self.shard_bytes = limits
         self._writers: dict[str, ShardWriter] = {}
-        self._parts = folder / WORK / "parts"
-        self._parts.mkdir(parents=True, exist_ok=True)
+        self._work = folder / WORK / "parts"
+        self._work.mkdir(parents=True, exist_ok=True)
         if not progress.complete and (folder / WORK / PROGRESS).exists():  # of a build that is made again
             (folder / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(folder / DATA, ignore_errors=True)
-        known = {part["file"] for parts in progress.parts.values() for part in parts}
-        for stale in self._parts.iterdir():
+        known = {file["file"] for files in progress.files.values() for file in files}
+        for stale in self._work.iterdir():
             if stale.name not in known:
                 stale.unlink()
         self.before_checkpoint: Callable[[], None] = lambda: None  # makes durable what others keep of the rows so far
         self.journal = journal  # name of a further list, of all that is counted and listed
-        self._event: dict[str, list] = {"counts": [], "entries": []}
+        self._event: dict[str, list] = {
+            "counts": [],
+            "entries": [],
+        }  # counted and listed since the journal's last line
         names = (*LISTS, journal) if journal else LISTS
         self._lists = {name: _open_at(folder / f"{name}.jsonl", progress.lists.get(name, 0)) for name in names}
 
@@ -98,8 +100,8 @@ class Output:
 
     def add(self, row: Row, split: str) -> None:
         if split not in self._writers:
-            number = len(self.progress.parts[split])
-            self._writers[split] = open_shard(self._parts / f"{split}-{number:05d}{SUFFIXES[self.form]}")
+            number = len(self.progress.files[split])
+            self._writers[split] = open_shard(self._work / f"{split}-{number:05d}{SUFFIXES[self.form]}")
         self._writers[split].add(row)
         self._count(row["source"], split)
 
@@ -119,7 +121,7 @@ class Output:
 
     @property
     def room(self) -> int:
-        """Rows that the open parts can still take, whatever their split; 0 when it is time for a checkpoint."""
+        """Rows that the open files can still take, whatever their split; 0 when it is time for a checkpoint."""
         writers = self._writers.values()
         if any(writer.size >= self.shard_bytes for writer in writers):
             return 0
@@ -134,123 +136,114 @@ class Output:
         self.before_checkpoint()
         for split, writer in self._writers.items():
             writer.close()
-            part = {"file": writer.path.name, "rows": writer.rows, "size": writer.size}
-            self.progress.parts[split].append(part)
+            self.progress.files[split].append(_closed(writer))
         self._writers = {}
         for name, stream in self._lists.items():
             stream.flush()
             os.fsync(stream.fileno())
             self.progress.lists[name] = stream.tell()
-        sync(self._parts)
+        sync(self._work)
         self.progress.source, self.progress.index = source, index
-        self._save()
+        save_progress(self.folder, self.progress)
 
     @property
-    def part_rows(self) -> int:
-        """Rows in closed parts."""
-        return sum(part["rows"] for parts in self.progress.parts.values() for part in parts)
+    def rows_written(self) -> int:
+        """Rows in closed files."""
+        return sum(file["rows"] for files in self.progress.files.values() for file in files)
 
-    def rows_of_parts(self, columns: list[str]) -> Iterator[Row]:
-        """Rows of all closed parts, split by split, at least with these columns."""
-        for parts in self.progress.parts.values():
-            for part in parts:
-                yield from read_shard(self._parts / part["file"], columns)
+    def written_rows(self, columns: list[str]) -> Iterator[Row]:
+        """Rows of all closed files, split by split, at least with these columns."""
+        for files in self.progress.files.values():
+            for file in files:
+                yield from read_shard(self._work / file["file"], columns)
 
     def replace_rows(self, touched: Sequence[bool], change: Callable[[int, Row], Row | None]) -> None:
         """
-        Change rows of closed parts, in one durable step with what was counted and listed meanwhile.
+        Change rows of closed files, in one durable step with what was counted and listed meanwhile.
 
         Args:
-            touched: by place among the rows of all parts, whether it is looked at; parts without such rows stay.
+            touched: by place among the rows of all files, whether it is looked at; files without such rows stay.
             change: from place and row to the row to be kept, or None.
         """
         start = 0
-        for split, parts in self.progress.parts.items():
-            for number, part in enumerate(parts):
-                end = start + part["rows"]
+        for split, files in self.progress.files.items():
+            for number, file in enumerate(files):
+                end = start + file["rows"]
                 if any(touched[start:end]):
-                    parts[number] = self._change_part(
-                        split, part, start, lambda at, row: change(at, row) if touched[at] else row
-                    )
+                    source = self._work / file["file"]
+                    writer = open_shard(source.with_name(f"changed-{source.name}"))
+                    for place, row in enumerate(read_shard(source), start):
+                        kept = change(place, row) if touched[place] else row
+                        if kept is None:
+                            self.count(row["source"], split, -1)
+                        else:
+                            writer.add(kept)
+                    writer.close()
+                    files[number] = _closed(writer)
                 start = end
-        self.progress.parts = {
-            split: [part for part in parts if part["rows"]] for split, parts in self.progress.parts.items()
+        self.progress.files = {
+            split: [file for file in files if file["rows"]] for split, files in self.progress.files.items()
         }
         self.progress.compared = True
         self.checkpoint(self.progress.source, self.progress.index)
 
-    def _change_part(
-        self, split: str, part: dict[str, Any], start: int, change: Callable[[int, Row], Row | None]
-    ) -> dict[str, Any]:
-        source = self._parts / part["file"]
-        target = source.with_name(f"changed-{source.name}")
-        writer = open_shard(target)
-        for place, row in enumerate(read_shard(source), start):
-            kept = change(place, row)
-            if kept is None:
-                self.count(row["source"], split, -1)
-            else:
-                writer.add(kept)
-        writer.close()
-        return {"file": target.name, "rows": writer.rows, "size": writer.size}
+    def copy_lists(self, folder: Path) -> None:
+        """Take over what the build of another data set left out."""
+        for name in LISTS:
+            with (folder / f"{name}.jsonl").open(encoding="utf-8") as lines:
+                for line in lines:
+                    self.list_entry(name, json.loads(line))
 
     def close(self) -> None:
         for stream in self._lists.values():
             stream.close()
 
     def finish(self, manifest: dict[str, Any]) -> None:
-        """Puts the parts in their places below `data/` and writes the manifest, last. Can be repeated after a kill."""
+        """Move the files to their places below `data/` and write the manifest, last, with counts, shards and lists. Can be repeated after a kill."""
         self.progress.complete = True
-        self._save()
+        save_progress(self.folder, self.progress)
         self.close()
         data = self.folder / DATA
         data.mkdir(exist_ok=True)
         splits = {split: self._place(split, data) for split in SPLITS}
         lists = {name: _describe(self.folder / f"{name}.jsonl", self.folder) for name in LISTS}
         sync(data)
-        replace_json(self.folder / MANIFEST, manifest | {"splits": splits, "lists": lists})
-        shutil.rmtree(self._parts)
+        counted = {"counts": self.counts, "totals": totals(self.counts)}
+        replace_json(self.folder / MANIFEST, manifest | counted | {"splits": splits, "lists": lists})
+        shutil.rmtree(self._work)
 
     def _place(self, split: str, data: Path) -> dict[str, Any]:
         groups = self._groups(split)
         files = []
         for number, group in enumerate(groups):
             target = data / f"{split}-{number:05d}-of-{len(groups):05d}{SUFFIXES[self.form]}"
-            parts = [self._parts / part["file"] for part in group]
             if not target.exists():
-                if len(parts) == 1:
-                    os.replace(parts[0], target)
-                else:
-                    self._join(parts, target)
-            files.append(_describe(target, self.folder) | {"rows": sum(part["rows"] for part in group)})
+                self._join([self._work / file["file"] for file in group], target)
+            files.append(_describe(target, self.folder) | {"rows": sum(file["rows"] for file in group)})
         return {"rows": sum(file["rows"] for file in files), "files": files}
 
     def _groups(self, split: str) -> list[list[dict[str, Any]]]:
-        """Neighbouring parts that fit into one shard; every checkpoint leaves a small part of the smaller split."""
+        """Neighbouring files that fit into one shard; every checkpoint leaves a small one of the smaller split."""
         groups: list[list[dict[str, Any]]] = []
-        for part in self.progress.parts[split]:
-            together = [*groups[-1], part] if groups else []
-            fits = (
-                bool(together)
-                and sum(one["rows"] for one in together) <= self.shard_rows
-                and sum(one["size"] for one in together) <= self.shard_bytes
-            )
-            if fits:
-                groups[-1].append(part)
+        for file in self.progress.files[split]:
+            together = [*groups[-1], file] if groups else []
+            rows, size = (sum(one[what] for one in together) for what in ("rows", "size"))
+            if together and rows <= self.shard_rows and size <= self.shard_bytes:
+                groups[-1].append(file)
             else:
-                groups.append([part])
+                groups.append([file])
         return groups
 
-    def _join(self, parts: list[Path], target: Path) -> None:
+    def _join(self, files: list[Path], target: Path) -> None:
+        if len(files) == 1:
+            os.replace(files[0], target)
+            return
         with replacing(target) as growing:
             writer = open_shard(growing, target.suffix)
-            for part in parts:
-                for row in read_shard(part):
+            for file in files:
+                for row in read_shard(file):
                     writer.add(row)
             writer.close()
-
-    def _save(self) -> None:
-        save_progress(self.folder, self.progress)
 
 
 @contextlib.contextmanager
@@ -310,7 +303,9 @@ def load_progress(folder: Path, command: str | None = None) -> Progress | None:
     """
     path = folder / WORK / PROGRESS
     if path.is_file():
-        progress = Progress(**json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["files"] = values.pop("parts", values.get("files"))  # the name that builds began with before
+        progress = Progress(**values)
         if command not in (None, progress.command) and not progress.complete:
             raise ValueError(
                 f"{folder} holds an unfinished {progress.command}; run that again until it ends well, or take another "
@@ -368,11 +363,15 @@ def check_whole(recipe: Recipe, output: Output) -> None:
     """Raise a `ValueError` where a whole set lacks too much of a source, or has no row though neither cap is 1."""
     for source in recipe.sources:
         check_caps(recipe, source.name, output)
-    if not output.part_rows and 1 not in (recipe.max_skipped_fraction, recipe.max_failed_fraction):
+    if not output.rows_written and 1 not in (recipe.max_skipped_fraction, recipe.max_failed_fraction):
         left_out = ", ".join(f"{times} {what}" for what, times in totals(output.counts).items() if times)
         raise ValueError(
             f"no row is left for the data set{f' ({left_out})' if left_out else ''}; the lists in {output.folder} say why."
         )
+
+
+def _closed(writer: ShardWriter) -> dict[str, Any]:
+    return {"file": writer.path.name, "rows": writer.rows, "size": writer.size}
 
 
 def _describe(path: Path, folder: Path) -> dict[str, Any]:

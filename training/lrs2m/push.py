@@ -23,14 +23,14 @@ from huggingface_hub.utils import validate_repo_id
 from modeling_lrsclip.files.hashing import file_sha256, git_blob_id
 
 from .card import CARD, LICENCES, is_own, write_card
-from .output import DATA, LISTS, MANIFEST
-from .statistics import STATISTICS, TABLES, read_manifest
+from .output import DATA, LISTS
+from .shards import MANIFEST, read_manifest
+from .statistics import PICTURES, STATISTICS, TABLES
 
 
 KIND = "dataset"
 # Files and bytes of one commit. upload_folder cuts large folders itself, but only where hf_xet is in use.
 COMMIT_FILES, COMMIT_BYTES = 50, 20 * 10**9
-PICTURES = ("token_lengths.png", "map.png")
 FAILURES = (OSError, RuntimeError, ValueError, *HfHubHTTPError.__bases__)  # the last: what the HTTP client raises
 
 

@@ -9,7 +9,6 @@ file that the captions were made on. Rows whose image is missing or another one 
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -22,11 +21,10 @@ from tqdm import tqdm
 from modeling_lrsclip.encoding.imagery import is_image_file
 from modeling_lrsclip.files.hashing import file_sha256
 
-from .data_row import Row
-from .output import LISTS, WORK, Output, Progress, totals
-from .shards import read_shard
+from .data_row import SPLITS, Row
+from .output import WORK, Output, Progress, totals
+from .shards import count_rows, read_manifest, read_rows
 from .sources.images import Picture, Skip, read_picture
-from .statistics import read_manifest
 
 
 SHARD = (5000, 512 * 2**20)  # rows and bytes of a file, where the recipe does not say
@@ -108,25 +106,21 @@ def rejoin(folder: Path, images: LocalImages, target: Path) -> dict[str, Any]:
     recipe = manifest["recipe"]
     limits = tuple(recipe.get(name, default) for name, default in zip(("shard_rows", "shard_bytes"), SHARD))
     output = Output(target, manifest["format"], limits, Progress(manifest["recipe_hash"], command="rejoin"))
-    rows = sum(split["rows"] for split in manifest["splits"].values())
-    with tqdm(total=rows, unit=" rows", disable=None, leave=False) as bar:
-        for split, shards in manifest["splits"].items():
-            for row in (row for file in shards["files"] for row in read_shard(folder / file["path"])):
-                _add(output, row, split, images)
-                bar.update()
+    rows = count_rows(manifest)
+    for split, row in tqdm(read_rows(folder, manifest), total=rows, unit=" rows", disable=None, leave=False):
+        _add(output, row, split, images)
     counts = totals(output.counts)
     if not counts.get("train", 0) + counts.get("validation", 0):
         output.close()
         shutil.rmtree(target)
         raise ValueError(f"none of the {rows} images of {folder} is below {', '.join(map(str, images.folders))}.")
-    for name in LISTS:  # what the first build left out stays known
-        with (folder / f"{name}.jsonl").open(encoding="utf-8") as lines:
-            for line in lines:
-                output.list_entry(name, json.loads(line))
+    output.copy_lists(folder)  # what the first build left out stays known
     output.checkpoint(len(recipe["sources"]), 0)
-    kept = {name: value for name, value in manifest.items() if name not in ("splits", "lists", "counts", "totals")}
-    merged = _merge(manifest["counts"], output.counts)
-    output.finish(kept | {"images": "embed", "rejoined": True, "counts": merged, "totals": totals(merged)})
+    output.progress.counts = {
+        source: {name: count for name, count in counts.items() if name not in SPLITS} | output.counts.get(source, {})
+        for source, counts in manifest["counts"].items()
+    }
+    output.finish(manifest | {"images": "embed", "rejoined": True})
     shutil.rmtree(target / WORK)
     return read_manifest(target)
 
@@ -146,15 +140,6 @@ def _add(output: Output, row: Row, split: str, images: LocalImages) -> None:
         output.checkpoint(0, 0)
 
 
-def _merge(before: dict[str, dict[str, int]], now: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
-    """Counts of the build, with the rows that are there now."""
-    merged = {}
-    for source, counts in before.items():
-        kept = {name: count for name, count in counts.items() if name not in ("train", "validation")}
-        merged[source] = kept | now.get(source, {})
-    return merged
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; what goes wrong is one sentence on standard error and exit status 2."""
     parser = argparse.ArgumentParser(
@@ -172,10 +157,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    rows = sum(split["rows"] for split in manifest["splits"].values())
     left = {name: count for name, count in manifest["totals"].items() if name.startswith("unmatched ")}
     reasons = ", ".join(f"{name.removeprefix('unmatched ')} {count:,}" for name, count in left.items())
-    print(f"{rows:,} rows with images in {os.fspath(options.output)}{f'; left out: {reasons}' if reasons else ''}")
+    print(
+        f"{count_rows(manifest):,} rows with images in {os.fspath(options.output)}{f'; left out: {reasons}' if reasons else ''}"
+    )
     return 0
 
 

@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,7 @@ from evaluation.benchmarks.retrieval_data import PUBLISHED_SPLITS, PublishedSpli
 from evaluation.benchmarks.tables import plain
 from modeling_lrsclip.files.atomic import replacing
 
-from .data_row import Row
-from .shards import read_shard
-from .statistics import read_manifest
+from .shards import read_manifest, read_rows
 
 
 FEATURES = Features(
@@ -63,50 +62,30 @@ def export(folder: Path, target: Path, source: str | None = None) -> tuple[int, 
     if existing := [path for path in kept if path.exists()]:
         raise ValueError(f"{existing[0]} exists; remove it, or give another --output.")
     write = _write_parquet if first["image"] else _write_json
-    return write(kept[0] if first["image"] else kept[1], _chain(first, rows))
+    return write(kept[0] if first["image"] else kept[1], chain([first], rows))
 
 
 def _rows(folder: Path, manifest: dict[str, Any], source: str) -> Iterator[dict[str, Any]]:
     """Rows of all splits in the order of the splits; an image that comes twice is an error."""
-    seen: dict[str, str] = {}
-    for split in manifest["splits"].values():
-        for file in split["files"]:
-            for row in read_shard(folder / file["path"], COLUMNS):
-                if row["source"] != source:
-                    continue
-                if row["image_sha256"] in seen:
-                    raise ValueError(
-                        f"rows {seen[row['image_sha256']]} and {row['id']} share an image; a benchmark has one long text "
-                        "an image: build it with captions: together."
-                    )
-                seen[row["image_sha256"]] = row["id"]
-                yield {
-                    "image": row["image"],
-                    "filename": row["image_key"],
-                    "long_text": row["long_text"],
-                    "short_text": _shorts(row),
-                }
-
-
-def _shorts(row: Row) -> list[str]:
-    return row.get("short_texts") or [row["short_text"]]
-
-
-def _chain(first: dict[str, Any], rest: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    yield first
-    yield from rest
+    ids: dict[str, str] = {}  # by image
+    for _, row in read_rows(folder, manifest, COLUMNS):
+        if row["source"] != source:
+            continue
+        if row["image_sha256"] in ids:
+            raise ValueError(
+                f"rows {ids[row['image_sha256']]} and {row['id']} share an image; a benchmark has one long text an image: "
+                "build it with captions: together."
+            )
+        ids[row["image_sha256"]] = row["id"]
+        texts = {"long_text": row["long_text"], "short_text": row.get("short_texts") or [row["short_text"]]}
+        yield {"image": row["image"], "filename": row["image_key"]} | texts
 
 
 def _write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> tuple[int, int]:
-    schema, images, texts, group = FEATURES.arrow_schema, 0, 0, []
+    schema, images, texts = FEATURES.arrow_schema, 0, 0
     with replacing(path) as growing, parquet.ParquetWriter(growing, schema) as writer:
-        for row in rows:
-            group.append(row)
-            images, texts = images + 1, texts + len(row["short_text"])
-            if len(group) == _GROUP:
-                writer.write_table(pyarrow.Table.from_pylist(group, schema=schema))
-                group = []
-        if group:
+        while group := list(islice(rows, _GROUP)):
+            images, texts = images + len(group), texts + sum(len(row["short_text"]) for row in group)
             writer.write_table(pyarrow.Table.from_pylist(group, schema=schema))
     return images, texts
 

@@ -1,20 +1,22 @@
-"""Files of the finished data set: parquet with embedded images, or WebDataset tars."""
+"""A finished data set: its manifest, and its files, parquet with embedded images or WebDataset tars."""
 
 import io
 import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow
 from pyarrow import parquet
 
 from modeling_lrsclip.files.atomic import sync
+from modeling_lrsclip.files.hashing import bytes_sha256
 
 from .data_row import SCHEMA, Row
 
 
+MANIFEST = "manifest.json"  # written last: where it stands, the data set is complete
 SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
 GROUP_ROWS, GROUP_BYTES = 256, 32 * 2**20  # of a parquet row group, which is what a writer holds in memory
 
@@ -101,15 +103,11 @@ def read_shard(path: Path, columns: list[str] | None = None) -> Iterator[Row]:
     Args:
         columns: of a parquet file, only these; rows of a tar are always whole.
     """
-    if path.suffix == ".tar":
-        yield from _read_tar(path)
+    if path.suffix != ".tar":
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=GROUP_ROWS, columns=columns):
+                yield from batch.to_pylist()
         return
-    with parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=GROUP_ROWS, columns=columns):
-            yield from batch.to_pylist()
-
-
-def _read_tar(path: Path) -> Iterator[Row]:
     image = None
     with tarfile.open(path, "r|") as tar:
         for member in tar:
@@ -122,6 +120,49 @@ def _read_tar(path: Path) -> Iterator[Row]:
             row = json.loads(content)
             yield {"id": row["id"], "image": image} | row
             image = None
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """
+    Read the manifest of a finished data set.
+
+    Raises:
+        `ValueError`: for a folder without one.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} holds no {MANIFEST}: it is no finished data set; run training.lrs2m.build to its end."
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def data_hash(manifest: dict[str, Any]) -> str:
+    """SHA-256 over those of the shards, by which one data set is told from another."""
+    files = [file["sha256"] for split in manifest["splits"].values() for file in split["files"]]
+    return bytes_sha256("".join(files))
+
+
+def count_rows(manifest: dict[str, Any]) -> int:
+    """Count the rows of all splits."""
+    return sum(split["rows"] for split in manifest["splits"].values())
+
+
+def read_rows(folder: Path, manifest: dict[str, Any], columns: list[str] | None = None) -> Iterator[tuple[str, Row]]:
+    """
+    Splits and rows of a finished data set, in the order of its files.
+
+    Args:
+        folder: the data set's.
+        manifest: its content.
+        columns: see [`read_shard`].
+
+    Returns:
+        a split's name and a row, again and again.
+    """
+    for split, described in manifest["splits"].items():
+        for file in described["files"]:
+            yield from ((split, row) for row in read_shard(folder / file["path"], columns))
 
 
 def row_size(row: Row) -> int:

@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,15 @@ from tqdm import tqdm
 
 from evaluation.paper import paper_tables
 from modeling_lrsclip.files.atomic import replace_json
-from modeling_lrsclip.files.hashing import bytes_sha256
 
 from .data_row import GIVEN
-from .output import LISTS, MANIFEST
-from .shards import read_shard
+from .output import LISTS
+from .shards import count_rows, data_hash, read_manifest, read_shard
 from .statistics_figures import draw_map, draw_token_lengths
 
 
-STATISTICS, TABLES = "statistics.json", "statistics.md"
-CLIP_POSITIONS, LONG_POSITIONS = 77, 248
+STATISTICS, TABLES, PICTURES = "statistics.json", "statistics.md", ("token_lengths.png", "map.png")
+CUTS = (77, 248)  # tokens beyond which CLIP and LRSCLIP cut
 HAND_READ = "hand_read.json"  # rates of false captions, which training.lrs2m.verify reads from a filled-in sheet
 SCORES = {  # columns whose means are told, in words
     "label_precision": "classes named that are labelled",
@@ -47,6 +47,7 @@ COLUMNS = [
     *("long_tokens", "short_tokens", "short_words", "image_sha256", "longitude", "latitude"),
     *SCORES,
 ]
+COUNTED = ("route", "licence", "long_captioner", "short_captioner")  # columns whose values are counted by source
 Columns = dict[str, list[Any]]
 _BATCH = 4096  # rows
 _WORD = re.compile(r"[a-z]+(?:['’-][a-z]+)*")
@@ -57,24 +58,15 @@ class SourceTally:
     """Counts of one source."""
 
     rows: int = 0
-    long_tokens: int = 0
-    short_tokens: int = 0
-    routes: Counter = field(default_factory=Counter)
-    licences: Counter = field(default_factory=Counter)
-    long_from: Counter = field(default_factory=Counter)  # captioners
-    short_from: Counter = field(default_factory=Counter)
+    tokens: Counter = field(default_factory=Counter)  # of the `long` and of the `short` texts
+    values: dict[str, Counter] = field(default_factory=lambda: {name: Counter() for name in COUNTED})  # by column
 
     def add(self, columns: Columns, indices: Sequence[int]) -> None:
         self.rows += len(indices)
-        for name, counter in (
-            ("route", self.routes),
-            ("licence", self.licences),
-            ("long_captioner", self.long_from),
-            ("short_captioner", self.short_from),
-        ):
+        for name, counter in self.values.items():
             counter.update(columns[name][index] for index in indices)
-        self.long_tokens += sum(columns["long_tokens"][index] for index in indices)
-        self.short_tokens += sum(columns["short_tokens"][index] for index in indices)
+        for which in ("long", "short"):
+            self.tokens[which] += sum(columns[f"{which}_tokens"][index] for index in indices)
 
 
 class Tally:
@@ -130,8 +122,7 @@ class Tally:
 def tally(folder: Path, manifest: dict[str, Any]) -> Tally:
     """Reads every row of a finished data set once, without its pixels."""
     counts = Tally()
-    rows = sum(split["rows"] for split in manifest["splits"].values())
-    with tqdm(total=rows, unit=" rows", disable=None, leave=False) as bar:
+    with tqdm(total=count_rows(manifest), unit=" rows", disable=None, leave=False) as bar:
         for split, described in manifest["splits"].items():
             for file in described["files"]:
                 for columns in _batches(folder / file["path"]):
@@ -146,21 +137,14 @@ def _batches(path: Path) -> Iterator[Columns]:
             with parquet.ParquetFile(path) as file:
                 present = [name for name in COLUMNS if name in file.schema_arrow.names]
                 for batch in file.iter_batches(batch_size=_BATCH, columns=present):
-                    absent = {
-                        name: [None] * len(batch) for name in COLUMNS if name not in present
-                    }  # of an older build
-                    yield batch.to_pydict() | absent
+                    columns = dict.fromkeys(COLUMNS, [None] * len(batch))  # of an older build some are absent
+                    yield columns | batch.to_pydict()
         except (OSError, ArrowInvalid) as error:
             raise ValueError(f"{path} cannot be read ({error}); build the data set again.") from error
         return
-    rows: list[dict[str, Any]] = []
-    for row in read_shard(path):
-        rows.append({name: row.get(name) for name in COLUMNS})
-        if len(rows) == _BATCH:
-            yield {name: [one[name] for one in rows] for name in COLUMNS}
-            rows = []
-    if rows:
-        yield {name: [one[name] for one in rows] for name in COLUMNS}
+    rows = ({name: row.get(name) for name in COLUMNS} for row in read_shard(path))  # without the pixels
+    while batch := list(islice(rows, _BATCH)):
+        yield {name: [row[name] for row in batch] for name in COLUMNS}
 
 
 # ------------------------------------------------------------------------------------------------------------- results
@@ -174,21 +158,6 @@ def statistics(folder: Path) -> dict[str, Any]:
         `ValueError`: for a folder without a manifest, or a file that cannot be read.
     """
     return describe(tally(folder, manifest := read_manifest(folder)), manifest, hand_read(folder, manifest))
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise ValueError(
-            f"{folder} holds no {MANIFEST}: it is no finished data set; run training.lrs2m.build to its end."
-        )
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def data_hash(manifest: dict[str, Any]) -> str:
-    """SHA-256 over those of the shards: which data was counted."""
-    files = [file["sha256"] for split in manifest["splits"].values() for file in split["files"]]
-    return bytes_sha256("".join(files))
 
 
 def hand_read(folder: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
@@ -223,7 +192,8 @@ def describe(counts: Tally, manifest: dict[str, Any], read: dict[str, Any] | Non
     """
     rows = sum(counts.splits.values())
     duplicates = manifest["totals"].get("duplicates", 0)
-    described = {
+    unmatched = {name: count for name, count in manifest["totals"].items() if name.startswith("unmatched ")}
+    return {
         "name": manifest["name"],
         "data_sha256": data_hash(manifest),
         "rows": rows,
@@ -233,7 +203,7 @@ def describe(counts: Tally, manifest: dict[str, Any], read: dict[str, Any] | Non
         "long": _describe_text("long", counts, rows),
         "short": _describe_text("short", counts, rows),
         "vocabulary": len(counts.vocabulary["long"] | counts.vocabulary["short"]),
-        "left_out": {name: manifest["totals"].get(name, 0) for name in LISTS if name != "unmatched"},
+        "left_out": {name: manifest["totals"].get(name, 0) for name in LISTS if name != "unmatched"} | unmatched,
         "duplicate_rate": duplicates / max(1, rows + duplicates),
         "evaluation_sets": manifest.get("evaluation_sets", []),
         "with_coordinates": int(counts.places.sum()),
@@ -241,34 +211,20 @@ def describe(counts: Tally, manifest: dict[str, Any], read: dict[str, Any] | Non
         "scores": {name: {"rows": n, "mean": total / n} for name, (n, total) in counts.scores.items() if n},
         "hand_read": read,
     }
-    unmatched = {name: count for name, count in manifest["totals"].items() if name.startswith("unmatched ")}
-    described["left_out"] |= unmatched
-    return described
 
 
 def _describe_source(name: str, counts: SourceTally, manifest: dict[str, Any]) -> dict[str, Any]:
     recipe = next((one for one in manifest["recipe"]["sources"] if one["name"] == name), {})
     images = recipe.get("images") or manifest["images"]
-    described = {
-        "name": name,
-        "route": list(counts.routes)[0],
-        "rows": counts.rows,
-        "long_from": _shown(counts.long_from),
-        "long_mean_tokens": counts.long_tokens / counts.rows,
-        "short_from": _shown(counts.short_from),
-        "short_mean_tokens": counts.short_tokens / counts.rows,
-        "licence": "; ".join(sorted(filter(None, counts.licences))),
-        "licence_url": recipe.get("licence_url"),
-        "images": "yes" if images == "embed" else "no",
-    }
+    described = {"name": name, "route": list(counts.values["route"])[0], "rows": counts.rows}
+    for which in ("long", "short"):
+        captioners = sorted(counts.values[f"{which}_captioner"].items(), key=lambda item: (-item[1], str(item[0])))
+        described[f"{which}_from"] = ", ".join(captioner or GIVEN for captioner, _ in captioners)
+        described[f"{which}_mean_tokens"] = counts.tokens[which] / counts.rows
+    described["licence"] = "; ".join(sorted(filter(None, counts.values["licence"])))
+    described |= {"licence_url": recipe.get("licence_url"), "images": "yes" if images == "embed" else "no"}
     paper = paper_row(recipe.get("paper_source") or name)
     return described | ({"paper": paper} if paper else {})
-
-
-def _shown(captioners: Counter) -> str:
-    """`given`, or the captioners' ids by how often."""
-    names = [name or GIVEN for name, _ in sorted(captioners.items(), key=lambda one: (-one[1], str(one[0])))]
-    return ", ".join(names)
 
 
 def paper_row(name: str) -> dict[str, Any] | None:
@@ -282,18 +238,16 @@ def paper_row(name: str) -> dict[str, Any] | None:
 
 def _describe_text(which: str, counts: Tally, rows: int) -> dict[str, Any]:
     lengths = counts.lengths[which]
-    longest = np.flatnonzero(lengths)
-    described = {
+    histogram = np.trim_zeros(lengths, "b").tolist()  # texts by tokens
+    over = {f"over_{limit}": float(lengths[limit + 1 :].sum() / max(1, rows)) for limit in CUTS}
+    return {
         "mean_tokens": counts.tokens[which] / max(1, rows),
         "median_tokens": int(np.searchsorted(np.cumsum(lengths), (rows + 1) // 2)) if rows else 0,
-        "longest": int(longest[-1]) if len(longest) else 0,  # LONGEST stands for it and more
+        "longest": max(0, len(histogram) - 1),  # LONGEST stands for it and more
         "mean_words": counts.words[which] / max(1, rows),
         "vocabulary": len(counts.vocabulary[which]),
-        "histogram": lengths[: longest[-1] + 1 if len(longest) else 0].tolist(),  # texts by tokens
-    }
-    for positions in (CLIP_POSITIONS, LONG_POSITIONS):
-        described[f"over_{positions}"] = float(lengths[positions + 1 :].sum() / max(1, rows))
-    return described
+        "histogram": histogram,
+    } | over
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -312,15 +266,8 @@ def report(statistics: dict[str, Any]) -> str:
         cells += [f"{paper[name]:,}" for name in beside] if paper else ["", "", ""]
         lines.append(_row(cells))
     long, short, stated = statistics["long"], statistics["short"], paper_tables()["lrs2m"]["stated"]
-    total = [
-        "**all**",
-        "",
-        f"{statistics['rows']:,}",
-        "",
-        f"{long['mean_tokens']:.2f}",
-        "",
-        f"{short['mean_tokens']:.2f}",
-    ]
+    total = ["**all**", "", f"{statistics['rows']:,}"]
+    total += ["", f"{long['mean_tokens']:.2f}", "", f"{short['mean_tokens']:.2f}"]
     lines.append(_row([*total, *(f"{stated[name]:,}" for name in stated if name != "pairs_by_route")]))
     lines += ["", "Paper: Table I as printed; its last row is what its text says.", ""]
     lines += [_row(["", "long", "short"]), _row([":--", "--:", "--:"])]
@@ -334,15 +281,18 @@ def report(statistics: dict[str, Any]) -> str:
     ):
         lines.append(_row([name, form.format(long[key]), form.format(short[key])]))
     against = ", ".join(statistics["evaluation_sets"]) or "no evaluation set"
-    left_out = ", ".join(f"{name} {count:,}" for name, count in statistics["left_out"].items())
+    splits, left_out = (
+        ", ".join(f"{name} {count:,}" for name, count in statistics[counts].items())
+        for counts in ("splits", "left_out")
+    )
     lines += [
         "",
-        f"- {statistics['images']:,} distinct images in {statistics['rows']:,} rows ({_counted(statistics['splits'])}).",
+        f"- {statistics['images']:,} distinct images in {statistics['rows']:,} rows ({splits}).",
+        f"- {statistics['vocabulary']:,} different words in both kinds of text.",
+        f"- Left out: {left_out}.",
+        f"- Near-duplicates: {statistics['duplicate_rate']:.2%} of what was read; compared with {against}.",
+        f"- {statistics['with_coordinates']:,} rows know where on Earth they are.",
     ]
-    lines.append(f"- {statistics['vocabulary']:,} different words in both kinds of text.")
-    lines.append(f"- Left out: {left_out}.")
-    lines.append(f"- Near-duplicates: {statistics['duplicate_rate']:.2%} of what was read; compared with {against}.")
-    lines.append(f"- {statistics['with_coordinates']:,} rows know where on Earth they are.")
     if read := statistics["hand_read"]:
         lines.append(f"- Read by a person: {false_captions(read)}.")
     if statistics["scores"]:
@@ -367,10 +317,6 @@ def false_captions(read: dict[str, Any]) -> str:
     return f"of {read['rows']:,} rows, a false statement stands in {' and in '.join(rates)}"
 
 
-def _counted(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
-
-
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -382,9 +328,9 @@ def write(folder: Path) -> dict[str, Any]:
     if not statistics["rows"]:
         raise ValueError(f"{folder} has no rows; see failed.jsonl and skipped.jsonl there.")
     histograms = {which: statistics[which]["histogram"] for which in ("long", "short")}
-    draw_token_lengths(histograms, folder / "token_lengths.png", statistics["name"])
+    draw_token_lengths(histograms, folder / PICTURES[0], statistics["name"])
     if statistics["with_coordinates"]:
-        draw_map(counts.places, folder / "map.png", statistics["name"])
+        draw_map(counts.places, folder / PICTURES[1], statistics["name"])
     (folder / TABLES).write_text(report(statistics), encoding="utf-8")
     replace_json(folder / STATISTICS, statistics)
     return statistics
@@ -404,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    files = [name for name in (STATISTICS, TABLES, "token_lengths.png", "map.png") if (folder / name).exists()]
+    files = [name for name in (STATISTICS, TABLES, *PICTURES) if (folder / name).exists()]
     print(f"written: {', '.join(str(folder / name) for name in files)}")
     return 0
 

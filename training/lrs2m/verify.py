@@ -19,7 +19,7 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,12 @@ from .captioners.prompts import Prompt, load_prompt
 from .checks.candidate import split_sentences
 from .checks.claims import Claim, claims_of, read_answer
 from .checks.sheet import SHEET, read_sheet, write_sheet
-from .data_row import Row
-from .output import LISTS, WORK, Output, Progress, load_progress, only_builder, totals
+from .data_row import SPLITS, Row
+from .output import WORK, Output, Progress, load_progress, only_builder
 from .recipe import Recipe, TextConfig, VerifyConfig, public_recipe, read_recipe
-from .shards import read_shard
+from .shards import count_rows, data_hash, read_manifest, read_rows
 from .sources.images import Picture, read_picture
-from .statistics import HAND_READ, data_hash, read_manifest
+from .statistics import HAND_READ
 
 
 CHUNK = 32  # rows scored together
@@ -199,9 +199,8 @@ class Verification:
                 config = self.recipe.captioners[self.config.captioner]
                 captioner = build_captioner(config, gate)
                 gate.captioners = [captioner] if hasattr(captioner, "waiting") else []
-                most_silent = min(
-                    self.recipe.max_failures_in_a_row, max(2, _rows_of(self.manifest))
-                )  # one may be refused
+                rows = max(2, count_rows(self.manifest))  # one may be refused
+                most_silent = min(self.recipe.max_failures_in_a_row, rows)
                 claims = ClaimCheck(captioner, self.prompt, answers, gate, config.max_tokens, most_silent)
             if not self.output.progress.complete:
                 await self._score_all(claims)
@@ -214,11 +213,14 @@ class Verification:
 
     async def _score_all(self, claims: ClaimCheck | None) -> None:
         done = self.output.progress.index
-        if not done:
-            self._copy_lists()
-        rows = islice(_rows(self.folder, self.manifest), done, None)
-        total = _rows_of(self.manifest)
-        with tqdm(total=total, initial=done, unit=" rows", disable=None) as bar:
+        if not done:  # what the build left out, and its counts, stay known
+            self.output.copy_lists(self.folder)
+            for source, counts in self.manifest["counts"].items():
+                for what, times in counts.items():
+                    if what not in SPLITS:
+                        self.output.count(source, what, times)
+        rows = islice(read_rows(self.folder, self.manifest), done, None)
+        with tqdm(total=count_rows(self.manifest), initial=done, unit=" rows", disable=None) as bar:
             while chunk := list(islice(rows, min(CHUNK, self.output.room))):
                 await self._score(chunk, claims)
                 done += len(chunk)
@@ -250,25 +252,13 @@ class Verification:
             self.output.count(row["source"], "failed")
             self.output.count(row["source"], f"failed: {fault[0]}")
 
-    def _copy_lists(self) -> None:
-        """Take over what the build left out, and its counts."""
-        for name in LISTS:
-            with (self.folder / f"{name}.jsonl").open(encoding="utf-8") as lines:
-                for line in lines:
-                    self.output.list_entry(name, json.loads(line))
-        for source, counts in self.manifest["counts"].items():
-            for what, times in counts.items():
-                if what not in ("train", "validation"):
-                    self.output.count(source, what, times)
-
     def _finish(self) -> dict[str, Any]:
         shown = public_recipe(self.recipe)
         described = shown["verify"] | {
             "captioner": shown["captioners"].get(self.config.captioner),
             "prompt": {"id": self.prompt.id, "hash": self.prompt.hash},
         }
-        counts = self.output.counts
-        self.output.finish(self.manifest | {"verify": described, "counts": counts, "totals": totals(counts)})
+        self.output.finish(self.manifest | {"verify": described})
         return read_manifest(self.target)
 
 
@@ -306,16 +296,6 @@ def _deciding(recipe: Recipe) -> list[Any]:
     return [plain_values(recipe.verify), settings, recipe.shard_rows, recipe.shard_bytes]
 
 
-def _rows_of(manifest: dict[str, Any]) -> int:
-    return sum(split["rows"] for split in manifest["splits"].values())
-
-
-def _rows(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, Row]]:
-    for split, described in manifest["splits"].items():
-        for file in described["files"]:
-            yield from ((split, row) for row in read_shard(folder / file["path"]))
-
-
 def verify(folder: Path, recipe: Recipe, target: Path) -> dict[str, Any]:
     """
     Score a data set into another folder.
@@ -336,7 +316,7 @@ def verify(folder: Path, recipe: Recipe, target: Path) -> dict[str, Any]:
 
 def _sheet(folder: Path, count: int) -> str:
     manifest = read_manifest(folder)
-    rows = (row for _, row in _rows(folder, manifest))
+    rows = (row for _, row in read_rows(folder, manifest))
     drawn = write_sheet(
         rows, count, folder / "sheet", f"{manifest['name']}: are the captions true?", data_hash(manifest)
     )
@@ -398,7 +378,7 @@ def _run(options: argparse.Namespace) -> str:
         manifest = verify(options.folder, recipe, options.output)
     unanswered_rows = manifest["totals"].get("unanswered", 0)
     without = f", {unanswered_rows:,} without any answer to their claims" if unanswered_rows else ""
-    return f"{_rows_of(manifest):,} rows with scores in {options.output}{without}"
+    return f"{count_rows(manifest):,} rows with scores in {options.output}{without}"
 
 
 def _complain(message: str) -> int:

@@ -52,7 +52,7 @@ def drop_repeats(output: Output, checks: ChecksConfig) -> None:
     if output.progress.compared or (checks.repeated_answer, checks.repeated_row) == ("off", "off"):
         return
     with tempfile.TemporaryDirectory(dir=output.folder / WORK) as work:
-        repeats = find_repeats(output.rows_of_parts(COLUMNS), output.part_rows, Path(work))
+        repeats = find_repeats(output.written_rows(COLUMNS), output.rows_written, Path(work))
     answers = (repeats.images > MOST_IMAGES) & (checks.repeated_answer != "off")
     equal = (repeats.equal_to != np.arange(len(repeats.equal_to))) & (checks.repeated_row != "off")
     first_ids: dict[int, str] = {}  # of the rows that are equal to a later one
