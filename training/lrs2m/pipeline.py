@@ -11,7 +11,6 @@ from typing import Any
 
 from .captioners.captioner import Gate
 from .data_row import Record
-from .recipe import SourceConfig
 from .routes import Failed, Item, Text, Writer
 from .sources.captions_by_key import Unmatched
 from .sources.images import Skip, read_picture
@@ -50,32 +49,18 @@ Outcome = Written | Duplicate | Left | Unmatched
 Prepared = Item | Duplicate | Left | Unmatched
 
 
+@dataclass
 class Pipeline:
-    """
-    Outcomes of one source's records.
+    """Outcomes of one source's records."""
 
-    Args:
-        writer: of the texts.
-        labels: of the source, where it has any.
-        check: given a record's id and image, tells of what it is a near-duplicate; called in the order of the records.
-        min_side: pixels of an image, at least.
-        lookahead: rows whose texts are worked on at a time.
-        gate: shared with captioners that gather batches.
-    """
-
-    def __init__(
-        self,
-        writer: Writer,
-        labels: LabelReader | None,
-        check: Callable[[Item], Any] | None,
-        min_side: int,
-        lookahead: int,
-        gate: Gate,
-    ):
-        self.writer, self.labels, self.check = writer, labels, check
-        self.min_side, self.lookahead, self.gate = min_side, lookahead, gate
-        source: SourceConfig = writer.source
-        self.asks = bool(source.long.captioner or source.short.captioner)
+    writer: Writer  # of the texts
+    labels: LabelReader | None  # of the source, where it has any
+    check: (
+        Callable[[Item], Any] | None
+    )  # tells of what an item is a near-duplicate; called in the order of the records
+    min_side: int  # pixels of an image, at least
+    lookahead: int  # rows whose texts are worked on at a time
+    gate: Gate  # shared with captioners that gather batches
 
     async def outcomes(self, records: Iterable[Record | Unmatched]) -> AsyncIterator[Outcome]:
         """One outcome a record, in the order of the records."""
@@ -90,7 +75,11 @@ class Pipeline:
                 for prepared in chunk:
                     while len(tasks) >= self.lookahead:
                         yield await self._first(tasks)
-                    tasks.append(self._start(prepared))
+                    if isinstance(prepared, Item):
+                        self.gate.rows += 1
+                        tasks.append(asyncio.create_task(self._write(prepared)))
+                    else:
+                        tasks.append(prepared)
                 while tasks and not isinstance(tasks[0], asyncio.Task):
                     yield tasks.popleft()
             while tasks:
@@ -103,33 +92,23 @@ class Pipeline:
             await asyncio.gather(*waited, return_exceptions=True)
             chunks.close()
 
-    def _start(self, prepared: Prepared | Written) -> asyncio.Task | Outcome:
-        if not isinstance(prepared, Item):
-            return prepared
-        self.gate.rows += 1
-        return asyncio.create_task(self._write(prepared))
-
     async def _first(self, tasks: deque) -> Outcome:
         """The outcome at the head; while it is waited for, no other row comes in."""
-        head = tasks[0]
-        if isinstance(head, asyncio.Task):
+        if isinstance(head := tasks[0], asyncio.Task):
             if not head.done():
                 self.gate.full = True
                 await asyncio.sleep(0)  # lets rows that have just started reach their captioner
                 self.gate.settle()
             try:
-                outcome = await head
+                head = await head
             finally:
                 self.gate.full = False
-        else:
-            outcome = head
         tasks.popleft()
-        return outcome
+        return head
 
     async def _write(self, item: Item) -> Outcome:
         try:
-            long, short = await self.writer.texts(item)
-            return Written(item, long, short)
+            return Written(item, *await self.writer.texts(item))
         except (Skip, Failed) as why:
             return Left(item.record, why)
         finally:
@@ -144,11 +123,8 @@ class Pipeline:
             ahead: deque[Future] = deque()
             try:
                 while True:
-                    while len(ahead) < most:
-                        chunk = list(itertools.islice(records, CHUNK))
-                        if not chunk:
-                            break
-                        ahead.append(pool.submit(self._prepare_all, chunk))
+                    while len(ahead) < most and (chunk := list(itertools.islice(records, CHUNK))):
+                        ahead.append(pool.submit(lambda chunk: [self._prepare(record) for record in chunk], chunk))
                     if not ahead:
                         return
                     prepared = ahead.popleft().result()
@@ -159,16 +135,12 @@ class Pipeline:
                 for future in ahead:
                     future.cancel()
 
-    def _prepare_all(self, chunk: list[Record | Unmatched]) -> list[Prepared]:
-        return [self._prepare(record) for record in chunk]
-
     def _prepare(self, record: Record | Unmatched) -> Prepared:
         if isinstance(record, Unmatched):
             return record
         try:
             picture = read_picture(record.image, self.min_side)
-            labels = self.labels.of(record, picture.size) if self.labels else []
-            return Item(record, picture, labels)
+            return Item(record, picture, self.labels.of(record, picture.size) if self.labels else [])
         except Skip as why:
             return Left(record, why)
 
@@ -179,9 +151,9 @@ class Pipeline:
         match = self.check(prepared) if self.check else None
         if match is not None:
             return Duplicate(prepared.record, match)
-        if self.asks:
+        if self.writer.asks:
             return prepared
         try:
-            return Written(prepared, *self.writer.plain_texts(prepared))
+            return Written(prepared, *(self.writer.ready_text(which, prepared) for which in ("long", "short")))
         except Skip as why:
             return Left(prepared.record, why)

@@ -74,6 +74,11 @@ class Writer:
     retries: int = 0  # how often `--retry-failed` asked for as many attempts again for texts that had none
     repeated: dict[str, int] = field(default_factory=dict)  # by record: so many of these come first for its long text
 
+    @property
+    def asks(self) -> bool:
+        """Whether a captioner writes any of the source's texts."""
+        return bool(self.source.long.captioner or self.source.short.captioner)
+
     async def texts(self, item: Item) -> tuple[Text, Text]:
         """
         The long and the short text of an item, in the order that its route asks for.
@@ -90,10 +95,6 @@ class Writer:
         if not self.source.short.captioner:
             return long, self.ready_text("short", item)
         return long, await self._written("short", item, long)
-
-    def plain_texts(self, item: Item) -> tuple[Text, Text]:
-        """[`texts`] for a source without a captioner."""
-        return self.ready_text("long", item), self.ready_text("short", item)
 
     def anchors(self, item: Item) -> str | None:
         """The `anchors` column of a row."""
@@ -119,12 +120,18 @@ class Writer:
         config: TextConfig = getattr(self.source, which)
         if config.template is None:
             text = getattr(item.record, f"{which}_text")
-            return Text(check_given(text, which))
+            if text is None or not text.strip():
+                raise Skip(f"empty {which} caption", "the source has none for it")
+            if garbled(text):
+                raise Skip(f"garbled {which} caption", f"{text[:60]!r} is not of the encoding read.encoding says")
+            return Text(" ".join(text.split()))
         if config.template == "labels":
             return Text(labels_caption(item.labels), TEMPLATE)
         from .captioners.metadata import metadata_caption
 
-        text = metadata_caption(metadata_of(item.record), config.template)
+        known = {name: getattr(item.record, name) for name in ("class_name", "longitude", "latitude", "gsd", "date")}
+        known = {name: value for name, value in known.items() if value is not None}
+        text = metadata_caption(item.record.fields | known, config.template)
         if not text.strip():
             raise Skip(
                 f"no metadata for the {which} text", f"{item.record.image_key} has none of the template's fields"
@@ -136,8 +143,7 @@ class Writer:
         config: TextConfig = getattr(self.source, which)
         captioner, prompt = self.captioners[config.captioner], self.prompts[which]
         places = self._places(item, other)
-        user = prompt.fill(places)
-        picture = item.picture if prompt.image else None
+        user, picture = prompt.fill(places), item.picture if prompt.image else None
         count = functools.cache(self.count_tokens)
         known = self._known(which, item, other) | {
             "count_tokens": count,
@@ -154,9 +160,8 @@ class Writer:
             if attempt >= usual and good:
                 break
             sampling = self._sampling(config, prompt, user, item.picture.sha256, attempt)
-            request = Request(prompt.system, user, picture, sampling)
             try:
-                answer = await self.answers.ask(captioner, request)
+                answer = await self.answers.ask(captioner, Request(prompt.system, user, picture, sampling))
             except NoAnswer as error:
                 attempts.append({"seed": sampling.seed, "reason": str(error)})
                 break
@@ -173,20 +178,16 @@ class Writer:
             raise Failed(which, attempts[-1]["reason"], attempts)
         chosen = good[0]
         if len(good) > 1 and self.choose is not None:
-            texts = [text.text for text in good]
-            chosen = good[await asyncio.to_thread(self.choose, item.picture.image, texts)]
+            chosen = good[await asyncio.to_thread(self.choose, item.picture.image, [text.text for text in good])]
         chosen.refused = [attempt["reason"] for attempt in attempts]
         return chosen
 
     def _places(self, item: Item, other: Text | None) -> dict[str, str]:
         record = item.record
         shorts = record.short_texts or [record.short_text or ""]
-        other_text = other.text if other else ""
-        fields = {name: str(value) for name, value in record.fields.items()}
-        return fields | {
-            "short_text": other_text,
+        return {name: str(value) for name, value in record.fields.items()} | {
+            **dict.fromkeys(("long_text", "short_text"), other.text if other else ""),
             "short_texts": "; ".join(f'"{text.strip()}"' for text in dict.fromkeys(shorts) if text.strip()),
-            "long_text": other_text,
             "anchors": self._anchor_text(item) if item.labels else "",
             "class_name": record.class_name or "",
         }
@@ -197,12 +198,8 @@ class Writer:
         if which == "long":
             limits = Limits(*self.recipe.long_tokens, anchor_share=self.source.long.anchor_share)
         labels = item.labels if self.source.route == "anchor" else []
-        return {
-            "limits": limits,
-            "other": other.text if other else None,
-            "labels": labels,
-            "classes": self.classes if labels else [],
-        }
+        classes = self.classes if labels else []
+        return {"limits": limits, "other": other.text if other else None, "labels": labels, "classes": classes}
 
     @functools.cached_property
     def classes(self) -> list[str]:
@@ -220,24 +217,3 @@ class Writer:
         # A second attempt at temperature 0 would bring the same answer.
         warm = settings.temperature if attempt == 0 else max(settings.temperature, 0.3)
         return Sampling(warm, settings.top_p, settings.max_tokens, seed)
-
-
-def metadata_of(record: Record) -> dict[str, Any]:
-    """Fields that a template may use: a record's own and the source's further columns."""
-    known = ("class_name", "longitude", "latitude", "gsd", "date")
-    fields = {name: getattr(record, name) for name in known if getattr(record, name) is not None}
-    return record.fields | fields
-
-
-def check_given(text: str | None, which: str) -> str:
-    """
-    A given caption without outer white space.
-
-    Raises:
-        [`~training.lrs2m.sources.images.Skip`]: for one that is empty or not of the file's encoding.
-    """
-    if text is None or not text.strip():
-        raise Skip(f"empty {which} caption", "the source has none for it")
-    if garbled(text):
-        raise Skip(f"garbled {which} caption", f"{text[:60]!r} is not of the encoding read.encoding says")
-    return " ".join(text.split())

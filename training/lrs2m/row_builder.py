@@ -38,9 +38,6 @@ class TokenCounter:
         rows = self.tokenizer.backend_tokenizer.encode_batch_fast([clean_text(text) for text in texts])
         return [len(row) for row in rows]
 
-    def count_one(self, text: str) -> int:
-        return len(self.tokenizer.backend_tokenizer.encode(clean_text(text)))
-
 
 class RowMaker:
     """Rows of one source."""
@@ -63,17 +60,14 @@ class RowMaker:
         counted = iter(self.counter.count(text.text for text in texts if text.tokens is None))
         return [next(counted) if text.tokens is None else text.tokens for text in texts]
 
-    def _label_scores(self, one: Written) -> tuple[float | None, float | None]:
-        """Precision and recall as a parquet file keeps them, whatever the format of this one."""
-        scores = label_scores(one.long.text, one.item.labels, self.writer.classes)
-        precision, recall = (None if score is None else float(np.float32(score)) for score in scores)
-        return precision, recall
-
     def _row(self, one: Written) -> Row:
         record, picture = one.item.record, one.item.picture
         image = {"bytes": picture.content, "path": f"{record.id}{picture.suffix}"} if self.embed else None
         texts = {"long": one.long, "short": one.short}
         sampling = {which: text.sampling for which, text in texts.items() if text.sampling}
+        scores = label_scores(one.long.text, one.item.labels, self.writer.classes)
+        # As a parquet file keeps them, whatever the format of this one.
+        precision, recall = (None if score is None else float(np.float32(score)) for score in scores)
         return {
             "id": record.id,
             "image": image,
@@ -93,11 +87,10 @@ class RowMaker:
             "image_sha256": picture.sha256,
             "width": picture.size[0],
             "height": picture.size[1],
-            "longitude": record.longitude,
-            "latitude": record.latitude,
-            "gsd": record.gsd,
+            **{name: getattr(record, name) for name in ("longitude", "latitude", "gsd")},
             "anchors": self.writer.anchors(one.item),
-            **dict(zip(("label_precision", "label_recall"), self._label_scores(one))),
+            "label_precision": precision,
+            "label_recall": recall,
             **dict.fromkeys(VERIFY_COLUMNS),
             "warnings": [f"{which}: {name}" for which, text in texts.items() for name in text.warnings],
         }

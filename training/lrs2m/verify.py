@@ -20,6 +20,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -73,42 +74,22 @@ class Similarity:
             sentences = split_sentences(row["long_text"])
             texts = embed_texts(model, processor, [row["long_text"], row["short_text"], *sentences])  # (2 + S, D)
             long, short, *each = (round(float(value), 4) for value in texts.double() @ image.double())
-            columns.append(
-                {
-                    "long_similarity": long if self.whole else round(sum(each) / len(each), 4),
-                    "short_similarity": short,
-                    "sentence_similarities": each,
-                }
-            )
+            long = long if self.whole else round(sum(each) / len(each), 4)
+            columns.append({"long_similarity": long, "short_similarity": short, "sentence_similarities": each})
         return columns
 
 
+@dataclass
 class ClaimCheck:
-    """
-    Claims of long texts, asked back.
+    """Claims of long texts, asked back."""
 
-    Args:
-        captioner: sees images.
-        prompt: with the place {question}.
-        answers: keeps them.
-        gate: shared with a captioner that gathers batches.
-        max_tokens: of an answer.
-        most_silent: rows in a row without any answer, before an error ends the run.
-    """
-
-    def __init__(
-        self,
-        captioner: Captioner,
-        prompt: Prompt,
-        answers: AnswerStore,
-        gate: Gate,
-        max_tokens: int,
-        most_silent: int = 50,
-    ):
-        self.most_silent = most_silent
-        self.captioner, self.prompt, self.answers, self.gate = captioner, prompt, answers, gate
-        self.sampling = Sampling(0.0, 1.0, max_tokens, 0)
-        self.silent = 0  # rows in a row whose questions all stayed without an answer
+    captioner: Captioner  # sees images
+    prompt: Prompt  # with the place {question}
+    answers: AnswerStore  # keeps them
+    gate: Gate  # shared with a captioner that gathers batches
+    max_tokens: int  # of an answer
+    most_silent: int = 50  # rows in a row without any answer, before an error ends the run
+    silent: int = 0  # rows in a row whose questions all stayed without an answer
 
     async def score(self, pictures: Sequence[Picture], rows: Sequence[Row]) -> list[dict[str, Any]]:
         """
@@ -137,28 +118,26 @@ class ClaimCheck:
                     f"captioner {self.captioner.id} left {self.silent} rows in a row without an answer, the last: "
                     f"{failed[-1]}; see that it runs, then run the same command again. Answers so far are kept."
                 )
-        return [self._columns(*pair) for pair in zip(claims, by_row)]
+        return [_claim_columns(row_claims, row_answers) for row_claims, row_answers in zip(claims, by_row)]
 
     async def _ask(self, picture: Picture, claim: Claim) -> str | NoAnswer:
         try:
-            user = self.prompt.fill({"question": claim.question})
-            return (
-                await self.answers.ask(self.captioner, Request(self.prompt.system, user, picture, self.sampling))
-            ).text
+            user, sampling = self.prompt.fill({"question": claim.question}), Sampling(0.0, 1.0, self.max_tokens, 0)
+            request = Request(self.prompt.system, user, picture, sampling)
+            return (await self.answers.ask(self.captioner, request)).text
         except NoAnswer as error:
             return error
         finally:
             self.gate.rows -= 1
             self.gate.settle()
 
-    def _columns(self, claims: Sequence[Claim], answers: Sequence[str | NoAnswer]) -> dict[str, Any]:
-        read = [None if isinstance(answer, NoAnswer) else read_answer(answer) for answer in answers]
-        said = [answer for answer in read if answer is not None]
-        listed = [vars(claim) | {"answer": answer} for claim, answer in zip(claims, read)]
-        return {
-            "claims": json.dumps(listed, ensure_ascii=False),
-            "claims_confirmed": sum(said) / len(said) if said else None,
-        }
+
+def _claim_columns(claims: Sequence[Claim], answers: Sequence[str | NoAnswer]) -> dict[str, Any]:
+    verdicts = [None if isinstance(answer, NoAnswer) else read_answer(answer) for answer in answers]
+    known = [verdict for verdict in verdicts if verdict is not None]
+    listed = [vars(claim) | {"answer": verdict} for claim, verdict in zip(claims, verdicts)]
+    confirmed = sum(known) / len(known) if known else None
+    return {"claims": json.dumps(listed, ensure_ascii=False), "claims_confirmed": confirmed}
 
 
 class Verification:
@@ -179,9 +158,12 @@ class Verification:
             raise ValueError("the recipe has no section verify; give it a model, a captioner or both.")
         self.folder, self.target, self.config, self.recipe = folder, target, recipe.verify, recipe
         self.manifest = read_manifest(folder)
-        what = json_sha256([data_hash(self.manifest), _deciding(recipe)])
-        progress = load_progress(target, "verify") or Progress(what, command="verify")
-        if progress.recipe_hash != what:
+        captioner = recipe.captioners.get(self.config.captioner or "")
+        settings = captioner and [captioner.model, captioner.revision, captioner.max_image_side, captioner.extra]
+        decides = [plain_values(self.config), settings, recipe.shard_rows, recipe.shard_bytes]
+        identity = json_sha256([data_hash(self.manifest), decides])
+        progress = load_progress(target, "verify") or Progress(identity, command="verify")
+        if progress.recipe_hash != identity:
             raise ValueError(f"{target} was begun with other data or another section verify; take another --output.")
         self.similarity = Similarity(self.config.model) if self.config.model else None
         self.prompt = load_prompt(TextConfig(captioner="verify", prompt=PROMPT), Path())
@@ -277,23 +259,17 @@ def below_threshold(row: Row, config: VerifyConfig) -> tuple[str, str] | None:
         for which in ("long", "short"):
             if (score := row[f"{which}_similarity"]) < config.min_similarity:
                 return "similarity", f"{which} text {score:.3f}, below {config.min_similarity:g}"
-    confirmed = row["claims_confirmed"]
-    if config.min_confirmed is not None and unanswered(row):
-        return "claims", "no answer"
-    if config.min_confirmed is not None and confirmed is not None and confirmed < config.min_confirmed:
-        return "claims", f"{confirmed:.0%} confirmed, below {config.min_confirmed:.0%}"
+    if config.min_confirmed is not None:
+        if unanswered(row):
+            return "claims", "no answer"
+        if (confirmed := row["claims_confirmed"]) is not None and confirmed < config.min_confirmed:
+            return "claims", f"{confirmed:.0%} confirmed, below {config.min_confirmed:.0%}"
     return None
 
 
 def unanswered(row: Row) -> bool:
     """Whether claims of a row were asked and none was answered with yes or no."""
     return row["claims_confirmed"] is None and bool(json.loads(row["claims"] or "[]"))
-
-
-def _deciding(recipe: Recipe) -> list[Any]:
-    captioner = recipe.captioners.get(recipe.verify.captioner or "")
-    settings = captioner and [captioner.model, captioner.revision, captioner.max_image_side, captioner.extra]
-    return [plain_values(recipe.verify), settings, recipe.shard_rows, recipe.shard_bytes]
 
 
 def verify(folder: Path, recipe: Recipe, target: Path) -> dict[str, Any]:
