@@ -462,9 +462,11 @@ def _read_measured(path: Path) -> None:
 
 
 def _read_built(path: Path) -> None:
-    from training.lrs2m.sources.tables import table_rows, tar_rows
+    from training.lrs2m.recipe import ReadConfig
+    from training.lrs2m.sources.records import stored_rows
 
-    list(tar_rows(path) if path.suffix == ".tar" else table_rows(path, "all", "utf-8-sig"))
+    kind = "webdataset" if path.suffix == ".tar" else "table"
+    list(stored_rows(ReadConfig(kind, str(path), split="all"), path.parent))
 
 
 def _vocabulary() -> Wholes:

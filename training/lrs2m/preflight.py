@@ -20,8 +20,7 @@ from .recipe import CaptionerConfig, ReadConfig, Recipe, SourceConfig, resolve
 from .routes import Item, Writer
 from .sources.images import Skip, read_picture
 from .sources.labels import LabelReader
-from .sources.records import SHOWN, join_key, read_rows, read_source, stored_rows
-from .sources.tables import TableRow
+from .sources.records import SHOWN, TableRow, join_key, read_rows, read_source, stored_rows
 
 
 ROWS = 20  # of every source that are looked at

@@ -38,6 +38,9 @@ class TokenCounter:
         rows = self.tokenizer.backend_tokenizer.encode_batch_fast([clean_text(text) for text in texts])
         return [len(row) for row in rows]
 
+    def count_one(self, text: str) -> int:
+        return len(self.tokenizer.backend_tokenizer.encode(clean_text(text)))
+
 
 class RowMaker:
     """Rows of one source."""

@@ -6,8 +6,7 @@ import yaml
 from training.lrs2m.captioners.prompts import load_prompts
 from training.lrs2m.data_row import SCHEMA, split_of
 from training.lrs2m.recipe import public_recipe, read_recipe, recipe_hash
-from training.lrs2m.sources.records import normalise_key
-from training.lrs2m.sources.tables import table_rows
+from training.lrs2m.sources.records import normalise_key, table_rows
 
 
 def written(tmp_path, name, **fields):

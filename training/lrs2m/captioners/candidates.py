@@ -63,9 +63,7 @@ class CandidateChooser:
         `ValueError`: for a model that cannot be loaded.
     """
 
-    def __init__(
-        self, model: str | Encoder, rotations: int = 4, stability: float = 1.0, device: str | None = None
-    ) -> None:
+    def __init__(self, model: str | Encoder, rotations: int = 4, stability: float = 1.0, device: str | None = None):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.encoder = model if isinstance(model, Encoder) else load_encoder(resolve(model), device)
         self.rotations, self.stability = rotations, stability

@@ -47,14 +47,8 @@ class Request:
 
     def key(self, identity: str) -> str:
         """SHA-256 of all that decides the answer, which a restart so finds again; `identity` is the captioner's."""
-        content = [
-            identity,
-            self.system,
-            self.user,
-            self.picture.sha256 if self.picture else None,
-            self.sampling.settings(),
-        ]
-        return json_sha256(content)
+        image = self.picture.sha256 if self.picture else None
+        return json_sha256([identity, self.system, self.user, image, self.sampling.settings()])
 
 
 @dataclass(frozen=True)

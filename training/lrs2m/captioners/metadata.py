@@ -21,13 +21,23 @@ MONTHS = (
     *("January", "February", "March", "April", "May", "June", "July"),
     *("August", "September", "October", "November", "December"),
 )
+    [
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
+        "December",
+    ]
+)
 SEASONS = ("winter", "spring", "summer", "autumn")  # meteorological, north; from December on
-_SVALBARD = (
-    (9, 31),
-    (21, 33),
-    (33, 35),
-    (42, 37),
-)  # degrees east up to which a zone reaches, from 72 to 84 degrees north
+_SVALBARD = ((9, 31), (21, 33), (33, 35), (42, 37))  # degrees east that a zone reaches up to, 72 to 84 degrees north
 
 
 def metadata_caption(fields: dict[str, Any], template: str) -> str:
@@ -91,7 +101,10 @@ def _derived(fields: dict[str, Any]) -> dict[str, Any]:
     if fields.get("class_name"):
         worded["class_name"] = derive_wording(fields["class_name"])
     if fields.get("gsd") is not None:
-        worded["gsd"] = _distance(float(fields["gsd"]))
+        metres = float(fields["gsd"])
+        if not 0 < metres < math.inf:
+            raise Skip("impossible metadata", f"ground sample distance {metres} is not a length in metres")
+        worded["gsd"] = f"{metres:.3g} m" if metres >= 1 else f"{100 * metres:.3g} cm"
     longitude, latitude = _coordinates(fields)
     if latitude is not None:
         worded["hemisphere"] = "northern" if latitude >= 0 else "southern"
@@ -99,8 +112,11 @@ def _derived(fields: dict[str, Any]) -> dict[str, Any]:
         worded["utm_zone"] = utm_zone(longitude, latitude)
         north, east = "N" if latitude >= 0 else "S", "E" if longitude >= 0 else "W"
         worded["place"] = f"{abs(latitude):.2f}° {north}, {abs(longitude):.2f}° {east}"
-    if fields.get("date"):
-        year, month = _year_and_month(str(fields["date"]))
+    if date := str(fields.get("date") or ""):
+        match = re.match(r"(\d{4})-?(\d{2})(?!\d{3})", date)
+        if not match or not 1 <= int(match[2]) <= 12:
+            raise Skip("impossible metadata", f"date {date[:30]!r} is not of the form 2017-07-04")
+        year, month = map(int, match.groups())
         worded |= {"year": year, "month": MONTHS[month - 1]}
         if latitude is not None:
             worded["season"] = season(month, latitude)
@@ -115,16 +131,3 @@ def _coordinates(fields: dict[str, Any]) -> tuple[float | None, float | None]:
             raise Skip("impossible metadata", f"{name} {value} is not between -{most} and {most} degrees")
         degrees.append(value)
     return degrees[0], degrees[1]
-
-
-def _year_and_month(date: str) -> tuple[int, int]:
-    match = re.match(r"(\d{4})-?(\d{2})(?!\d{3})", date)
-    if not match or not 1 <= int(match[2]) <= 12:
-        raise Skip("impossible metadata", f"date {date[:30]!r} is not of the form 2017-07-04")
-    return int(match[1]), int(match[2])
-
-
-def _distance(metres: float) -> str:
-    if not 0 < metres < math.inf:
-        raise Skip("impossible metadata", f"ground sample distance {metres} is not a length in metres")
-    return f"{metres:.3g} m" if metres >= 1 else f"{100 * metres:.3g} cm"

@@ -131,11 +131,15 @@ class OpenAICaptioner:
 
     @contextlib.asynccontextmanager
     async def _server(self) -> AsyncIterator[_Server]:
-        """The server with the fewest requests at work, for one more; waits while all rest or are full."""
+        """
+        The server with the fewest requests at work, for one more; waits while all rest or are full. Of several, one that
+        failed is tried with a single request.
+        """
         while True:
-            now = time.monotonic()
-            open_servers = [server for server in self._servers if server.at_work < self._room(server)]
-            ready = [server for server in open_servers if server.not_before <= now or len(self._servers) == 1]
+            now, several = time.monotonic(), len(self._servers) > 1
+            rooms = [1 if several and server.failures else self.config.concurrency for server in self._servers]
+            open_servers = [server for server, room in zip(self._servers, rooms) if server.at_work < room]
+            ready = [server for server in open_servers if server.not_before <= now or not several]
             if ready:
                 break
             rested = min((server.not_before - now for server in open_servers), default=LONGEST_REST)
@@ -149,10 +153,6 @@ class OpenAICaptioner:
         finally:
             server.at_work -= 1
             self._released.set()
-
-    def _room(self, server: _Server) -> int:
-        """Requests that may be under way at a server: of several, one that failed is tried with a single one."""
-        return 1 if server.failures and len(self._servers) > 1 else self.config.concurrency
 
     async def ping(self) -> list[Pong]:
         """Ask every server for its models; none of them is an error here."""
@@ -258,8 +258,6 @@ def _retry_after(header: str | None) -> float | None:
 def _server_message(error: openai.APIStatusError) -> str:
     """The server's words for an error, in one line."""
     message = error.body if error.body is not None else error.response.text
-    if isinstance(message, dict):
-        message = message.get("error", message.get("message", message))
-    if isinstance(message, dict):
-        message = message.get("message", message)
+    for name in ("error", "message"):
+        message = message.get(name, message) if isinstance(message, dict) else message
     return " ".join(str(message).split())[:200]

@@ -8,7 +8,7 @@ from pathlib import Path
 from modeling_lrsclip.files.configuration import read_yaml
 from modeling_lrsclip.files.hashing import json_sha256
 
-from ..recipe import Recipe, SourceConfig, TextConfig, resolve
+from ..recipe import Recipe, TextConfig, resolve
 
 
 FOLDER = Path(__file__).parents[1] / "prompts"
@@ -55,45 +55,21 @@ def load_prompts(recipe: Recipe, root: Path) -> Prompts:
     Raises:
         `ValueError`: for one that is not there, or has a place that nothing fills on its source's route.
     """
-    return {source.name: _prompts_of(source, root) for source in recipe.sources}
-
-
-def _prompts_of(source: SourceConfig, root: Path) -> dict[str, Prompt]:
-    prompts = {}
-    for which in ("long", "short"):
-        text: TextConfig = getattr(source, which)
-        if text.prompt is None:
-            continue
-        prompts[which] = load_prompt(text, root)
-        if missing := missing_places(source, which, prompts[which]):
-            raise ValueError(
-                f"prompt {text.prompt} of source {source.name} has the place {{{min(missing)}}}, which nothing fills on "
-                f"route {source.route}; give it in fields, or take another prompt."
-            )
+    prompts: Prompts = {}
+    for source in recipe.sources:
+        prompts[source.name] = {}
+        known = {"class_name", *source.fields, *source.read.columns, *(["anchors"] if source.labels else [])}
+        shorts = [] if source.short.captioner else ["short_text", "short_texts"]
+        for which, text, others in (("long", source.long, shorts), ("short", source.short, ["long_text"])):
+            if text.prompt is None:
+                continue
+            prompt = prompts[source.name][which] = load_prompt(text, root)
+            if missing := prompt.places - known - set(others):
+                raise ValueError(
+                    f"prompt {text.prompt} of source {source.name} has the place {{{min(missing)}}}, which nothing fills "
+                    f"on route {source.route}; give it in fields, or take another prompt."
+                )
     return prompts
-
-
-def missing_places(source: SourceConfig, which: str, prompt: Prompt) -> set[str]:
-    """
-    Places of a prompt that this source cannot fill on its route, for the check before anything is asked.
-
-    Args:
-        source: of the recipe.
-        which: `long` or `short`.
-        prompt: with its places.
-
-    Returns:
-        Names of the places.
-    """
-    able = {"class_name", *source.fields, *source.read.columns}
-    if source.labels:
-        able.add("anchors")
-    other = source.short if which == "long" else source.long
-    if which == "short":
-        able.add("long_text")
-    elif other.captioner is None:
-        able |= {"short_text", "short_texts"}
-    return prompt.places - able
 
 
 def load_prompt(text: TextConfig, root: Path) -> Prompt:
@@ -110,7 +86,7 @@ def load_prompt(text: TextConfig, root: Path) -> Prompt:
         name, _, wanted = text.prompt.partition("@")
         path = FOLDER / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(f"{_read(file).id}" for file in FOLDER.glob("*.yaml")))
+        known = ", ".join(sorted(_read(file).id for file in FOLDER.glob("*.yaml")))
         raise ValueError(f"prompt {text.prompt} does not exist; there are {known}, or give a YAML file.")
     prompt = _read(path)
     if wanted is not None and wanted != str(prompt.version):

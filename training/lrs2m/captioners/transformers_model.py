@@ -1,6 +1,7 @@
 """A captioner on this machine: any image-text-to-text or text-generation model of transformers, in batches."""
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -111,8 +112,10 @@ class Engine:
             self.sees = model_config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
             model_class = AutoModelForImageTextToText if self.sees else AutoModelForCausalLM
             self.processor = _load_processor(config.model, model_config.model_type, self.sees, options)
-            placement = {} if config.device_map == "cpu" else {"device_map": _device_map(config.device_map)}
-            self.model = model_class.from_pretrained(config.model, dtype=_dtype(config.dtype), **placement, **options)
+            placed = json.loads(config.device_map) if config.device_map.startswith("{") else config.device_map
+            placement = {} if placed == "cpu" else {"device_map": placed}
+            dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+            self.model = model_class.from_pretrained(config.model, dtype=dtype, **placement, **options)
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).strip().split("\n")[0]
             raise CaptionerDown(f"captioner {config.model} cannot be loaded: {reason}") from error
@@ -126,8 +129,7 @@ class Engine:
 
     def answer_all(self, requests: list[Request]) -> list[Answer | Exception]:
         """An answer or the reason there is none for every request, in their order."""
-        length = [len(request.user) + (10**6 if request.picture else 0) for request in requests]
-        order = sorted(range(len(requests)), key=lambda index: (length[index], index))
+        order = sorted(range(len(requests)), key=lambda at: (bool(requests[at].picture), len(requests[at].user), at))
         results: dict[int, Answer | Exception] = {}
         for start in range(0, len(order), self.config.batch_size):
             chosen = order[start : start + self.config.batch_size]
@@ -153,11 +155,9 @@ class Engine:
         ids = self.model.generate(
             **inputs,
             max_new_tokens=max(request.sampling.max_tokens for request in requests),
-            do_sample=False,  # the sampler has drawn already
+            **dict.fromkeys(("temperature", "top_p", "top_k")),  # the sampler has drawn already
+            do_sample=False,
             num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
             pad_token_id=self.tokenizer.pad_token_id,
             logits_processor=LogitsProcessorList([sampler]),
         )
@@ -170,11 +170,8 @@ class Engine:
             raise CaptionerDown(f"captioner {self.config.model} reads no images; its prompt needs one that does.")
         texts = [self._chat(request) for request in requests]
         if self.sees:
-            images = [
-                [downscale(request.picture.image, self.config.max_image_side)]
-                for request in requests
-                if request.picture
-            ]
+            pictures = [request.picture for request in requests if request.picture]
+            images = [[downscale(picture.image, self.config.max_image_side)] for picture in pictures]
             inputs = self.processor(text=texts, images=images or None, padding=True, return_tensors="pt")
         else:
             inputs = self.tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
@@ -185,21 +182,20 @@ class Engine:
 
     def _chat(self, request: Request) -> str:
         """The conversation in the model's template; templates without a system turn get its words before the user's."""
-        said: Any = request.user
-        if self.sees:
-            said = [{"type": "text", "text": request.user}]
-            said = [{"type": "image"}] * bool(request.picture) + said
-        system: Any = [{"type": "text", "text": request.system}] if self.sees else request.system
-        turns = [{"role": "system", "content": system}, {"role": "user", "content": said}]
+
+        def turn(role: str, text: str) -> dict[str, Any]:
+            image = [{"type": "image"}] * (role == "user" and request.picture is not None)
+            return {"role": role, "content": [*image, {"type": "text", "text": text}] if self.sees else text}
+
+        turns = [turn("system", request.system), turn("user", request.user)]
         template = getattr(self.processor, "apply_chat_template", self.tokenizer.apply_chat_template)
         try:
             return template(turns, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # jinja2's own, where the template raises
             if "system" not in str(error).lower():
                 raise
-            both = f"{request.system}\n\n{request.user}"
-            turns[1]["content"] = [*said[:-1], {"type": "text", "text": both}] if self.sees else both
-            return template(turns[1:], tokenize=False, add_generation_prompt=True)
+            turns = [turn("user", f"{request.system}\n\n{request.user}")]
+            return template(turns, tokenize=False, add_generation_prompt=True)
 
     def _read(self, ids: list[int], request: Request) -> Answer:
         ends = self.model.generation_config.eos_token_id
@@ -235,13 +231,3 @@ def _images_only_processor(name: str, model_type: str, options: dict[str, Any]) 
     values, _ = known.get_processor_dict(name, revision=options["revision"])
     values.setdefault("chat_template", parts["tokenizer"].chat_template)
     return ImagesOnly.from_args_and_dict([parts.get(part) for part in known.get_attributes()], values)
-
-
-def _dtype(name: str) -> Any:
-    return name if name == "auto" else getattr(torch, name)
-
-
-def _device_map(name: str) -> Any:
-    import json
-
-    return json.loads(name) if name.startswith("{") else name

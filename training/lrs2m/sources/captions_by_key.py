@@ -2,14 +2,14 @@
 
 import sqlite3
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..data_row import Record
-from ..recipe import SourceConfig
+from ..recipe import ReadConfig, SourceConfig
 from .records import SHOWN, caption_of, join_key, key_source, read_rows, read_source
-from .tables import TableRow
 
 
 _BATCH = 4096  # rows a transaction
@@ -61,8 +61,8 @@ class JoinedCaptions:
             "CREATE TABLE images (key TEXT, name TEXT);"
             "CREATE TABLE nameless (side TEXT, position INTEGER);"
         )
-        _insert(database, "INSERT INTO captions VALUES (?, ?, ?, ?, ?)", self._captions(database))
-        _insert(database, "INSERT INTO images VALUES (?, ?)", self._image_keys(database))
+        _insert(database, "captions", self._keyed_rows("captions", self.source.join, database))
+        _insert(database, "images", self._keyed_rows("images", self.source.read, database))
         # Indexed at the end: sorting is sequential on disk, inserting keys in their random order is not.
         database.executescript(
             "CREATE INDEX by_key ON captions (key, name, position); CREATE INDEX by_image ON images (key, name);"
@@ -97,25 +97,17 @@ class JoinedCaptions:
                 "until they are alike."
             )
 
-    def _captions(self, database: sqlite3.Connection) -> Iterator[tuple[Any, ...]]:
-        join = self.source.join
-        for position, row in enumerate(read_rows(join, self.root)):
-            key = join_key(row, join)
-            if key is None:
-                database.execute("INSERT INTO nameless VALUES ('captions', ?)", (position,))
-                continue
-            yield key, key_source(row), position, _first(row, "long_text"), _first(row, "short_text")
-            if join.limit is not None and position + 1 >= join.limit:
-                return
-
-    def _image_keys(self, database: sqlite3.Connection) -> Iterator[tuple[str, str]]:
-        read = self.source.read
+    def _keyed_rows(self, side: str, read: ReadConfig, database: sqlite3.Connection) -> Iterator[tuple[Any, ...]]:
+        """Rows of the table `captions` or `images`; the places of those without a key are noted."""
         for position, row in enumerate(read_rows(read, self.root)):
             key = join_key(row, read)
             if key is None:
-                database.execute("INSERT INTO nameless VALUES ('images', ?)", (position,))
-            else:
+                database.execute("INSERT INTO nameless VALUES (?, ?)", (side, position))
+            elif side == "images":
                 yield key, key_source(row)
+            else:
+                texts = (caption_of(row[name])[0] if name in row else None for name in ("long_text", "short_text"))
+                yield key, key_source(row), position, *texts
             if read.limit is not None and position + 1 >= read.limit:
                 return
 
@@ -127,45 +119,23 @@ class JoinedCaptions:
         position = 0
         for record in read_source(self.source, self.root):
             key = join_key({"key": record.image_key}, self.source.read)
-            captions = self._look_up(key) if key is not None else []
+            query = "SELECT long_text, short_text FROM captions WHERE key = ? ORDER BY position"
+            captions = self.database.execute(query, (key,)).fetchall() if key is not None else []
             if not captions and key is not None:
                 yield Unmatched("images", key, record.position)
-            for long_text, short_text in captions:
-                values = vars(record) | {"position": position}
-                if long_text is not None:
-                    values["long_text"] = long_text
-                if short_text is not None:
-                    values["short_text"] = short_text
+            for texts in captions:
+                joined = {name: text for name, text in zip(("long_text", "short_text"), texts) if text is not None}
+                yield replace(record, position=position, **joined)
                 position += 1
-                yield Record(**values)
         query = "SELECT key, position FROM captions WHERE key NOT IN (SELECT key FROM images) ORDER BY position"
         for key, row in self.database.execute(query):
             yield Unmatched("captions", key, row)
         for side, row in self.database.execute("SELECT side, position FROM nameless ORDER BY side, position"):
             yield Unmatched(side, None, row)
 
-    def _look_up(self, key: str) -> list[tuple[str | None, str | None]]:
-        query = "SELECT long_text, short_text FROM captions WHERE key = ? ORDER BY position"
-        return self.database.execute(query, (key,)).fetchall()
 
-
-def _first(row: TableRow, column: str) -> str | None:
-    return caption_of(row[column])[0] if column in row else None
-
-
-def _insert(database: sqlite3.Connection, statement: str, rows: Iterator[tuple[Any, ...]]) -> int:
-    count, batch = 0, []
-    for row in rows:
-        batch.append(row)
-        count += 1
-        if len(batch) == _BATCH:
-            _write(database, statement, batch)
-            batch = []
-    _write(database, statement, batch)
-    return count
-
-
-def _write(database: sqlite3.Connection, statement: str, batch: list[tuple[Any, ...]]) -> None:
-    database.execute("BEGIN")
-    database.executemany(statement, batch)
-    database.execute("COMMIT")
+def _insert(database: sqlite3.Connection, table: str, rows: Iterator[tuple[Any, ...]]) -> None:
+    while batch := list(islice(rows, _BATCH)):
+        database.execute("BEGIN")
+        database.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(batch[0]))})", batch)
+        database.execute("COMMIT")

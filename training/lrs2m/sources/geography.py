@@ -18,6 +18,7 @@ from .anchors import Label
 
 Bounds = tuple[float, float, float, float]  # min x, min y, max x, max y; in pixels, y swapped: 0, height, width, 0
 
+_UNREADABLE = (pyogrio.errors.DataSourceError, pyogrio.errors.GeometryError, shapely.GEOSException, RuntimeError)
 _DRIVERS = ["GTiff", "PNG", "JPEG", "WEBP", "BMP", "GIF", "JP2OpenJPEG"]  # no format that names other files
 
 
@@ -54,25 +55,19 @@ class VectorFile:
         x_min, x_max = bounds[0], bounds[2]
         y_min, y_max = min(bounds[1], bounds[3]), max(bounds[1], bounds[3])
         low_x, low_y, high_x, high_y = boxes.T
-        inside = np.flatnonzero((low_x < x_max) & (high_x > x_min) & (low_y < y_max) & (high_y > y_min))
+        inside = (low_x < x_max) & (high_x > x_min) & (low_y < y_max) & (high_y > y_min)
         # A point has no extent and belongs to the image whose lower or left edge it lies on.
-        points = np.flatnonzero(
-            (low_x == high_x)
-            & (low_y == high_y)
-            & (low_x >= x_min)
-            & (low_x < x_max)
-            & (low_y >= y_min)
-            & (low_y < y_max)
-        )
+        points = (low_x == high_x) & (low_y == high_y)
+        points &= (low_x >= x_min) & (low_x < x_max) & (low_y >= y_min) & (low_y < y_max)
         labels = []
-        for index in np.union1d(inside, points):
+        for index in np.flatnonzero(inside | points):
             x0, x1 = np.clip(boxes[index, [0, 2]], x_min, x_max)
             y0, y1 = np.clip(boxes[index, [1, 3]], y_min, y_max)
             left, right = ((x - x_min) / (x_max - x_min) for x in (x0, x1))
-            if bounds[1] < bounds[3]:  # y upwards: the image's first line is the northern one
-                top, bottom = (y_max - y1) / (y_max - y_min), (y_max - y0) / (y_max - y_min)
-            else:
-                top, bottom = (y0 - y_min) / (y_max - y_min), (y1 - y_min) / (y_max - y_min)
+            upwards = bounds[1] < bounds[3]  # the image's first line is the northern one
+            top, bottom = (
+                y / (y_max - y_min) for y in ((y_max - y1, y_max - y0) if upwards else (y0 - y_min, y1 - y_min))
+            )
             labels.append(Label(self.names[index], (float(left), float(top), float(right), float(bottom))))
         return labels
 
@@ -92,12 +87,7 @@ def read_vectors(path: Path, config: LabelsConfig) -> VectorFile:
     try:
         meta, _, stored, columns = pyogrio.raw.read(path)
         shapes = shapely.force_2d(shapely.from_wkb(stored))
-    except (
-        pyogrio.errors.DataSourceError,
-        pyogrio.errors.GeometryError,
-        RuntimeError,
-        shapely.GEOSException,
-    ) as error:
+    except _UNREADABLE as error:
         raise UnreadableVectors(f"{path} cannot be read as {config.kind}: {error}") from error
     properties = dict(zip(meta["fields"], columns, strict=True))
     labels, attributes = (_words(properties.get(name), len(shapes)) for name in (config.field, config.attribute))

@@ -12,8 +12,7 @@ from modeling_lrsclip.encoding.imagery import ImageError, open_image, orientatio
 from modeling_lrsclip.files.hashing import bytes_sha256
 
 
-STORED_AS_THEY_ARE = ("JPEG", "PNG", "WEBP")  # other formats become PNG: few viewers know a TIFF
-SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
+SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}  # other formats become PNG: few viewers know a TIFF
 
 
 class Skip(ValueError):
@@ -86,10 +85,11 @@ def read_picture(stored: Any, min_side: int) -> Picture:
         raise Skip("image too small", f"{image.size[0]} x {image.size[1]} pixels")
     sha256 = bytes_sha256(content)
     rgb = image if image.mode == "RGB" else _flatten(image)
-    plain = form in STORED_AS_THEY_ARE
-    if not plain:
+    unchanged = image.mode == "RGB"
+    if form in SUFFIXES:
+        unchanged = unchanged and not turned
+    else:
         content, form = _encode(rgb, "PNG"), "PNG"
-    unchanged = (not plain or not turned) and image.mode == "RGB" and form in STORED_AS_THEY_ARE
     return Picture(content, SUFFIXES[form], sha256, rgb, unchanged)
 
 

@@ -52,25 +52,22 @@ class LabelReader:
             `Skip`: where its labels are missing, garbled or none.
         """
         reading: dict[str, Callable[[Record, tuple[int, int]], list[Label]]] = {
-            "class_name": self._class_name,
+            "class_name": lambda record, _: [Label(record.class_name)] if record.class_name else [],
             "objects": self._objects,
             "coco": self._boxes,
             "masks": self._mask,
             "geojson": self._vectors,
             "shapefile": self._vectors,
         }
-        labels = [self._renamed(label) for label in reading[self.config.kind](record, size)]
-        labels = [label for label in labels if label.name and _share(label.box) >= self.config.min_share]
+        labels = []
+        for label in reading[self.config.kind](record, size):
+            left, top, right, bottom = label.box or (0, 0, 1, 1)
+            name = derive_wording(self.config.names.get(label.name, label.name) or "")
+            if name and (right - left) * (bottom - top) >= self.config.min_share:
+                labels.append(Label(name, label.box))
         if not labels:
             raise Skip("no labels", f"{record.image_key} has no labels")
         return labels
-
-    def _renamed(self, label: Label) -> Label:
-        name = self.config.names.get(label.name, label.name)
-        return Label(derive_wording(name) if name else "", label.box)
-
-    def _class_name(self, record: Record, size: tuple[int, int]) -> list[Label]:
-        return [Label(record.class_name)] if record.class_name else []
 
     def _objects(self, record: Record, size: tuple[int, int]) -> list[Label]:
         stored = record.labels
@@ -106,12 +103,6 @@ class LabelReader:
         return mask_labels(mask, self.config.names, self.config.min_share)
 
     def _vectors(self, record: Record, size: tuple[int, int]) -> list[Label]:
-        try:
-            return self._vectors_within(record, size)
-        except UnreadableVectors as error:  # of this image alone; a file for all of them was read at the start
-            raise Skip("labels unreadable", str(error)) from error
-
-    def _vectors_within(self, record: Record, size: tuple[int, int]) -> list[Label]:
         bounds, crs = (record.bounds, None) if record.bounds else image_bounds(record.image) or (None, None)
         if self._whole is not None:
             if bounds is None:
@@ -120,8 +111,12 @@ class LabelReader:
         path = _own_file(self.path, record, (".geojson", ".json") if self.config.kind == "geojson" else (".shp",))
         if path is None:
             raise Skip("labels missing", f"no {self.config.kind} named {Path(record.image_key).stem}")
+        try:
+            vectors = read_vectors(path, self.config)
+        except UnreadableVectors as error:  # of this image alone; a file for all of them was read at the start
+            raise Skip("labels unreadable", str(error)) from error
         # A file of the image's own without a geographic reference is in its pixels, y downwards.
-        return read_vectors(path, self.config).within(bounds or (0, size[1], size[0], 0), crs)
+        return vectors.within(bounds or (0, size[1], size[0], 0), crs)
 
 
 class _CocoBoxes:
@@ -132,9 +127,8 @@ class _CocoBoxes:
             document = json.loads(path.read_text(encoding="utf-8"))
             names = {category["id"]: category["name"] for category in document["categories"]}
             files = {image["id"]: image["file_name"] for image in document["images"]}
-            annotations = document["annotations"]
             self._boxes: dict[str, list[tuple[str, Box]]] = {name: [] for name in files.values()}
-            for annotation in annotations:
+            for annotation in document["annotations"]:
                 x, y, width, height = annotation["bbox"]
                 named_box = (names[annotation["category_id"]], (x, y, x + width, y + height))
                 self._boxes[files[annotation["image_id"]]].append(named_box)
@@ -208,7 +202,3 @@ def _scaled(box: Box, size: tuple[int, int]) -> Box:
     width, height = size
     x0, y0, x1, y1 = box
     return tuple(min(1.0, max(0.0, edge)) for edge in (x0 / width, y0 / height, x1 / width, y1 / height))
-
-
-def _share(box: Box | None) -> float:
-    return 1.0 if box is None else (box[2] - box[0]) * (box[3] - box[1])

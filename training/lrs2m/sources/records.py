@@ -1,17 +1,21 @@
-"""Records of a source of a recipe, one after another in a stable order."""
+"""Records of a source of a recipe, one after another in a stable order, from tables, tars, folders and the Hub."""
 
+import glob
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from modeling_lrsclip.encoding.imagery import is_image_file
+from modeling_lrsclip.encoding.imagery import IMAGE_SUFFIXES, is_image_file
+from modeling_lrsclip.files import tables
+from modeling_lrsclip.files.tables import TABLE_SUFFIXES, load_hub, tar_samples
 
 from ..data_row import Record
 from ..recipe import KeyConfig, ReadConfig, SourceConfig, resolve
-from .tables import TableRow, hub_rows, table_rows, tar_rows
 
 
+TableRow = dict[str, Any]
+TAR_IMAGES = (*(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES), "img_content")
 # What other people's files call a column; the first that a row has is taken where the recipe names none.
 USUAL_COLUMNS = {
     "image": ("image", "img_content", "filename", "file_name", "filepath", "img_name"),
@@ -59,14 +63,57 @@ def read_source(source: SourceConfig, root: Path, stored: Iterable[TableRow] | N
 
 
 def stored_rows(read: ReadConfig, root: Path) -> Iterator[TableRow]:
-    """All rows of a place, with its own names of columns."""
-    if read.kind == "table":
-        return table_rows(resolve(read.path, root), read.split, read.encoding)
-    if read.kind == "webdataset":
-        return tar_rows(resolve(read.path, root))
+    """All rows of a place, with its own names of columns; images of tars and of the Hub stay bytes."""
     if read.kind == "hub":
-        return hub_rows(read.path, read.split)
-    return _image_files(resolve(read.path, root), read.kind == "class_folders")
+        yield from load_hub(read.path, read.split, streaming=True)[0]
+        return
+    path = resolve(read.path, root)
+    if read.kind == "table":
+        yield from table_rows(path, read.split, read.encoding)
+    elif read.kind == "webdataset":
+        for tar in find_files(path, (".tar",)):
+            yield from tar_samples(tar, TAR_IMAGES)
+    else:
+        yield from _image_files(path, read.kind == "class_folders")
+
+
+def table_rows(pattern: Path, split: str, encoding: str) -> Iterator[TableRow]:
+    """
+    Rows of all table files of a pattern.
+
+    Args:
+        pattern: path, folder or glob.
+        split: of Karpathy's JSON, whose images are taken; "all": of every split.
+        encoding: of text files; what is not of it becomes U+FFFD, so that its row is skipped and listed, not the file.
+
+    Returns:
+        Rows as they are stored.
+
+    Raises:
+        `ValueError`: naming file and line, for a row that cannot be read.
+    """
+    for path in find_files(pattern, TABLE_SUFFIXES):
+        for row in tables.read_rows(path, encoding):
+            if path.suffix != ".json" or "sentences" not in row or split in ("all", row.get("split")):
+                yield row
+
+
+def find_files(pattern: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """
+    The files that a path, a folder or a glob stands for, sorted by name.
+
+    Raises:
+        `ValueError`: where there is none.
+    """
+    if pattern.is_file():
+        return [pattern]
+    if pattern.is_dir():
+        files = sorted(path for path in pattern.iterdir() if path.suffix in suffixes)
+    else:
+        files = sorted(map(Path, glob.glob(str(pattern), recursive=True)))
+    if not files:
+        raise ValueError(f"{pattern} names no {', '.join(suffixes)} file; give a file, a folder or a pattern with *.")
+    return files
 
 
 def read_rows(read: ReadConfig, root: Path, stored: Iterable[TableRow] | None = None) -> Iterator[TableRow]:
@@ -99,7 +146,8 @@ def read_rows(read: ReadConfig, root: Path, stored: Iterable[TableRow] | None = 
         elif len(left_out) < SHOWN:
             left_out.append(", ".join(f"{column}={_get(row, column)!r:.80}" for column in read.where))
     if not number:
-        raise ValueError(f"{read.path} holds no rows{_of_split(read)}.")
+        hint = f" of split {read.split}; set read.split to one that it has, or to all"
+        raise ValueError(f"{read.path} holds no rows{hint if read.path.endswith('.json') else ''}.")
     if not taken:
         wanted = ", ".join(f"{column}: {one}" for column, one in read.where.items())
         raise ValueError(
@@ -146,29 +194,21 @@ def caption_of(stored: Any) -> list[str]:
     if not isinstance(stored, list | tuple):
         return [""]
     if stored and isinstance(stored[0], dict) and ("from" in stored[0] or "role" in stored[0]):
-        said = [turn.get("value") or turn.get("content") or "" for turn in stored if _answered(turn)]
-        return said[:1] or [""]
+        answers = [turn for turn in stored if turn.get("from", turn.get("role")) in ("gpt", "assistant")]
+        return [answer.get("value") or answer.get("content") or "" for answer in answers[:1]] or [""]
     return [(entry.get("raw") or "") if isinstance(entry, dict) else str(entry or "") for entry in stored] or [""]
-
-
-def _answered(turn: dict[str, Any]) -> bool:
-    return turn.get("from", turn.get("role")) in ("gpt", "assistant")
 
 
 def _image_files(folder: Path, class_folders: bool) -> Iterator[TableRow]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; read.path of kind images or class_folders must be one.")
-    count = 0
+    empty = True
     for path in _sorted_files(folder):
-        if not is_image_file(path):
-            continue
-        key = path.relative_to(folder).as_posix()
-        if class_folders and "/" not in key:
-            continue
-        count += 1
-        row: TableRow = {"image": path, "key": key}
-        yield row | ({"class_name": path.parent.name} if class_folders else {})
-    if not count:
+        if is_image_file(path) and not (class_folders and path.parent == folder):
+            row: TableRow = {"image": path, "key": path.relative_to(folder).as_posix()}
+            yield row | ({"class_name": path.parent.name} if class_folders else {})
+            empty = False
+    if empty:
         raise ValueError(f"{folder} holds no images{' in class folders' if class_folders else ''}.")
 
 
@@ -221,12 +261,6 @@ def _get(row: TableRow, column: str) -> Any:
     return value
 
 
-def _of_split(read: ReadConfig) -> str:
-    return (
-        f" of split {read.split}; set read.split to one that it has, or to all" if read.path.endswith(".json") else ""
-    )
-
-
 def _records(source: SourceConfig, row: TableRow, root: Path) -> Iterator[Record]:
     read = source.read
     image, key = row.get("image"), row.get("key")
@@ -240,7 +274,6 @@ def _records(source: SourceConfig, row: TableRow, root: Path) -> Iterator[Record
     elif isinstance(image, dict) and not image.get("bytes") and image.get("path"):
         image = _image_folder(read, root) / image["path"]
     constants = source.fields
-    numbers = {name: _number(row.get(name, constants.get(name))) for name in NUMBERS}
     base = {
         "source": source.name,
         "position": 0,
@@ -251,17 +284,16 @@ def _records(source: SourceConfig, row: TableRow, root: Path) -> Iterator[Record
         "labels": row.get("labels"),
         "bounds": _bounds(row.get("bounds")),
         "fields": {name: value for name, value in row.items() if isinstance(value, str | int | float)} | constants,
-        **numbers,
+        **{name: _number(row.get(name, constants.get(name))) for name in NUMBERS},
     }
     long_texts = caption_of(row["long_text"]) if "long_text" in row else [None]
     shorts = caption_of(row["short_text"]) if "short_text" in row else [None]
     if read.captions == "together" and "short_text" in row:
-        kept = [text for text in dict.fromkeys(shorts) if text.strip()]
-        yield Record(**base, long_text=long_texts[0], short_text=(kept or [""])[0], short_texts=shorts)
+        first = next((text for text in shorts if text.strip()), "")
+        yield Record(**base, long_text=long_texts[0], short_text=first, short_texts=shorts)
         return
     # An image whose captions repeat becomes one record a distinct caption, as Table I counts UC Merced's.
-    chosen = shorts[:1] if read.captions == "first" else list(dict.fromkeys(shorts))
-    for short in chosen:
+    for short in shorts[:1] if read.captions == "first" else dict.fromkeys(shorts):
         yield Record(**base, long_text=long_texts[0], short_text=short)
 
 
@@ -282,7 +314,5 @@ def _number(value: Any) -> float | None:
 def _bounds(value: Any) -> tuple[float, float, float, float] | None:
     if isinstance(value, str):
         value = re.split(r"[,\s]+", value.strip("[]() "))
-    if not isinstance(value, list | tuple) or len(value) != 4:
-        return None
-    numbers = tuple(_number(part) for part in value)
-    return None if None in numbers else numbers
+    numbers = tuple(map(_number, value)) if isinstance(value, list | tuple) else ()
+    return numbers if len(numbers) == 4 and None not in numbers else None
