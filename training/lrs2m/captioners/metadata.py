@@ -21,21 +21,6 @@ MONTHS = (
     *("January", "February", "March", "April", "May", "June", "July"),
     *("August", "September", "October", "November", "December"),
 )
-    [
-        "January",
-        "February",
-        "March",
-        "April",
-        "May",
-        "June",
-        "July",
-        "August",
-        "September",
-        "October",
-        "November",
-        "December",
-    ]
-)
 SEASONS = ("winter", "spring", "summer", "autumn")  # meteorological, north; from December on
 _SVALBARD = ((9, 31), (21, 33), (33, 35), (42, 37))  # degrees east that a zone reaches up to, 72 to 84 degrees north
 

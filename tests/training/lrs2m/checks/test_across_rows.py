@@ -9,9 +9,9 @@ import pytest
 
 from tests.training.lrs2m.chat_server import ChatServer
 from tests.training.lrs2m.small_builds import build, entries, long_caption, manifest_of, rows_of, short_caption, source
+from training.lrs2m import output
 from training.lrs2m.checks.across_rows import MOST_IMAGES, SAME, SHINGLE, find_repeats
 from training.lrs2m.checks.candidate import words_of
-from training.lrs2m.output import Output
 
 
 CANNED = (
@@ -107,15 +107,15 @@ def test_a_build_without_them(tiles, write_recipe, tmp_path, monkeypatch, form):
         fields = {"checks": levels, "max_failed_fraction": 0.5, "format": form, "shard_rows": 7}
         recipe = write_recipe([source("expand", read)], server.url, **fields)
         assert build(recipe, tmp_path / "set") == 0
-        save, killed = Output._save, []
+        save, killed = output.save_progress, []
 
-        def stop(output):
-            if output.progress.compared and not killed:
+        def stop(folder, progress):
+            if progress.compared and not killed:
                 killed.append(True)
                 raise ValueError("killed")
-            save(output)
+            save(folder, progress)
 
-        monkeypatch.setattr(Output, "_save", stop)
+        monkeypatch.setattr(output, "save_progress", stop)
         assert build(recipe, tmp_path / "again") == 1 and killed
         assert build(recipe, tmp_path / "again") == 0
         asked = len(server.requests)
