@@ -19,7 +19,6 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     field_validator,
-    model_validator,
 )
 from pydantic.dataclasses import dataclass
 
@@ -60,9 +59,8 @@ class DataConfig:
     streaming: bool = False  # read rows when they are due instead of preparing and checking all of them first
     shuffle_buffer: int = Field(10_000, ge=1)  # rows shuffled together when streaming
     shuffle_sentences: bool = False  # of the long text, anew at each visit
-    augment: Literal["none", "flips", "rotations", "dihedral"] = (
-        "none"  # random views; captions that name left, right or north then become wrong
-    )
+    # Random views; captions that name left, right or north then become wrong.
+    augment: Literal["none", "flips", "rotations", "dihedral"] = "none"
     # JPEGs are decoded at 1/2, 1/4 or 1/8 down to so many times the model's size; None: all of them.
     jpeg_margin: float | None = Field(1.0, ge=1)
     max_skipped_fraction: float = Field(0.01, ge=0, le=1)  # of the rows visited, which could not be used
@@ -154,9 +152,9 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     lora: LoRAConfig | None = None  # train low-rank adapters instead of the weights
 
-    @model_validator(mode="after")
-    def _choices_exist(self):
-        from modeling_lrsclip.published.checkpoints import ACTIVATIONS, PRESETS  # seconds of imports
+    def __post_init__(self):
+        from modeling_lrsclip import LRSCLIPTextConfig, LRSCLIPVisionConfig  # seconds of imports
+        from modeling_lrsclip.published.checkpoints import ACTIVATIONS, PRESETS
 
         for name, choices in (("preset", PRESETS), ("activation", ACTIVATIONS)):
             value = getattr(self, name)
@@ -164,19 +162,12 @@ class ModelConfig:
                 raise ValueError(f"model.{name} is {value}; choose among {', '.join(choices)}")
         if self.lora and self.init == SCRATCH:
             raise ValueError("model.lora adapts trained weights and model.init is scratch; leave one of them out")
-        return self
-
-    @model_validator(mode="after")
-    def _tower_fields_exist(self):
-        from modeling_lrsclip import LRSCLIPTextConfig, LRSCLIPVisionConfig
-
         for section, config_class in ((self.text, LRSCLIPTextConfig), (self.vision, LRSCLIPVisionConfig)):
             known = {field.name for field in fields(config_class)}
             for name in section:
                 if name not in known:
                     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
                     raise ValueError(f"{name} is not a field of {config_class.__name__}; did you mean {nearest}?")
-        return self
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -194,14 +185,12 @@ class Curriculum:
     start_share: float = Field(0.2, ge=0, le=1)  # of the steps, at the weight `start`
     end_share: float = Field(0.2, ge=0, le=1)  # of the steps, at the weight `end`
 
-    @model_validator(mode="after")
-    def _shares_fit_into_the_run(self):
+    def __post_init__(self):
         if self.start_share + self.end_share > 1:
             raise ValueError(
                 f"loss.long_weight.start_share and end_share are {self.start_share:g} and {self.end_share:g}, together "
                 "more than the whole run; they may sum to 1 at most"
             )
-        return self
 
     def at(self, share: float) -> float:
         """Return the weight where `share`, from 0 to 1, of the steps is done."""
@@ -259,15 +248,13 @@ class LossConfig:
         now.long_weight = self.long_weight.at(share)
         return now
 
-    @model_validator(mode="after")
-    def _first_sentences_need_both_texts(self):
+    def __post_init__(self):
         least, most = self._range
         if self.short_text == "first_sentence" and least == most and least in (0, 1):
             raise ValueError(
                 f"loss.short_text is first_sentence and loss.long_weight is {least:g}, which leaves one of "
                 "the two texts out; set a weight between 0 and 1, or short_text to own"
             )
-        return self
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -291,9 +278,7 @@ class PushConfig:
     private: bool = False  # if it is made now
     every: Literal["end", "validation"] = "end"  # validation: also each new best model, when it is found
     license: str | None = None  # of the weights, as the Hub spells it; by default unknown
-    measure: bool = (
-        False  # evaluation.run on data.validation first, for the final model's card; else "not yet measured"
-    )
+    measure: bool = False  # evaluation.run on data.validation first, for the final card; else "not yet measured"
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -330,11 +315,9 @@ class LoopConfig:
             )
         return trackers
 
-    @model_validator(mode="after")
-    def _patience_needs_validations(self):
+    def __post_init__(self):
         if self.patience and not self.validate_every:
             raise ValueError("loop.patience counts validations; set loop.validate_every too")
-        return self
 
     def count_steps(self, rows: int) -> int:
         """Count the optimizer steps of a run; what does not fill a batch at the end of an epoch is left out."""
@@ -358,17 +341,12 @@ class TrainConfig:
     push_to_hub: bool = False  # the final model, see `push`
     push: PushConfig = Field(default_factory=PushConfig)
 
-    @model_validator(mode="after")
-    def _scratch_needs_a_tokenizer(self):
+    def __post_init__(self):
         if self.model.init == "scratch" and self.model.tokenizer is None:
             raise ValueError(
                 'model.init is "scratch" and model.tokenizer is not set; name a tokenizer, or "train" for one learnt '
                 "from the training captions"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _push_has_an_address(self):
         if self.push_to_hub and self.push.repo is None:
             raise ValueError("push_to_hub is set and push.repo is not; name a repository, as owner/name")
         if self.push_to_hub and not self.data.validation and (self.push.measure or self.push.every == "validation"):
@@ -377,10 +355,5 @@ class TrainConfig:
             raise ValueError(
                 "push.measure takes one data.validation, not a list of sources; name one, or leave it out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _patience_has_validation_data(self):
         if self.loop.patience and not self.data.validation:
             raise ValueError("loop.patience is set and data.validation is not; set both or neither")
-        return self

@@ -19,10 +19,7 @@ Route = Literal["merge", "compress", "expand", "anchor"]
 # What may change between two runs of one build: it decides how fast a row comes, or when to stop, not what is in it.
 FREE = ("max_skipped_fraction", "max_failures_in_a_row", "max_failed_fraction", "lookahead", "verify")
 FREE_OF_SOURCE = ("facts", "not_verified")
-FREE_OF_CAPTIONER = (
-    *("base_url", "api_key_variable", "concurrency", "timeout", "tries"),
-    *("batch_size", "device_map"),
-)
+FREE_OF_CAPTIONER = ("base_url", "api_key_variable", "concurrency", "timeout", "tries", "batch_size", "device_map")
 # Fields that may hold a path of this machine.
 LOCAL = ("path", "images", "against", "footprints", "tokenizer", "model", "prompt")
 
@@ -52,15 +49,13 @@ class MatchConfig:
             return given
         return {"values": given if isinstance(given, list) else [given]}
 
-    @model_validator(mode="after")
-    def _is_set(self):
+    def __post_init__(self):
         if not (self.values or self.prefix or self.pattern):
             raise ValueError("where needs a value, a list of values, a prefix or a pattern")
         try:
             re.compile(self.pattern or "")
         except re.error as error:
             raise ValueError(f"where: pattern {self.pattern!r} is no regular expression: {error}") from None
-        return self
 
     def __str__(self) -> str:
         return " and ".join(f"{name} {value!r}" for name, value in vars(self).items() if value)
@@ -120,13 +115,11 @@ class TextConfig:
     candidates: int = Field(1, ge=1)  # good answers to choose from
     anchor_share: float = Field(0.8, ge=0, le=1)  # of the label names that a text written from anchors must mention
 
-    @model_validator(mode="after")
-    def _one_origin(self):
+    def __post_init__(self):
         if self.captioner and self.template:
             raise ValueError("a text has a captioner or a template, not both; remove one")
         if bool(self.captioner) != bool(self.prompt):
             raise ValueError("captioner and prompt belong together; set both or neither")
-        return self
 
 
 @dataclass(config=STRICT)
@@ -149,17 +142,14 @@ class SourceConfig:
     facts: list[str] = Field(default_factory=list)  # where the layout, columns and licence were looked up
     not_verified: list[str] = Field(default_factory=list)  # what of them was not; `--check` says it
 
-    @model_validator(mode="after")
-    def _fits_its_route(self):
+    def __post_init__(self):
         if not self.licence.strip():
             raise ValueError(f"the licence of source {self.name} is empty; name it, or say in a sentence what holds")
-        wanted = {  # long, short by a captioner?
-            "merge": (False, False),
-            "compress": (False, True),
-            "expand": (True, False),
-            "anchor": (True, True),
-        }[self.route]
-        for column, text, asked in zip(("long", "short"), (self.long, self.short), wanted):
+        for column, text, routes in (
+            ("long", self.long, ("expand", "anchor")),
+            ("short", self.short, ("compress", "anchor")),
+        ):
+            asked = self.route in routes
             if asked != bool(text.captioner):
                 need = "needs a captioner and a prompt" if asked else "is given by the source and has no captioner"
                 raise ValueError(f"source {self.name}: on route {self.route} the {column} text {need}")
@@ -169,7 +159,6 @@ class SourceConfig:
             raise ValueError(f"source {self.name}: route anchor needs labels")
         if "labels" in (self.long.template, self.short.template) and self.labels is None:
             raise ValueError(f'source {self.name}: template "labels" needs labels')
-        return self
 
 
 @dataclass(config=STRICT)
@@ -195,8 +184,7 @@ class CaptionerConfig:
     revision: str | None = None  # transformers: of a Hub id
     trust_remote_code: bool = False  # transformers: run code that comes with the model
 
-    @model_validator(mode="after")
-    def _endpoint(self):
+    def __post_init__(self):
         if (self.kind == "openai") != bool(self.base_urls):
             raise ValueError("base_url belongs to a captioner of kind openai, and one of that kind needs it")
         for url in self.base_urls:
@@ -204,7 +192,6 @@ class CaptionerConfig:
                 raise ValueError(f"base_url {url} must begin with http:// or https://")
             if self.base_urls.count(url) > 1:
                 raise ValueError(f"base_url {url} is given twice; name every server once")
-        return self
 
     @property
     def base_urls(self) -> list[str]:
@@ -217,9 +204,8 @@ class DuplicatesConfig:
     """Near-duplicates, which are left out and listed."""
 
     inside: bool = True  # the set itself: of near-equal images the first is kept; rows of one image file all are
-    against: list[str] = Field(
-        default_factory=list
-    )  # evaluation images: whatever evaluation.run takes as data, folders
+    # Evaluation images: whatever evaluation.run takes as data, folders.
+    against: list[str] = Field(default_factory=list)
     distance: int = Field(8, ge=0, le=18)  # bits of 64 of a perceptual hash in which copies may differ
     crops: bool = True  # look for crops too, at 25 times the hashes
     # Vector files in WGS 84 of what evaluation images show; a row whose ground overlaps is left out too.
@@ -235,12 +221,11 @@ class CandidatesConfig:
     stability: float = Field(1.0, ge=0)  # weight of the deviation over the turns against the mean similarity
 
 
-def _level(value: Any) -> Any:
-    """YAML reads a bare on or off as true or false."""
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
-
-
-Level = Annotated[Literal["on", "warn", "off"], BeforeValidator(_level)]
+# YAML reads a bare on or off as true or false.
+Level = Annotated[
+    Literal["on", "warn", "off"],
+    BeforeValidator(lambda value: ("off", "on")[value] if isinstance(value, bool) else value),
+]
 
 
 @dataclass(config=STRICT)
@@ -281,14 +266,12 @@ class VerifyConfig:
     min_similarity: float | None = Field(None, ge=-1, le=1)  # cosine of the long text and of the short one, at least
     min_confirmed: float | None = Field(None, ge=0, le=1)  # share of the claims answered with yes, at least
 
-    @model_validator(mode="after")
-    def _has_what_its_thresholds_need(self):
+    def __post_init__(self):
         if not (self.model or self.captioner):
             raise ValueError("verify needs a model, a captioner or both")
         for threshold, source in (("min_similarity", "model"), ("min_confirmed", "captioner")):
             if getattr(self, threshold) is not None and not getattr(self, source):
                 raise ValueError(f"verify.{threshold} needs verify.{source}")
-        return self
 
 
 @dataclass(config=STRICT)
@@ -317,8 +300,7 @@ class Recipe:
     candidates: CandidatesConfig | None = None  # needed where a text asks for several candidates
     verify: VerifyConfig | None = None  # second opinions, asked by training.lrs2m.verify
 
-    @model_validator(mode="after")
-    def _numbers_fit(self):
+    def __post_init__(self):
         shortest, longest = self.long_tokens
         if not 2 <= shortest < longest:
             raise ValueError(
@@ -332,29 +314,22 @@ class Recipe:
                     f"captioners.{source.long.captioner}.max_tokens={captioner.max_tokens} cannot hold the {shortest} "
                     "tokens that long_tokens asks for; raise it"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _names_exist(self):
         if not self.sources:
             raise ValueError("a recipe needs at least one source")
-        names = [source.name for source in self.sources]
+        names, known = [source.name for source in self.sources], ", ".join(self.captioners) or "none"
         for name in names:
             if names.count(name) > 1 or "/" in name:
                 raise ValueError(f"source name {name!r} must be unique and without a slash")
         if self.verify and self.verify.captioner and self.verify.captioner not in self.captioners:
-            known = ", ".join(self.captioners) or "none"
             raise ValueError(f"verify asks captioner {self.verify.captioner}; the recipe has {known}")
         for source in self.sources:
             for text in (source.long, source.short):
                 if text.captioner and text.captioner not in self.captioners:
-                    known = ", ".join(self.captioners) or "none"
                     raise ValueError(f"source {source.name} asks captioner {text.captioner}; the recipe has {known}")
                 if text.candidates > 1 and self.candidates is None:
                     raise ValueError(
                         f"source {source.name} asks for {text.candidates} candidates; set candidates.model"
                     )
-        return self
 
 
 def read_recipe(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Recipe:
@@ -371,13 +346,12 @@ def read_recipe(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
         `ValueError`: all mistakes at once, with the nearest valid name.
     """
     values: dict[str, Any] = {}
-    for path in map(Path, paths):
+    for path in paths:
         _add(values, read_yaml(path, "ready recipes are in training/lrs2m/recipes/"), path)
     for override in overrides:
         set_field(values, *split_setting(override))
-    return validate(
-        Recipe, values, hints={"licence": "every source must name its licence, which goes into the rows and the card"}
-    )
+    hint = "every source must name its licence, which goes into the rows and the card"
+    return validate(Recipe, values, hints={"licence": hint})
 
 
 def recipe_hash(recipe: Recipe, prompts: Mapping[str, Mapping[str, Any]]) -> str:
@@ -405,10 +379,9 @@ def public_recipe(recipe: Recipe) -> dict[str, Any]:
             return {key: shown(key, one) for key, one in value.items() if key not in ("base_url", "api_key_variable")}
         if isinstance(value, list):
             return [shown(name, one) for one in value]
-        hidden = (
-            isinstance(value, str) and name in LOCAL and (value[:1] in ("/", "~", "$", ".") or Path(value).exists())
-        )
-        return Path(value).name if hidden else value
+        if isinstance(value, str) and name in LOCAL and (value[:1] in ("/", "~", "$", ".") or Path(value).exists()):
+            return Path(value).name
+        return value
 
     return shown("", plain_values(recipe))
 
@@ -418,15 +391,14 @@ def resolve(path: str, root: Path) -> Path:
     return root / Path(os.path.expandvars(path)).expanduser()
 
 
-def _add(values: dict[str, Any], one: dict[str, Any], path: Path) -> None:
+def _add(values: dict[str, Any], one: dict[str, Any], path: str | Path) -> None:
     for name, kind in (("captioners", dict), ("sources", list)):
         if not isinstance(one.get(name) or kind(), kind):
             raise ValueError(
                 f"{path}: {name} holds a {type(one[name]).__name__}; write a {kind.__name__}, as in the ready recipes."
             )
     for name, captioner in (one.get("captioners") or {}).items():
-        known = values.setdefault("captioners", {})
-        if known.setdefault(name, captioner) != captioner:
+        if values.setdefault("captioners", {}).setdefault(name, captioner) != captioner:
             raise ValueError(f"{path} describes captioner {name} otherwise than a recipe before it; rename one.")
     values.setdefault("sources", []).extend(one.get("sources") or [])
     for name, value in one.items():
