@@ -57,19 +57,15 @@ class Collator:
 
     def __call__(self, items: list[dict]) -> dict[str, Any]:
         batch = {"ids": [item["id"] for item in items], "skipped": [row for item in items for row in item["skipped"]]}
-        faults = [item["fault"] for item in items if "fault" in item]
-        if faults:
+        if faults := [item["fault"] for item in items if "fault" in item]:
             return batch | {"fault": faults[0]}
         batch["pixel_values"] = self.pixels([item["image"] for item in items])
         for kind, name in INPUT_IDS.items():
             if f"{kind}_text" in items[0]:
                 # No attention mask: what stands after end-of-text cannot reach it in a causal tower.
-                ids = self.processor.encode_text([item[f"{kind}_text"] for item in items])
-                batch[name] = pad_sequence(
-                    [torch.tensor(row) for row in ids],
-                    batch_first=True,
-                    padding_value=self.processor.tokenizer.pad_token_id,
-                )
+                ids = map(torch.tensor, self.processor.encode_text([item[f"{kind}_text"] for item in items]))
+                filler = self.processor.tokenizer.pad_token_id
+                batch[name] = pad_sequence(list(ids), batch_first=True, padding_value=filler)
         if get_worker_info() is None:
             return batch
         return {name: _sendable(value) if torch.is_tensor(value) else value for name, value in batch.items()}
@@ -106,9 +102,8 @@ def load_batches(
         `RuntimeError`: where the processes that read are lost, see [`explain_lost_workers`].
     """
     workers, warned = count_workers(images.config, device.type), False
-    Finalize(
-        None, _kill_readers, exitpriority=1
-    )  # whatever ends the run: the exit would wait for one that stands still
+    # Whatever ends the run: the exit would wait for one that stands still.
+    Finalize(None, _kill_readers, exitpriority=1)
     loader = DataLoader(
         images,
         batch_sampler=visits,

@@ -69,27 +69,24 @@ def content_hash(part: Rows) -> str:
     if isinstance(part, ChosenRows):
         return json_sha256([content_hash(part.part), bytes_sha256(part.numbers.astype("<i8").tobytes())])
     if isinstance(part, TableRows):
-        tables = part.table.with_format("arrow").iter(_ROWS_AT_A_TIME)
-        return _hash_texts(tables)
+        return _hash_texts(part.table.with_format("arrow").iter(_ROWS_AT_A_TIME))
     if isinstance(part, TarRows):
         return bytes_sha256(repr(part.index.dtype).encode() + part.index.tobytes())
     if isinstance(part, ParquetRows):
         if part.filesystem is None:
             columns = _text_leaves(part)
             return _kept_hash(Path(part.path), f"texts {columns}", lambda _: _hash_parquet(part, columns))
-        return json_sha256(_version(part.filesystem.info(part.path)), default=str)
+        info = part.filesystem.info(
+            part.path
+        )  # of a version, as the remote file system knows it; at the least the size
+        versions = [(info.get("lfs") or {}).get("sha256"), *(info.get(name) for name in ("blob_id", "ETag", "md5"))]
+        return json_sha256(next(filter(None, versions), info.get("size")), default=str)
     assert isinstance(part, LineRows)
     return _kept_hash(part.path, "sha256", file_sha256)
 
 
 def _kept_hash(path: Path, kind: str, build) -> str:
     return bytes(kept_index(path, kind, lambda file: np.frombuffer(bytes.fromhex(build(file)), dtype=np.uint8))).hex()
-
-
-def _version(info: dict[str, Any]) -> Any:
-    """Version of a file's content as its remote file system knows it; at the least its size."""
-    known = [(info.get("lfs") or {}).get("sha256"), *(info.get(name) for name in ("blob_id", "ETag", "md5"))]
-    return next((version for version in known if version), info.get("size"))
 
 
 def _text_leaves(part: ParquetRows) -> list[str]:

@@ -19,7 +19,7 @@ from modeling_lrsclip.files.atomic import replacing
 from modeling_lrsclip.files.hashing import bytes_sha256
 
 from .pairs import Pairs, check_row
-from .rows import ChosenRows, Row, Rows, image_sha256, text_list
+from .rows import ChosenRows, Row, image_sha256, text_list
 
 
 HELD_OUT = "held_out.parquet"  # below a run folder
@@ -63,26 +63,19 @@ def hold_out(pairs: Pairs, share: float, keys: list[np.ndarray]) -> tuple[Pairs,
 
 def image_keys(pairs: Pairs) -> list[np.ndarray]:
     """Read all images; returns the first 64 bits of the hash of each row's image, of each part (rows,) uint64."""
-    return [_hash_images(part) for part in pairs.parts]
-
-
-def _hash_images(part: Rows) -> np.ndarray:
-    rows, known = int(part.chunks.sum()), {}
-    keys = np.empty(rows, dtype=np.uint64)
-    for number in tqdm(range(rows), desc=f"{part.name}: images", unit="row", disable=rows < _QUIET):
-        stored = part.read([number])[0].image
-        name = stored if isinstance(stored, str) else None
-        if name is None or name not in known:
-            known[name] = int(_image_digest(stored, part, number)[:16], 16)
-        keys[number] = known[name]
+    keys = []
+    for part in pairs.parts:
+        rows, known = int(part.chunks.sum()), {}
+        keys.append(np.empty(rows, dtype=np.uint64))
+        for number in tqdm(range(rows), desc=f"{part.name}: images", unit="row", disable=rows < _QUIET):
+            stored = part.read([number])[0].image
+            name = stored if isinstance(stored, str) else None
+            if name is None or name not in known:
+                # Of an image that cannot be read, which training names, the hash of what the row has instead.
+                instead = f"{part.location} {number if stored is None else stored}".encode("utf-8", "replace")
+                known[name] = int((image_sha256(stored) or bytes_sha256(instead))[:16], 16)
+            keys[-1][number] = known[name]
     return keys
-
-
-def _image_digest(stored: Any, part: Rows, number: int) -> str:
-    """Hash of an image's file; of one that cannot be read, which training names, of what the row has instead."""
-    if digest := image_sha256(stored):
-        return digest
-    return bytes_sha256(f"{part.location} {number if stored is None else stored}".encode("utf-8", "replace"))
 
 
 def write_held_out(pairs: Pairs, path: Path) -> None:

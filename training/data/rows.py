@@ -87,14 +87,22 @@ def even_chunks(rows: int, most: int = CHUNK_ROWS) -> np.ndarray:
     return np.diff(np.append(np.arange(0, rows, most), rows))
 
 
-def locate_image(value: Any, folder: Path | None) -> Any:
-    """A stored image as [`Row`] has it; a path counts from `folder`."""
-    if isinstance(value, str) and folder is not None:
-        return str(folder / value)
-    if isinstance(value, dict) and value.get("bytes") is None and folder is not None:
-        path = value.get("path")
-        return str(folder / path) if path and isinstance(path, str) else value
-    return value
+def located_row(identifier: str, stored: Mapping[str, Any], folder: Path | None) -> Row:
+    """
+    A row whose image's path, if it is one, counts from a folder.
+
+    Args:
+        identifier: of the row.
+        stored: its values by kind, "image" among them.
+        folder: None: paths stay as they are.
+
+    Returns:
+        the row.
+    """
+    image = stored["image"]
+    path = image.get("path") if isinstance(image, dict) and image.get("bytes") is None else image
+    located = str(folder / path) if folder is not None and isinstance(path, str) and (path or path is image) else image
+    return Row(identifier, **{**stored, "image": located})
 
 
 def image_sha256(stored: Any) -> str | None:
@@ -120,30 +128,23 @@ class TableRows:
     one_by_one = True
 
     def __init__(self, table: Dataset, columns: Mapping[str, str], files: list[tuple[str, int]], folder: Path | None):
-        self.table, self.columns, self.folder = (
-            table.select_columns(list(dict.fromkeys(columns.values()))),
-            columns,
-            folder,
-        )
+        self.table, self.columns = table.select_columns(list(dict.fromkeys(columns.values()))), columns
+        self.files, self.folder, self.chunks = files, folder, even_chunks(len(table))
         self.name = files[0][0] if len(files) == 1 else f"{files[0][0]} and {len(files) - 1} more"
         self.location = files[0][0] if folder is None else str(folder / self.name)
-        self.files, self.chunks = files, even_chunks(len(table))
         self.ends = np.cumsum([rows for _, rows in files])
 
     def read(self, numbers: list[int]) -> list[Row]:
-        values = self.table[numbers]
-        rows = [{kind: values[name][index] for kind, name in self.columns.items()} for index in range(len(numbers))]
-        for row in rows:
-            row["image"] = locate_image(row["image"], self.folder)
-        return [Row(self._id(number), **row) for number, row in zip(numbers, rows)]
+        values, rows = self.table[numbers], []
+        for index, number in enumerate(numbers):
+            file = int(np.searchsorted(self.ends, number, "right"))
+            name, count = self.files[file]
+            stored = {kind: values[column][index] for kind, column in self.columns.items()}
+            rows.append(located_row(f"{name}:{number - (self.ends[file] - count)}", stored, self.folder))
+        return rows
 
     def texts(self, kind: str) -> Iterator[Stored]:
         yield from self.table[self.columns[kind]]
-
-    def _id(self, number: int) -> str:
-        file = int(np.searchsorted(self.ends, number, "right"))
-        name, rows = self.files[file]
-        return f"{name}:{number - (self.ends[file] - rows)}"
 
 
 class ChosenRows:
@@ -258,8 +259,7 @@ class ParquetRows(FileRows):
             except (OSError, ValueError, pa.ArrowException) as error:  # a text that is no UTF-8 is a ValueError
                 rows.append(Row(f"{self.name}:{number}", fault=f"row group {group} cannot be read ({error})"))
                 continue
-            values["image"] = locate_image(values["image"], self.folder)
-            rows.append(Row(f"{self.name}:{number}", **values))
+            rows.append(located_row(f"{self.name}:{number}", values, self.folder))
         return rows
 
     def _group(self, group: int) -> pa.Table:
@@ -347,8 +347,7 @@ class LineRows(FileRows):
                 rows.append(Row(identifier, fault=f"the line cannot be read ({error})"))
                 continue
             stored = {kind: values.get(name) for kind, name in self.columns.items()}
-            stored["image"] = locate_image(stored["image"], self.path.parent)
-            rows.append(Row(identifier, **stored))
+            rows.append(located_row(identifier, stored, self.path.parent))
         return rows
 
     def texts(self, kind: str) -> Iterator[Stored]:

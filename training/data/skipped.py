@@ -1,5 +1,6 @@
 """Rows that cannot be used: counted, named once each in a file, and capped for all processes together."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -42,15 +43,10 @@ class SkippedFile:
         *whole, cut = self.path.read_bytes().split(b"\n")  # a reason may hold U+2028
         if cut:
             self.path.write_bytes(b"".join(line + b"\n" for line in whole))
-        self._named = {identifier for line in whole if (identifier := _id_in(line)) is not None}
-
-
-def _id_in(line: bytes) -> str | None:
-    """The row that a line names; None where it is damaged, and the row is named anew."""
-    try:
-        return str(json.loads(line)["id"])
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return None
+        self._named = set()
+        for line in whole:
+            with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):  # damaged: it is named anew
+                self._named.add(str(json.loads(line)["id"]))
 
 
 def skipped_row(row: Row, location: str, reason: Exception) -> dict[str, str]:

@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +68,16 @@ def open_source(
     suffix = files[0].suffix
     if suffix not in FORMATS:
         raise ValueError(f"{files[0]} is not a caption file; its name must end in one of {', '.join(FORMATS)}.")
-    others = [file for file in files if file.suffix != suffix]
-    if others:
+    if others := [file for file in files if file.suffix != suffix]:
         raise ValueError(
             f"{source.path} names files of several kinds, {files[0]} and {others[0]}; name each kind apart."
         )
     if suffix == ".tar":
         quiet = len(files) < 10  # beyond, the tables of contents may take a while
-        tars = [
-            TarRows(file, columns) for file in tqdm(files, desc=f"{source.path}: index", unit="tar", disable=quiet)
-        ]
-        return _checked(source.path, tars, lambda rows: [*rows.suffixes, *rows.fields(0)])
+        progress = tqdm(files, desc=f"{source.path}: index", unit="tar", disable=quiet)
+        return _checked(
+            source.path, [TarRows(file, columns) for file in progress], lambda rows: [*rows.suffixes, *rows.fields(0)]
+        )
     if streaming and suffix == ".parquet":
         return _open_parquet(source.path, [(None, str(file)) for file in files], columns, config)
     if streaming and suffix != ".json":  # which is one value, and comes memory-mapped
@@ -113,8 +112,7 @@ def find_files(source: str, split: str) -> list[Path]:
             if (path / name).exists():
                 return [path / name]
         for pattern in FOLDER_SHARDS:
-            files = sorted(path.glob(pattern.format(split=split)))
-            if files:
+            if files := sorted(path.glob(pattern.format(split=split))):
                 return files
         raise ValueError(
             f"The folder {source} holds no caption file; name it one of {', '.join(names)}, or put parquet or tar shards "
@@ -141,11 +139,8 @@ def expand_braces(pattern: str) -> Iterator[str]:
         yield pattern
         return
     first, last, listed = match.groups()
-    if listed is None:
-        options = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    else:
-        options = listed.split(",")
-    for option in options:
+    counted = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)) if first else ()
+    for option in listed.split(",") if listed else counted:
         yield from expand_braces(pattern[: match.start()] + option + pattern[match.end() :])
 
 
@@ -166,8 +161,7 @@ def _open_parquet(
 ) -> list[Rows]:
     """Parquet files, each with its `fsspec` file system or None for the local disk, of which row groups are read."""
     cache = GroupCache()
-    quiet = len(files) < 100
-    progress = tqdm(files, desc=f"{source}: footers", unit="file", disable=quiet)
+    progress = tqdm(files, desc=f"{source}: footers", unit="file", disable=len(files) < 100)
     parts = [ParquetRows(path, columns, cache, filesystem) for filesystem, path in progress]
     largest = max(int(rows.chunks.max(initial=0)) for rows in parts)
     cache.rows = math.ceil(config.shuffle_buffer / (1 - (config.share or 0))) + 2 * largest  # of it all, what is left
@@ -207,52 +201,33 @@ def _open_table(
     check_columns(source, columns, table.column_names)
     for kind, name in columns.items():
         if kind != "image":
-            refuse_other_values(source, kind, name, table[:1][name] + table[-1:][name])
+            stored = table[:1][name] + table[-1:][name]
+            if others := [value for value in stored if (caption_fault(value) or "").endswith("not text")]:
+                raise ValueError(
+                    f"{source}: {name} holds {others[0]!r}, which is {caption_fault(others[0])}; name the column of "
+                    f"captions with data.{kind}_column, or write its values as texts."
+                )
             empty = _empty_rows(table, name)
             if len(empty) > config.max_skipped_fraction * len(table):  # fewer are left out when their turn comes
                 refuse(source, f"rows with an empty {name}", empty)
     image = columns["image"]
+    stored_as = table.features.arrow_schema.field(image).type
     if isinstance(table.features[image], ImageFeature):
         table = table.cast_column(image, ImageFeature(decode=False))
     elif _is_text(table, image):
-        names = enumerate(table[image])
+        names = table[image]
+        refuse(source, "rows without an image path", [number for number, name in enumerate(names) if name is None])
         absent = [
-            number if name is None else str(folder / name) if folder else name
-            for number, name in names
-            if name is None or not ((folder or Path()) / name).is_file()
+            str(folder / name) if folder else name for name in names if not ((folder or Path()) / name).is_file()
         ]
-        unnamed = [number for number in absent if isinstance(number, int)]
-        refuse(source, "rows without an image path", unnamed)
         if len(absent) > config.max_skipped_fraction * len(table):
             refuse(source, "images that do not exist", absent)
-    elif not _holds_images(table.features.arrow_schema.field(image).type):
+    elif not (
+        pa.types.is_binary(stored_as)
+        or (pa.types.is_struct(stored_as) and {field.name for field in stored_as} == {"bytes", "path"})
+    ):
         raise ValueError(f"Column {image!r} of {source} holds neither images nor their paths; set data.image_column.")
     return TableRows(table, columns, files, folder)
-
-
-def _holds_images(kind: pa.DataType) -> bool:
-    """Whether a column's values are the bytes of images, or structures of `bytes` and `path`."""
-    return pa.types.is_binary(kind) or (
-        pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}
-    )
-
-
-def refuse_other_values(source: str, kind: str, name: str, stored: Sequence[Any]) -> None:
-    """
-    Raises `ValueError` where a column of captions holds numbers or the like instead of texts.
-
-    Args:
-        source: for the error.
-        kind: of texts, "long" or "short".
-        name: of the column.
-        stored: some of its values.
-    """
-    others = [value for value in stored if (caption_fault(value) or "").endswith("not text")]
-    if others:
-        raise ValueError(
-            f"{source}: {name} holds {others[0]!r}, which is {caption_fault(others[0])}; name the column of captions "
-            f"with data.{kind}_column, or write its values as texts."
-        )
 
 
 def _empty_rows(table: Dataset, name: str) -> list[int]:
@@ -282,10 +257,8 @@ def _checked(source: str, parts: list[Rows], names_of) -> list[Rows]:
     columns = usual_columns(first.columns, ["image", *names] if holds_images else names)
     for part in parts:
         part.columns = columns
-    columns = dict(columns)
-    if holds_images and columns["image"] == "image":
-        del columns["image"]
-    check_columns(source, columns, names)
+    there = holds_images and columns["image"] == "image"  # whatever suffix it has
+    check_columns(source, {kind: name for kind, name in columns.items() if not (there and kind == "image")}, names)
     return parts
 
 
