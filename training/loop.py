@@ -9,7 +9,6 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from .distributed import (
     wait_for_all,
 )
 from .large_batch import cached_gradients, cut
-from .losses import DualTextLoss, LossConfig, dual_text_loss
+from .losses import DualTextLoss, dual_text_loss
 from .model import TRAIN_TOKENIZER, Embedder, compile_layers
 from .optim import build_optimizer, build_scheduler, follow_schedule
 from .run_log import RunLog
@@ -86,11 +85,8 @@ class Trainer:
         self.accelerator, self.processor, self.images, self.config = accelerator, processor, images, config
         self.validate, self.keep_best = validate, keep_best
         wait_for_all("the first one looked into the data")
-        self.folder, self.state, self.steps = (
-            Path(config.output_dir),
-            TrainState(),
-            config.loop.count_steps(len(images)),
-        )
+        self.folder, self.state = Path(config.output_dir), TrainState()
+        self.steps = config.loop.count_steps(len(images))
         optimizer = build_optimizer(model, config.optim)
         self.scheduler = build_scheduler(optimizer, config.optim, self.steps)  # stepped by hand, whatever W
         if config.loop.compile:
@@ -132,7 +128,11 @@ class Trainer:
                 if last or stop or (loop.save_every and state.step % loop.save_every == 0):
                     self.save(batch)
                 if stop and not last:
-                    raise self._interrupted(stop)
+                    raise Interrupted(
+                        f"{signal.Signals(stop).name} ended the run after step {state.step} of {self.steps}, saved in "
+                        f"{newest_checkpoint(self.folder)}; go on with --resume.",
+                        stop,
+                    )
                 self.validate_if_due()  # after saving: where both are due, a run killed while it validates loses nothing
                 if self.out_of_patience():
                     self.save(batch)
@@ -181,23 +181,11 @@ class Trainer:
         keep = self.config.loop.keep_checkpoints
         save_state(self.accelerator, self.folder, states, self.state.step, keep, tokenizer)
 
-    def _interrupted(self, signal_number: int) -> Interrupted:
-        name = signal.Signals(signal_number).name
-        step, checkpoint = self.state.step, newest_checkpoint(self.folder)
-        return Interrupted(
-            f"{name} ended the run after step {step} of {self.steps}, saved in {checkpoint}; go on with --resume.",
-            signal_number,
-        )
-
     def batches(self) -> Iterator[dict[str, Any]]:
         """The batches still to come, this process' share of each."""
-        visits = VisitSampler(
-            self.images.pairs.order(self.config.seed),
-            self.config.loop.batch_size,
-            self.steps,
-            start=self.state.step,
-            share=(self.accelerator.process_index, self.accelerator.num_processes),
-        )
+        order = self.images.pairs.order(self.config.seed)
+        share = self.accelerator.process_index, self.accelerator.num_processes
+        visits = VisitSampler(order, self.config.loop.batch_size, self.steps, self.state.step, share)
         return load_batches(self.images, self.processor, visits, self.accelerator.device)
 
     def step(self, batch: dict[str, torch.Tensor]) -> tuple[DualTextLoss, dict[str, Any]]:
@@ -222,10 +210,18 @@ class Trainer:
         hashes = {kind: gather(text_hashes(ids, end_of_text).to(device)) for kind, ids in input_ids.items()}  # (B,)
         self.report.count("tokens", sum(int(token_lengths(ids, end_of_text).sum()) for ids in input_ids.values()))
         self.report.count("tokens_with_padding", sum(group.numel() for group in texts.groups))
-        loss_config = self.config.loss.at(
-            self.state.step / self.steps
-        )  # of the step alone: a resumed run has the same
-        loss_of = partial(self._loss, config=loss_config, order=texts.order, hashes=hashes)
+        # Of the step alone: a resumed run has the same.
+        loss_config = self.config.loss.at(self.state.step / self.steps)
+
+        def loss_of(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> DualTextLoss:
+            """The loss of the global batch from this process' images (b, P) and grouped texts (n, P)."""
+            parts = text_embeds[texts.order].split(len(image_embeds))  # (b, P) of each kind
+            embeds = {kind: gather_with_gradient(part) for kind, part in zip(hashes, parts, strict=True)}  # (B, P)
+            long_and_short = [embeds.get(kind) for kind in INPUT_IDS]
+            both_hashes = [hashes.get(kind) for kind in INPUT_IDS]
+            images, scale = gather_with_gradient(image_embeds), self.model.logit_scale.exp()
+            return dual_text_loss(images, *long_and_short, scale, loss_config, *both_hashes)
+
         if micro_batch_size is None or micro_batch_size >= len(pixel_values):
             losses = loss_of(*self.embedder(pixel_values, texts.groups))
             accelerator.backward(losses.loss)
@@ -238,7 +234,9 @@ class Trainer:
         if loss_config is not self.config.loss:
             numbers["long_weight"] = loss_config.long_weight
         numbers |= {f"identical_{kind}": share_of_identical(of_kind) for kind, of_kind in hashes.items()}
-        numbers["gradient_norm"] = self._clip_gradient()
+        limit = self.config.optim.max_grad_norm
+        norm = accelerator.clip_grad_norm_(self.embedder.parameters(), math.inf if limit is None else limit)
+        numbers["gradient_norm"] = torch.as_tensor(norm)  # a scalar; DeepSpeed has clipped by now, and says a number
         self._stop_if_not_finite(losses, numbers, batch)  # before it reaches the weights
         self.optimizer.step()
         if not accelerator.optimizer_step_was_skipped:  # by fp16's loss scaling
@@ -263,33 +261,6 @@ class Trainer:
             texts = as_they_come(input_ids)
         groups = [group.to(device, non_blocking=True) for group in texts.groups]
         return TextGroups(groups, texts.order.to(device, non_blocking=True))
-
-    def _loss(
-        self,
-        image_embeds: torch.Tensor,
-        text_embeds: torch.Tensor,
-        config: LossConfig,
-        order: torch.Tensor,
-        hashes: dict[str, torch.Tensor],
-    ) -> DualTextLoss:
-        """The loss of the global batch from this process' images (b, P) and grouped texts (n, P)."""
-        texts = text_embeds[order].split(len(image_embeds))  # (b, P) of each kind
-        texts = {kind: gather_with_gradient(embeds) for kind, embeds in zip(hashes, texts, strict=True)}  # (B, P)
-        return dual_text_loss(
-            gather_with_gradient(image_embeds),
-            texts.get("long"),
-            texts.get("short"),
-            self.model.logit_scale.exp(),
-            config,
-            hashes.get("long"),
-            hashes.get("short"),
-        )
-
-    def _clip_gradient(self) -> torch.Tensor:
-        """Clip the gradient, if it is to be clipped at all; its norm before that, a scalar."""
-        limit = self.config.optim.max_grad_norm
-        norm = self.accelerator.clip_grad_norm_(self.embedder.parameters(), math.inf if limit is None else limit)
-        return torch.as_tensor(norm)  # DeepSpeed has clipped by now, and says a number
 
     def _stop_if_not_finite(self, losses: DualTextLoss, numbers: dict[str, Any], batch: dict[str, Any]) -> None:
         """Stop all processes together; also where they agree on the step that a signal ends the run after."""
@@ -360,7 +331,12 @@ def not_finite(
     Returns:
         the error to raise.
     """
-    numbers = {name: _as_text(value) for name, value in numbers.items() if value is not None}
+    numbers = {
+        name: value.item() if isinstance(value, torch.Tensor) else value
+        for name, value in numbers.items()
+        if value is not None
+    }
+    numbers = {name: str(value) if isinstance(value, float) else value for name, value in numbers.items()}
     all_ids, checkpoint, path = gather_object(ids), newest_checkpoint(run_folder), run_folder / NOT_FINITE_BATCH
     if accelerator.is_main_process:
         run_folder.mkdir(parents=True, exist_ok=True)
@@ -372,8 +348,3 @@ def not_finite(
         f"optim.max_grad_norm, or set precision to fp32, in another output_dir. {where}; the ids of the batch are in "
         f"{path}: if one of its rows is at fault, mend it and go on with --resume."
     )
-
-
-def _as_text(value: int | float | torch.Tensor) -> int | str:
-    value = value.item() if isinstance(value, torch.Tensor) else value
-    return str(value) if isinstance(value, float) else value

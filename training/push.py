@@ -107,19 +107,17 @@ def carry_out(command: list[str], purpose: str, say: Callable[[str], None]) -> b
         whether it ended well.
     """
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=LONGEST_PUSH
-        )
+        others = {name: value for name, value in os.environ.items() if not name.startswith(_OF_THE_RUN)}
+        limits = {"capture_output": True, "text": True, "timeout": LONGEST_PUSH}
+        done = subprocess.run(command, cwd=ROOT, env=others, **limits)
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = f"it took more than {LONGEST_PUSH} s" if isinstance(error, subprocess.TimeoutExpired) else str(error)
     else:
-        lines = [
-            line.strip() for line in (done.stderr if done.returncode else done.stdout).splitlines() if line.strip()
-        ]
+        lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
         if done.returncode == 0:
-            say(f"{purpose}: {lines[-1] if lines else 'done'}")
+            say(f"{purpose}: {lines[-1].strip() if lines else 'done'}")
             return True
-        reason = f"exit status {done.returncode}: {lines[-1] if lines else 'nothing was said'}"
+        reason = f"exit status {done.returncode}: {lines[-1].strip() if lines else 'nothing was said'}"
     say(f"note: {purpose} failed ({reason}). Nothing of the training is lost; repeat it with\n  {shlex.join(command)}")
     return False
 

@@ -13,6 +13,7 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from modeling_lrsclip.files.hashing import weights_sha256
 from modeling_lrsclip.published.registry import MODELS
 
 from .checkpoint import TrainState
+from .config import PushConfig
 from .model import SCRATCH, full_name
 
 
@@ -43,18 +45,12 @@ SCHEMA_VERSION = 1  # of run.json
 VERSIONS_OF = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "pillow", "numpy")
 # What a resumed run may have otherwise than the run before it: where it is, how often it logs, validates and saves, who
 # reads its data and how much of them may be unusable.
-FREE = {
-    "resume",
-    "allow_changed_data",
-    "output_dir",
-    "data.workers",
-    "data.prefetch_factor",
-    "data.max_skipped_fraction",
-}
+FREE = {"resume", "allow_changed_data", "output_dir", "push_to_hub"}
+FREE |= {f"push.{field.name}" for field in fields(PushConfig)}
+FREE |= {f"data.{name}" for name in ("workers", "prefetch_factor", "max_skipped_fraction")}
 FREE |= {f"loop.{name}" for name in ("log_every", "log_ids", "trackers", "validate_every", "patience")}
 FREE |= {f"loop.{name}" for name in ("save_every", "keep_checkpoints")}
 LENGTHS = ("loop.steps", "loop.epochs")  # may become more
-FREE |= {"push_to_hub", *(f"push.{name}" for name in ("repo", "private", "every", "license", "measure"))}
 
 
 def check_run_folder(folder: Path, config: dict[str, Any], resume: bool) -> None:
@@ -79,13 +75,15 @@ def check_run_folder(folder: Path, config: dict[str, Any], resume: bool) -> None
     if not values:
         raise ValueError(f"{folder / CONFIG} is empty; write back what it was, or set another output_dir.")
     before, now = flatten(values), flatten(config)
-    changed = [name for name in now | before if name not in FREE and before.get(name) != now.get(name)]
-    changed = [
-        name for name in changed if name not in LENGTHS or (now.get(name) or 0) <= (before.get(name) or math.inf)
-    ]
-    if changed:
-        changes = ", ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)
-        raise ValueError(f"{folder} cannot be resumed with another configuration: {changes}; set another output_dir.")
+    changes = []
+    for name in (now | before).keys() - FREE:
+        longer = name in LENGTHS and (now.get(name) or 0) > (before.get(name) or math.inf)
+        if before.get(name) != now.get(name) and not longer:
+            changes.append(f"{name} was {before.get(name)!r} and is {now.get(name)!r}")
+    if changes:
+        raise ValueError(
+            f"{folder} cannot be resumed with another configuration: {', '.join(changes)}; set another output_dir."
+        )
 
 
 def flatten(values: dict, prefix: str = "") -> dict:
@@ -171,15 +169,8 @@ def describe_data(sources: str | list[dict[str, Any]]) -> dict[str, Any]:
     if isinstance(sources, str):
         return describe_source(sources)
     each = [describe_source(source["path"]) | {"weight": source["weight"]} for source in sources]
-    kinds = {source["kind"] for source in each}
-    names = ", ".join(source["name"] for source in each)
-    return {"name": names, "kind": "hub" if kinds == {"hub"} else "local", "sources": each}
-
-
-def describe_validation(data: dict[str, Any]) -> dict[str, Any]:
-    """Name of held-out data as [`describe_data`] has it, with the `share` of the training images where that is asked for."""
-    share = data["validation"]
-    return describe_data(data["train"]) | {"share": share} if isinstance(share, float) else describe_data(share)
+    kind = "hub" if all(source["kind"] == "hub" for source in each) else "local"
+    return {"name": ", ".join(source["name"] for source in each), "kind": kind, "sources": each}
 
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:
@@ -193,31 +184,19 @@ def read_record(folder: str | Path) -> dict[str, Any] | None:
     return read_json(path, "remove it, or put back what the run wrote") if path.is_file() else None
 
 
+@dataclass
 class RunRecord:
-    """
-    Writes `run.json` into a run folder when the run starts or goes on, and beside the weights of its models.
+    """Writes `run.json` into a run folder when the run starts or goes on, and beside the weights of its models."""
 
-    Args:
-        folder: of the run.
-        config: the run's configuration as nested dictionaries.
-        accelerator: what it computes on.
-        steps: of the whole run.
-        data: what the training data are, see `data.inspection.inspect_pairs`.
-        validation_pairs: rows that are validated on, None for none.
-    """
+    folder: Path  # of the run
+    config: dict[str, Any]  # the run's, as nested dictionaries
+    accelerator: Accelerator  # what it computes on
+    steps: int  # of the whole run
+    data: dict[str, Any]  # what the training data are, see `data.inspection.inspect_pairs`
+    validation_pairs: int | None  # rows that are validated on, None for none
 
-    def __init__(
-        self,
-        folder: Path,
-        config: dict[str, Any],
-        accelerator: Accelerator,
-        steps: int,
-        data: dict[str, Any],
-        validation_pairs: int | None,
-    ):
-        self.folder, self.config, self.accelerator = folder, config, accelerator
-        self.steps, self.data, self.validation_pairs = steps, data, validation_pairs
-        self.init_run = read_record(config["model"]["init"])  # before the run, which must not fail at its end for it
+    def __post_init__(self):
+        self.init_run = read_record(self.config["model"]["init"])  # the run must not fail at its end for it
 
     def introduce(self, model: LRSCLIPModel, seen: set[str]) -> None:
         """
@@ -241,10 +220,8 @@ class RunRecord:
                 f"{column}: {lengths['mean_tokens']:.0f} tokens on average, {lengths['share_truncated']:.0%} longer than "
                 f"{positions} and cut"
             )
-        for line in [
-            *(f"warning: {text}" for text in self.data["warnings"]),
-            *survey_lines(self.data["imagery"], "data.train"),
-        ]:
+        warnings = [f"warning: {text}" for text in self.data["warnings"]]
+        for line in (*warnings, *survey_lines(self.data["imagery"], "data.train")):
             print(line)
 
     def start(self, step: int, changed_data: list[str]) -> None:
@@ -254,9 +231,8 @@ class RunRecord:
         """
         replace_text(self.folder / CONFIG, yaml.safe_dump(self.config, sort_keys=False))
         record = read_record(self.folder) or {"schema_version": SCHEMA_VERSION}
-        starts = [*record.get("starts", []), {"step": step} | self._machine()]
-        starts[-1] |= {"changed_data": changed_data} if changed_data else {}
-        replace_json(self.folder / RECORD, record | {"starts": starts})
+        start = {"step": step} | self._machine() | ({"changed_data": changed_data} if changed_data else {})
+        replace_json(self.folder / RECORD, record | {"starts": [*record.get("starts", []), start]})
 
     def finish(self, state: TrainState) -> None:
         """Write the whole record into the run folder and beside the weights of `final` and `best`."""
@@ -280,7 +256,22 @@ class RunRecord:
             the record, with their hash.
         """
         weights = weights_sha256(sorted(LRSCLIPModel.from_pretrained(folder).state_dict().items()))
-        record = self._run(state) | {"weights": {"step": step, "sha256": weights}}
+        init, data, measured = self.config["model"]["init"], self.config["data"], self.validation_pairs
+        share = data["validation"] if isinstance(data["validation"], float) else None
+        held_out = measured and describe_data(data["train"] if share else data["validation"])
+        record = self._machine() | {
+            "schema_version": SCHEMA_VERSION,
+            "starts": (read_record(self.folder) or {}).get("starts", []),
+            "init": describe_init(init) if init != SCRATCH else None,
+            "init_run": self.init_run,
+            "data": describe_data(data["train"]) | self.data,
+            "validation": measured and held_out | ({"share": share} if share else {}) | {"pairs": measured},
+            "best": measured and {"step": state.best_step, "mR": state.best_recall},
+            "steps": self.steps,
+            "seconds": state.seconds,
+            "config": self.config,
+            "weights": {"step": step, "sha256": weights},
+        }
         replace_json(folder / RECORD, record)
         return record
 
@@ -294,20 +285,4 @@ class RunRecord:
             "precision": self.accelerator.mixed_precision.replace("no", "fp32"),
             "versions": versions(),
             "git": git_state(Path(__file__).parent),
-        }
-
-    def _run(self, state: TrainState) -> dict[str, Any]:
-        """The record, but for the weights that it stands beside."""
-        init, data, measured = self.config["model"]["init"], self.config["data"], self.validation_pairs
-        return self._machine() | {
-            "schema_version": SCHEMA_VERSION,
-            "starts": (read_record(self.folder) or {}).get("starts", []),
-            "init": describe_init(init) if init != SCRATCH else None,
-            "init_run": self.init_run,
-            "data": describe_data(data["train"]) | self.data,
-            "validation": measured and describe_validation(data) | {"pairs": measured},
-            "best": measured and {"step": state.best_step, "mR": state.best_recall},
-            "steps": self.steps,
-            "seconds": state.seconds,
-            "config": self.config,
         }

@@ -65,29 +65,19 @@ class RunLog:
             "wandb": {"id": identity, "name": name, "dir": str(self.folder), "resume": "allow"},
         }
         self.accelerator.init_trackers("lrsclip", init_kwargs=options)
-        self.bar = tqdm(
-            total=self.steps,
-            initial=state.step,
-            unit="step",
-            desc="training",
-            dynamic_ncols=True,
-            disable=not self.accelerator.is_main_process,
-            mininterval=0.5,
-        )
-        with self.bar:
+        looks = {"unit": "step", "dynamic_ncols": True, "mininterval": 0.5}
+        silent = not self.accelerator.is_main_process
+        with tqdm(desc="training", total=self.steps, initial=state.step, disable=silent, **looks) as self.bar:
             yield
 
     def _rewind(self, state: TrainState) -> None:
         """Take out of `log.jsonl` what a killed run wrote after the checkpoint that it goes on from."""
         if not self.accelerator.is_main_process or not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text().splitlines(keepends=True):
-            if not line.endswith("\n"):
-                continue  # the kill fell into it
-            record = json.loads(line)
-            if record["step"] <= (state.validated if record["kind"] == "validation" else state.step):
-                kept.append(line)
+        lines = self.path.read_text().splitlines(keepends=True)
+        records = [json.loads(line) for line in lines if line.endswith("\n")]  # else the kill fell into it
+        ends = [state.validated if record["kind"] == "validation" else state.step for record in records]
+        kept = [line for line, record, end in zip(lines, records, ends) if record["step"] <= end]
         replace_text(self.path, "".join(kept))
 
     def say(self, text: str) -> None:
@@ -98,7 +88,7 @@ class RunLog:
     def batch(self, step: int, ids: list[str]) -> None:
         """Log the sample ids of this process' share of the batch, where that was asked for."""
         if self.log_ids:
-            self._append([{"kind": "batch", "step": step, "ids": gather_object(ids)}])
+            self._append({"kind": "batch", "step": step, "ids": gather_object(ids)})
 
     def count(self, name: str, number: int) -> None:
         """Add to what the next line says of all processes together."""
@@ -120,9 +110,8 @@ class RunLog:
         parts = {name: value.item() for name, value in losses._asdict().items() if value is not None}
         self.bar.set_postfix({name: f"{value:.3f}" for name, value in parts.items()}, refresh=False)
         numbers = parts | {name: float(value) for name, value in numbers.items()}
-        self._write(
-            "train", state.step, numbers | self._totals(state) | {"skipped": state.skipped, "seconds": state.seconds}
-        )
+        progress = {"skipped": state.skipped, "seconds": state.seconds}
+        self._write("train", state.step, numbers | self._totals(state) | progress)
 
     def _totals(self, state: TrainState) -> dict[str, float]:
         """Sum the counts of all processes since the last line; peak memory is that of the process with most, since its start."""
@@ -155,12 +144,12 @@ class RunLog:
 
     def _write(self, kind: str, step: int, numbers: dict[str, float]) -> None:
         self.accelerator.log({f"{kind}/{name}": value for name, value in numbers.items()}, step=step)
-        self._append([{"kind": kind, "step": step} | numbers])
+        self._append({"kind": kind, "step": step} | numbers)
 
-    def _append(self, records: list[dict]) -> None:
+    def _append(self, record: dict) -> None:
         if self.accelerator.is_main_process:
             with self.path.open("a") as log:
-                log.writelines(json.dumps(record) + "\n" for record in records)
+                log.write(json.dumps(record) + "\n")
 
 
 def peak_memory(device: torch.device) -> int:
