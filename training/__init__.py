@@ -33,9 +33,8 @@ def end_with_the_launcher() -> None:
     if launched and sys.platform == "linux":
         parent = os.getppid()
         ctypes.CDLL(None, use_errno=True).prctl(_DIES_WITH_PARENT, signal.SIGTERM)
-        if os.getppid() != parent or (
-            parent == 1 and not _launches(1)
-        ):  # it died before the call, which came too late
+        # It died before the call, which came too late.
+        if os.getppid() != parent or (parent == 1 and not _launches(1)):
             os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -51,6 +51,11 @@ Loaded = TypeVar("Loaded")
 # ---------------------------------------------------------------------------------------------------------- gathering
 
 
+def is_alone() -> bool:
+    """Whether this is the only process of the run."""
+    return not dist.is_initialized() or dist.get_world_size() == 1
+
+
 def gather(local: torch.Tensor) -> torch.Tensor:
     """
     `local` of all processes, concatenated in rank order, without gradient.
@@ -61,7 +66,7 @@ def gather(local: torch.Tensor) -> torch.Tensor:
     Returns:
         `(B, ...)`; `local` itself with one process.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if is_alone():
         return local
     parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, local.contiguous())
@@ -78,7 +83,7 @@ def gather_with_gradient(local: torch.Tensor | None) -> torch.Tensor | None:
     equal summands leaves as it is. The result is the gradient of one process on the whole batch. (The published code
     gathers without gradient and loses part of it.)
     """
-    if local is None or not dist.is_initialized() or dist.get_world_size() == 1:
+    if local is None or is_alone():
         return local
     return _Gather.apply(local)
 
@@ -121,7 +126,7 @@ def keep_until_exit() -> None:
 
 def cpu_group() -> dist.ProcessGroup | None:
     """Make a group of all processes whose CPUs talk, past any GPU; None with one process. All must call it."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if is_alone():
         return None
     _kept.append(dist.new_group(backend="gloo", timeout=LONGEST_STEP))
     return _kept[-1]
@@ -172,14 +177,14 @@ def wait_for_all(work: str) -> None:
         [`LostProcessError`]: naming the work.
     """
     group = _patient_group()
-    if group is not None:
-        try:
-            dist.monitored_barrier(group, timeout=LONGEST_ALONE)
-        except RuntimeError as error:
-            lost = explain_lost_processes(error, work)
-            if lost is None:
-                raise
+    if group is None:
+        return
+    try:
+        dist.monitored_barrier(group, timeout=LONGEST_ALONE)
+    except RuntimeError as error:
+        if lost := explain_lost_processes(error, work):
             raise lost from error
+        raise
 
 
 _patient: dict[dist.ProcessGroup, dist.ProcessGroup | None] = {}

@@ -71,9 +71,8 @@ def cached_gradients(
             # Of the CPU and of the devices that the piece lies on.
             random_states.append((torch.get_rng_state(), *get_device_states(pixel_values, *groups)))
             embeds.append(embedder(pixel_values, groups))
-    leaves = [
-        torch.cat([part for part in parts if part is not None]).requires_grad_() for parts in zip(*embeds)
-    ]  # (b, P), (n, P)
+    kinds = ([part for part in parts if part is not None] for parts in zip(*embeds))
+    leaves = [torch.cat(parts).requires_grad_() for parts in kinds]  # (b, P), (n, P)
     losses = loss_of(*leaves)
     scale = [logit_scale] if logit_scale.requires_grad else []
     *left, scale_gradient = [*torch.autograd.grad(losses.loss, [*leaves, *scale]), None][:3]  # (b, P), (n, P), scalar

@@ -92,14 +92,11 @@ def build_processor(start: Start, texts: Iterable[str]) -> LRSCLIPProcessor:
         tokenizer = train_tokenizer(texts, config.vocab_size, model_max_length=start.positions)
     else:
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.init, model_max_length=start.positions)
-    if config.init == SCRATCH:
-        size = config.vision.get("image_size", 224)
-        image_processor = LRSCLIPImageProcessor(
-            size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-        )
-    else:
-        image_processor = LRSCLIPImageProcessor.from_pretrained(config.init)
-    return LRSCLIPProcessor(image_processor, tokenizer)
+    if config.init != SCRATCH:
+        return LRSCLIPProcessor(LRSCLIPImageProcessor.from_pretrained(config.init), tokenizer)
+    size = config.vision.get("image_size", 224)
+    cropped = {"height": size, "width": size}
+    return LRSCLIPProcessor(LRSCLIPImageProcessor(size={"shortest_edge": size}, crop_size=cropped), tokenizer)
 
 
 def build_model(start: Start, processor: LRSCLIPProcessor) -> LRSCLIPModel:
@@ -212,10 +209,9 @@ def freeze_kept_positions(model: LRSCLIPModel) -> None:
     text_config = model.config.text_config
     if text_config.stretch_ratio == 1 or text_config.kept_positions == 0:
         return
-    kept = text_config.kept_positions
 
     def without_gradient(_table, position_ids, embeddings):
-        is_kept = (position_ids[0] < kept).unsqueeze(-1)  # (1, L, 1)
+        is_kept = (position_ids[0] < text_config.kept_positions).unsqueeze(-1)  # (1, L, 1)
         return torch.where(is_kept, embeddings.detach(), embeddings)  # (1, L, D)
 
     model.text_model.embeddings.position_embedding.register_forward_hook(without_gradient)

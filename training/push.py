@@ -6,6 +6,7 @@ the training.
 """
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from .config import PushConfig
 ROOT = Path(__file__).parents[1]  # of the clone
 LONGEST_PUSH = 2 * 3600  # seconds, then it counts as failed
 # What a launcher tells the processes of a run and would mislead another program.
-_OF_THE_RUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
-_PREFIXES = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "ROLE_")
+_OF_THE_RUN = re.compile(
+    r"((LOCAL_|GROUP_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$|(ACCELERATE|FSDP|TORCHELASTIC|ROLE)_"
+)
 
 
 def look_for_a_token(say: Callable[[str], None]) -> None:
@@ -107,7 +109,7 @@ def carry_out(command: list[str], purpose: str, say: Callable[[str], None]) -> b
         whether it ended well.
     """
     try:
-        others = {name: value for name, value in os.environ.items() if not name.startswith(_OF_THE_RUN)}
+        others = {name: value for name, value in os.environ.items() if not _OF_THE_RUN.match(name)}
         limits = {"capture_output": True, "text": True, "timeout": LONGEST_PUSH}
         done = subprocess.run(command, cwd=ROOT, env=others, **limits)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -120,9 +122,3 @@ def carry_out(command: list[str], purpose: str, say: Callable[[str], None]) -> b
         reason = f"exit status {done.returncode}: {lines[-1].strip() if lines else 'nothing was said'}"
     say(f"note: {purpose} failed ({reason}). Nothing of the training is lost; repeat it with\n  {shlex.join(command)}")
     return False
-
-
-def _environment() -> dict[str, str]:
-    return {
-        name: value for name, value in os.environ.items() if name not in _OF_THE_RUN and not name.startswith(_PREFIXES)
-    }

@@ -129,13 +129,11 @@ def train(config: TrainConfig, folder: Path) -> Path:
     if record is not None:
         record.finish(state)
         if config.push_to_hub:
-            measured_on = str(folder / HELD_OUT) if config.data.share else config.data.validation
-            measured_on = measured_on if config.push.measure else None
-            push(config.push, folder / "final", state.step, print, measured_on)
+            held_out_data = str(folder / HELD_OUT) if config.data.share else config.data.validation
+            push(config.push, folder / "final", state.step, print, held_out_data if config.push.measure else None)
         if state.skipped:
-            print(
-                f"{state.skipped} visits of rows that could not be used went to the row after; see {folder / SKIPPED}"
-            )
+            left_out = f"{state.skipped} visits of rows that could not be used"
+            print(f"{left_out} went to the row after; see {folder / SKIPPED}")
         if validation is not None:
             print(f"best validation mR {state.best_recall:.1f} at step {state.best_step}: {folder / 'best'}")
         print(folder / "final")

@@ -76,9 +76,9 @@ def check_run_folder(folder: Path, config: dict[str, Any], resume: bool) -> None
         raise ValueError(f"{folder / CONFIG} is empty; write back what it was, or set another output_dir.")
     before, now = flatten(values), flatten(config)
     changes = []
-    for name in (now | before).keys() - FREE:
+    for name in now | before:
         longer = name in LENGTHS and (now.get(name) or 0) > (before.get(name) or math.inf)
-        if before.get(name) != now.get(name) and not longer:
+        if name not in FREE and before.get(name) != now.get(name) and not longer:
             changes.append(f"{name} was {before.get(name)!r} and is {now.get(name)!r}")
     if changes:
         raise ValueError(

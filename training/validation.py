@@ -45,9 +45,8 @@ class Validation:
         for kind in self.pairs.kinds:
             texts_of_images = [text_list(getattr(row, kind)) for row in usable]
             texts, owners = zip(*((text, index) for index, texts in enumerate(texts_of_images) for text in texts))
-            recall = evaluate_retrieval(
-                model, self.processor, image_embeds, list(texts), list(owners), dtype=self.dtype
-            )
+            measured = (model, self.processor, image_embeds, list(texts), list(owners))
+            recall = evaluate_retrieval(*measured, dtype=self.dtype)
             numbers |= {f"{kind}_{name}": value for name, value in recall.items()}
         means = [value for name, value in numbers.items() if name.endswith("_mR")]
         return numbers | {"mR": statistics.fmean(means)}
