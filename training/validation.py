@@ -44,9 +44,9 @@ class Validation:
         numbers = {}
         for kind in self.pairs.kinds:
             texts_of_images = [text_list(getattr(row, kind)) for row in usable]
-            texts, owners = zip(*((text, index) for index, texts in enumerate(texts_of_images) for text in texts))
-            measured = (model, self.processor, image_embeds, list(texts), list(owners))
-            recall = evaluate_retrieval(*measured, dtype=self.dtype)
+            pairs = [(text, index) for index, texts in enumerate(texts_of_images) for text in texts]
+            texts, owners = map(list, zip(*pairs))
+            recall = evaluate_retrieval(model, self.processor, image_embeds, texts, owners, dtype=self.dtype)
             numbers |= {f"{kind}_{name}": value for name, value in recall.items()}
         means = [value for name, value in numbers.items() if name.endswith("_mR")]
         return numbers | {"mR": statistics.fmean(means)}

@@ -25,12 +25,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from modeling_lrsclip.commands import command, command_parser
 from modeling_lrsclip.files.atomic import replace_json
 from modeling_lrsclip.files.configuration import plain_values, validate
 from modeling_lrsclip.files.parts import parse_part, run_on_ray
 from training.run_folder import git_state, versions
 
-from .captioners.captioner import AnswerStore, Captioner, CaptionerDown, Gate
+from .captioners.captioner import AnswerStore, Captioner, Gate
 from .captioners.prompts import load_prompts
 from .checks.across_rows import drop_repeats
 from .data_row import Record, split_of
@@ -361,10 +362,10 @@ def report(manifest: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@command(status=1, interrupted="interrupted; run the same command again to go on.")
 def main(argv: Iterable[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="training.lrs2m.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Run the command; what goes wrong is one sentence on standard error and exit status 1."""
+    parser = command_parser("training.lrs2m.build", __doc__)
     parser.add_argument("--config", nargs="+", required=True, metavar="RECIPE", help="recipe files (YAML)")
     parser.add_argument("--output", required=True, type=Path, help="folder of the data set")
     parser.add_argument("--root", type=Path, help="where relative paths of the recipe start; by default where you are")
@@ -385,42 +386,29 @@ def main(argv: Iterable[str] | None = None) -> int:
     parser.add_argument("--parts", type=int, help="with --on ray: into how many parts the work is cut")
     arguments = parser.parse_args(argv)
     folder, root = arguments.output, arguments.root or Path.cwd()
-    try:
-        recipe = read_recipe(arguments.config, arguments.set)
-        if arguments.check:
-            return _check(recipe, folder, root)
-        if arguments.on:
-            if arguments.part or arguments.restart or arguments.retry_failed:
-                raise ValueError(
-                    "--on ray makes its own parts and goes on with those there are; --part, --restart and --retry-failed "
-                    "are for a build without it."
-                )
-            return _end(_build_on_ray(recipe, folder, root, arguments), folder)
+    recipe = read_recipe(arguments.config, arguments.set)
+    if arguments.check:
+        lines, mistakes = describe(recipe, load_prompts(recipe, root), root, folder)
+        print("\n".join(lines))
+        for mistake in mistakes:
+            print(f"error: {mistake}", file=sys.stderr)
+        return 1 if mistakes else 0
+    if arguments.on:
+        if arguments.part or arguments.restart or arguments.retry_failed:
+            raise ValueError(
+                "--on ray makes its own parts and goes on with those there are; --part, --restart and --retry-failed "
+                "are for a build without it."
+            )
+        manifest = _build_on_ray(recipe, folder, root, arguments)
+    else:
         if arguments.ray_address or arguments.parts:
             raise ValueError("--ray-address and --parts need --on ray.")
         part = parse_part(arguments.part) if arguments.part else None
         folder = part_folder(folder, part) if part else folder
         again = "restart" if arguments.restart else "retry" if arguments.retry_failed else None
         manifest = _build_locked(recipe, folder, root, part, again)
-    except (CaptionerDown, ValueError, OSError) as error:
-        return _complain(str(error))
-    except KeyboardInterrupt:
-        return _complain("interrupted; run the same command again to go on.")
-    return _end(manifest, folder)
-
-
-def _end(manifest: dict[str, Any], folder: Path) -> int:
-    print(report(manifest))
-    print(f"Data set: {folder / 'data'}")
+    print(f"{report(manifest)}\nData set: {folder / 'data'}")
     return 0
-
-
-def _check(recipe: Recipe, folder: Path, root: Path) -> int:
-    lines, mistakes = describe(recipe, load_prompts(recipe, root), root, folder)
-    print("\n".join(lines))
-    for mistake in mistakes:
-        _complain(mistake)
-    return 1 if mistakes else 0
 
 
 def _build_locked(
@@ -471,11 +459,6 @@ def _build_on_ray(recipe: Recipe, folder: Path, root: Path, arguments: argparse.
     inner.rename(joined)  # never some of the parts only
     shutil.rmtree(joined)
     return manifest
-
-
-def _complain(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 1
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ licences in LICENSE.md, which the card links to. What somebody wrote or changed 
 `--replace`.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 import yaml
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from modeling_lrsclip.commands import command, command_parser
 from modeling_lrsclip.files.documents import without_markup
 from modeling_lrsclip.files.hashing import bytes_sha256
 
@@ -168,20 +168,14 @@ def _digest(card: str) -> str:
     return bytes_sha256(card.rstrip())[:16]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; what goes wrong is one sentence on standard error and exit status 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.lrs2m.card", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+@command()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; what goes wrong is one sentence on standard error and exit status 2."""
+    parser = command_parser("python -m training.lrs2m.card", __doc__)
     parser.add_argument("folder", type=Path, help="a finished data set")
     parser.add_argument("--replace", action="store_true", help="replace a README.md that was changed by hand")
     options = parser.parse_args(arguments)
-    try:
-        print(f"written: {write_card(options.folder, options.replace)}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    print(f"written: {write_card(options.folder, options.replace)}")
 
 
 if __name__ == "__main__":

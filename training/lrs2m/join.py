@@ -9,7 +9,6 @@ an undivided build would have written, to the byte. An interrupted join goes on 
 parts are only read.
 """
 
-import argparse
 import heapq
 import json
 import shutil
@@ -22,6 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from modeling_lrsclip.commands import command, command_parser
 from modeling_lrsclip.files.configuration import validate
 from modeling_lrsclip.files.hashing import json_sha256
 
@@ -230,27 +230,16 @@ def join(folders: Sequence[Path], output: Path) -> dict[str, Any]:
         return manifest
 
 
-def main(argv: Iterable[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="training.lrs2m.join", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+@command(status=1, interrupted="interrupted; run the same command again to go on.")
+def main(argv: Iterable[str] | None = None) -> None:
+    """Run the command; what goes wrong is one sentence on standard error and exit status 1."""
+    parser = command_parser("training.lrs2m.join", __doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="parts, or folders that hold them")
     parser.add_argument("--output", required=True, type=Path, help="folder of the data set")
     arguments = parser.parse_args(argv)
-    try:
-        manifest = join(arguments.folders, arguments.output)
-    except (ValueError, OSError) as error:
-        return _complain(str(error))
-    except KeyboardInterrupt:
-        return _complain("interrupted; run the same command again to go on.")
+    manifest = join(arguments.folders, arguments.output)
     print(", ".join(f"{name} {times:,}" for name, times in manifest["totals"].items()))
     print(f"Data set: {arguments.output / 'data'}")
-    return 0
-
-
-def _complain(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 1
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, Repositor
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
+from modeling_lrsclip.commands import command, command_parser
 from modeling_lrsclip.files.hashing import file_sha256, git_blob_id
 
 from .card import CARD, LICENCES, is_own, write_card
@@ -36,6 +37,8 @@ FAILURES = (OSError, RuntimeError, ValueError, *HfHubHTTPError.__bases__)  # the
 
 class HubError(Exception):
     """The Hub refused or could not be reached; one sentence with what to do."""
+
+    exit_status = 3
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ def push(api: HfApi, folder: Path, repo_id: str, private: bool = False) -> str:
         operations += [CommitOperationDelete(path) for path in stale if path != MANIFEST]
         api.create_commit(repo_id, operations, commit_message="Manifest, card and statistics", repo_type=KIND)
     except FAILURES as error:
+        print(file=sys.stderr)  # the client leaves its progress bar without an end of line
         raise HubError(f"{repo_id}: {_explain(error, repo_id)}") from error
     return f"{api.endpoint}/datasets/{repo_id}"
 
@@ -188,9 +192,7 @@ def _say(stage: str, text: str) -> None:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.lrs2m.push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m training.lrs2m.push", __doc__)
     parser.add_argument("folder", type=Path, help="a finished data set")
     parser.add_argument("--repo", required=True, help="owner/name on the Hub; made if it does not exist")
     parser.add_argument("--private", action="store_true", help="if the repository is made now")
@@ -220,18 +222,10 @@ def run(options: argparse.Namespace, api: HfApi) -> None:
     _say("done", push(api, options.folder, options.repo, options.private))
 
 
-def main(arguments: Sequence[str] | None = None, api: HfApi | None = None) -> int:
-    """Runs the command; what goes wrong is one sentence on standard error and an exit status, see above."""
-    options = parse_arguments(arguments)
-    try:
-        run(options, api or HfApi())
-    except (ValueError, OSError, _Public) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except HubError as error:
-        print(f"\nerror: {error}", file=sys.stderr)  # the client leaves its progress bar without an end of line
-        return 3
-    return 0
+@command(HubError, _Public)
+def main(arguments: Sequence[str] | None = None, api: HfApi | None = None) -> None:
+    """Run the command; what goes wrong is one sentence on standard error and an exit status, see above."""
+    run(parse_arguments(arguments), api or HfApi())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ file that the captions were made on. Rows whose image is missing or another one 
 `unmatched.jsonl`; rows that have their image keep it. A row's words and provenance do not change.
 """
 
-import argparse
 import os
 import shutil
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from modeling_lrsclip.commands import command, command_parser
 from modeling_lrsclip.encoding.imagery import is_image_file
 from modeling_lrsclip.files.hashing import file_sha256
 
@@ -140,29 +140,21 @@ def _add(output: Output, row: Row, split: str, images: LocalImages) -> None:
         output.checkpoint(0, 0)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; what goes wrong is one sentence on standard error and exit status 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.lrs2m.rejoin",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+@command()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; what goes wrong is one sentence on standard error and exit status 2."""
+    parser = command_parser("python -m training.lrs2m.rejoin", __doc__)
     parser.add_argument("folder", type=Path, help="a finished data set without images")
     parser.add_argument("--images", type=Path, nargs="+", required=True, help="folders that hold the images")
     parser.add_argument("--output", type=Path, required=True, help="the folder to make")
     parser.add_argument("--by-name-only", action="store_true", help="do not hash files whose name is not a row's key")
     options = parser.parse_args(arguments)
-    try:
-        manifest = rejoin(options.folder, LocalImages(options.images, not options.by_name_only), options.output)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    manifest = rejoin(options.folder, LocalImages(options.images, not options.by_name_only), options.output)
     left = {name: count for name, count in manifest["totals"].items() if name.startswith("unmatched ")}
     reasons = ", ".join(f"{name.removeprefix('unmatched ')} {count:,}" for name, count in left.items())
     print(
         f"{count_rows(manifest):,} rows with images in {os.fspath(options.output)}{f'; left out: {reasons}' if reasons else ''}"
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ which benchmark it is. Where the data set is without pixels, `dataset_<name>.jso
 laid beside the images.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from pyarrow import parquet
 
 from evaluation.benchmarks.retrieval_data import PUBLISHED_SPLITS, PublishedSplit
 from evaluation.benchmarks.tables import plain
+from modeling_lrsclip.commands import command, command_parser
 from modeling_lrsclip.files.atomic import replacing
 
 from .shards import read_manifest, read_rows
@@ -112,24 +112,17 @@ def published_split(name: str) -> PublishedSplit | None:
     return next(known, None)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; what goes wrong is one sentence on standard error and exit status 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.lrs2m.retrieval_export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+@command()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; what goes wrong is one sentence on standard error and exit status 2."""
+    parser = command_parser("python -m training.lrs2m.retrieval_export", __doc__)
     parser.add_argument("folder", type=Path, help="a finished data set")
     parser.add_argument(
         "--output", type=Path, required=True, help="folder named after the benchmark, such as RSITMD-L"
     )
     parser.add_argument("--source", help="of the data set's sources, where it has several")
     options = parser.parse_args(arguments)
-    try:
-        images, texts = export(options.folder, options.output, options.source)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    images, texts = export(options.folder, options.output, options.source)
     print(f"{options.output}: {images:,} images with a long text each, {texts:,} short texts")
     expected = published_split(options.output.name)
     if expected and images != expected.images:
@@ -137,7 +130,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"note: the test split of {expected.name} has {expected.images:,} images; figures on this one do not compare "
             "with published ones"
         )
-    return 0
 
 
 if __name__ == "__main__":

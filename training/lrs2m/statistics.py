@@ -7,7 +7,6 @@ writes statistics.json, statistics.md and the figures into DIR, from one pass ov
 them, but for 8 bytes a row that tell images apart.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -23,6 +22,7 @@ from pyarrow import ArrowInvalid, parquet
 from tqdm import tqdm
 
 from evaluation.paper import paper_tables
+from modeling_lrsclip.commands import command, command_parser
 from modeling_lrsclip.files.atomic import replace_json
 
 from .data_row import GIVEN
@@ -336,23 +336,15 @@ def write(folder: Path) -> dict[str, Any]:
     return statistics
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; what goes wrong is one sentence on standard error and exit status 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.lrs2m.statistics",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+@command()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; what goes wrong is one sentence on standard error and exit status 2."""
+    parser = command_parser("python -m training.lrs2m.statistics", __doc__)
     parser.add_argument("folder", type=Path, help="a finished data set")
     folder = parser.parse_args(arguments).folder
-    try:
-        print(report(write(folder)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print(report(write(folder)))
     files = [name for name in (STATISTICS, TABLES, *PICTURES) if (folder / name).exists()]
     print(f"written: {', '.join(str(folder / name) for name in files)}")
-    return 0
 
 
 if __name__ == "__main__":

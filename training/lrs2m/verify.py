@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from modeling_lrsclip.commands import command, command_parser
 from modeling_lrsclip.encoding import embed_images, embed_texts, load_encoder
 from modeling_lrsclip.files.atomic import replace_json
 from modeling_lrsclip.files.configuration import plain_values
@@ -35,7 +36,7 @@ from modeling_lrsclip.files.hashing import json_sha256
 from modeling_lrsclip.published.registry import resolve as resolve_model
 
 from .build import build_captioner
-from .captioners.captioner import AnswerStore, Captioner, CaptionerDown, Gate, NoAnswer, Request, Sampling
+from .captioners.captioner import AnswerStore, Captioner, Gate, NoAnswer, Request, Sampling
 from .captioners.prompts import Prompt, load_prompt
 from .checks.candidate import split_sentences
 from .checks.claims import Claim, claims_of, read_answer
@@ -313,13 +314,10 @@ def _read_sheet(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; what goes wrong is one sentence on standard error and exit status 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.lrs2m.verify",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+@command(interrupted="interrupted; run the same command again to go on.")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; what goes wrong is one sentence on standard error and exit status 2."""
+    parser = command_parser("python -m training.lrs2m.verify", __doc__)
     parser.add_argument("folder", type=Path, help="a finished data set with pixels")
     parser.add_argument(
         "--config", nargs="+", metavar="RECIPE", help="recipe files whose section verify says what to ask"
@@ -328,14 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="the folder to make")
     parser.add_argument("--sheet", type=int, metavar="ROWS", help="write so many rows for a person to read")
     parser.add_argument("--read-sheet", action="store_true", help="read the filled-in sheet back")
-    options = parser.parse_args(arguments)
-    try:
-        print(_run(options))
-    except (CaptionerDown, ValueError, OSError) as error:
-        return _complain(str(error))
-    except KeyboardInterrupt:
-        return _complain("interrupted; run the same command again to go on.")
-    return 0
+    print(_run(parser.parse_args(arguments)))
 
 
 def _run(options: argparse.Namespace) -> str:
@@ -355,11 +346,6 @@ def _run(options: argparse.Namespace) -> str:
     unanswered_rows = manifest["totals"].get("unanswered", 0)
     without = f", {unanswered_rows:,} without any answer to their claims" if unanswered_rows else ""
     return f"{count_rows(manifest):,} rows with scores in {options.output}{without}"
-
-
-def _complain(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":
