@@ -118,8 +118,7 @@ class Trainer:
             self.validate_if_due()  # where the run was killed between saving and validating
             start = time.perf_counter() - state.seconds
             for batch in () if self.out_of_patience() else self.batches():
-                used = (state.step + 1) * loop.batch_size
-                state.skipped = self.skipped.take(batch, state.skipped, used)
+                state.skipped = self.skipped.take(batch, state.skipped, (state.step + 1) * loop.batch_size)
                 losses, numbers = self.step(batch)
                 state.step += 1
                 state.seconds = time.perf_counter() - start
@@ -340,8 +339,7 @@ def not_finite(
     all_ids, checkpoint, path = gather_object(ids), newest_checkpoint(run_folder), run_folder / NOT_FINITE_BATCH
     if accelerator.is_main_process:
         run_folder.mkdir(parents=True, exist_ok=True)
-        record = {"what": name} | numbers | {"checkpoint": checkpoint and str(checkpoint), "ids": all_ids}
-        replace_json(path, record)
+        replace_json(path, {"what": name} | numbers | {"checkpoint": checkpoint and str(checkpoint), "ids": all_ids})
     where = f"The last good checkpoint is {checkpoint}" if checkpoint else "There is no checkpoint yet"
     return NotFiniteError(
         f"The {name.replace('_', ' ')} is {numbers[name]} at step {numbers['step']}; lower optim.learning_rate, set "

@@ -68,13 +68,12 @@ def draw_study(
 def _lines(axes: Any, names: Sequence[str], points: Mapping[str, Point]) -> None:
     values = [points[name].value for name in names]
     positions = range(len(names))
-    axes.fill_between(
-        positions, [points[name].low for name in names], [points[name].high for name in names], color=HERE, alpha=0.15
-    )
+    lows, highs = ([getattr(points[name], end) for name in names] for end in ("low", "high"))
+    axes.fill_between(positions, lows, highs, color=HERE, alpha=0.15)
     axes.plot(positions, values, color=HERE, linewidth=2, marker="o", markersize=5, markeredgecolor="white")
     best = max(positions, key=lambda x: values[x])
     axes.plot([best], [values[best]], marker="o", markersize=8, color=HERE)
-    low, high = min(point.low for point in points.values()), max(point.high for point in points.values())
+    low, high = min(lows), max(highs)
     room = 0.1 * (high - low) or 1.0
     axes.set(xlim=(-0.3, len(names) - 0.7), ylim=(low - room, high + room), xticks=list(positions))
     for x in positions if len(names) <= MANY else sorted({0, best, len(names) - 1}):

@@ -85,8 +85,7 @@ class SmallModels:
         self.plain, self.values = (arm_recipe(recipe or RECIPE, fields) for fields in ({}, settings))
         self.pretraining = read_recipe(PRETRAINING)
         self.scenes, self.general = scenes, general
-        width = field_of(self.pretraining, "model.projection_dim", 512)
-        self.pcm_rank = max(1, round(LONG_CLIP_RANK * width))
+        self.pcm_rank = max(1, round(LONG_CLIP_RANK * field_of(self.pretraining, "model.projection_dim", 512)))
 
     def ladders(self, weights: Sequence[int]) -> Ladders:
         """Values that the studies' arms take; `weights` are tenths of the long texts' loss."""

@@ -67,9 +67,8 @@ def judge(ordering: Ordering, better: Sequence[Results], worse: Sequence[Results
         pairs = [(sums_of(a[task][data_set]), sums_of(b[task][data_set])) for a, b in zip(better, worse, strict=True)]
         items = pairs[0][0].items
         measured.append(_differences(pairs, task, np.ones((1, items)))[:, 0])  # (seeds,)
-        drawn.append(
-            np.concatenate([_differences(pairs, task, counts).mean(axis=0) for counts in draws(items)])
-        )  # (R,)
+        resampled = [_differences(pairs, task, counts).mean(axis=0) for counts in draws(items)]
+        drawn.append(np.concatenate(resampled))  # (R,)
     by_seed = np.mean(measured, axis=0)
     low, high = np.quantile(np.mean(drawn, axis=0), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Verdict(ordering, float(by_seed.mean()), float(low), float(high), by_seed.tolist())
@@ -90,19 +89,14 @@ class Outcome:
         self.study, self.arms, self.left_out, self.seeds = study, arms, left_out, seeds
         self.remark = " ".join(text for text in (study.remark, remark) if text)
         self.tasks = [task for task in TASKS if task in next(iter(arms.values()))[0]]
-        self.verdicts = [
-            judge(ordering, arms[ordering.better], arms[ordering.worse])
-            for ordering in study.orderings
-            if ordering.task in self.tasks
-        ]
+        judged = [ordering for ordering in study.orderings if ordering.task in self.tasks]
+        self.verdicts = [judge(ordering, arms[ordering.better], arms[ordering.worse]) for ordering in judged]
         self.paper = ablation_figures(study.name)
 
     def values(self, arm: str, task: str) -> list[float]:
         """A figure per seed, the mean over the data sets."""
-        return [
-            statistics.fmean(result["metrics"][METRICS[task]] for result in results[task])
-            for results in self.arms[arm]
-        ]
+        metric, runs = METRICS[task], self.arms[arm]
+        return [statistics.fmean(result["metrics"][metric] for result in results[task]) for results in runs]
 
     def point(self, arm: str, task: str) -> Point:
         """Mean and s over the seeds; of one seed, the 95 % interval over images or queries."""
@@ -124,17 +118,14 @@ class Outcome:
         for arm in self.study.arms:
             row = [arm.name]
             for task in TASKS:
-                row.append(self._cell(arm.name, task) if task in self.tasks else None)
+                values, digits = self.values(arm.name, task) if task in self.tasks else [], DIGITS[task]
+                spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+                row.append(f"{statistics.fmean(values):.{digits}f}{spread}" if values else None)
                 if self.paper:
                     row.append(f"{self.paper[arm.name][task]:.{4 if task == 'selo' else 2}f}")
             table.rows.append(row)
         table.note = "\n".join(self._notes())
         return table
-
-    def _cell(self, arm: str, task: str) -> str:
-        values = self.values(arm, task)
-        spread = f" ± {statistics.stdev(values):.{DIGITS[task]}f}" if len(values) > 1 else ""
-        return f"{statistics.fmean(values):.{DIGITS[task]}f}{spread}"
 
     def _notes(self) -> list[str]:
         first = next(iter(self.arms.values()))[0]

@@ -57,12 +57,8 @@ class Run:
     @cached_property
     def key(self) -> str:
         """SHA-256 of all that decides the weights; raises as [`checked`] for a recipe with mistakes."""
-        decides = {
-            "values": checked(self.values, self.source.train),
-            "data": self.source.identity,
-            "start": self.start and self.start.key,
-        }
-        return json_sha256(decides, sort_keys=True)
+        values, start = checked(self.values, self.source.train), self.start and self.start.key
+        return json_sha256({"values": values, "data": self.source.identity, "start": start}, sort_keys=True)
 
     @property
     def name(self) -> str:
@@ -188,10 +184,8 @@ class Pace:
         return sum(run.samples for run in runs) * self.seconds / self.samples if self.samples else None
 
 
-def in_words(seconds: float | None) -> str:
+def in_words(seconds: float) -> str:
     """Write a time as people say it."""
-    if seconds is None:
-        return "an unknown time"
     minutes = seconds / 60
     return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
@@ -237,12 +231,13 @@ class RunFolders:
             fields = {"output_dir": str(self.folder(run).resolve()), "data.train": run.source.train, "resume": True}
             fields |= {"model.init": str(self.model(run.start).resolve())} if run.start else {}
             replace_text(recipe, yaml.safe_dump(with_fields(run.values, fields), sort_keys=False))
+            command = [*self.launch, "-m", "training.train", "--config", str(recipe.resolve())]
+            # The clone is on Python's path, wherever the command is given.
+            path = os.pathsep.join(filter(None, [str(CLONE), os.environ.get("PYTHONPATH")]))
+            # In a session of its own, so that Ctrl-C reaches it once, through here.
+            apart = {"env": os.environ | {"PYTHONPATH": path}, "start_new_session": True}
             with log.open("ab") as output:
-                command = [*self.launch, "-m", "training.train", "--config", str(recipe.resolve())]
-                # In a session of its own, so that Ctrl-C reaches it once, through here.
-                process = subprocess.Popen(
-                    command, env=_environment(), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-                )
+                process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **apart)
                 try:
                     while process.poll() is None:
                         if entry := _newest_entry(self.folder(run) / "log.jsonl"):
@@ -301,12 +296,6 @@ def _newest_entry(log: Path) -> dict[str, Any] | None:
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.is_file() else []
     entries = (json.loads(line) for line in reversed(lines) if line.endswith("\n"))
     return next((entry for entry in entries if "seconds" in entry), None)
-
-
-def _environment() -> dict[str, str]:
-    """Environment with the clone on Python's path, wherever the command is given."""
-    path = [str(CLONE), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(part for part in path if part)}
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -198,7 +198,6 @@ def init(ladders: Ladders) -> Study:
         _each("zcrl", "Long-CLIP", "CLIP")
         + _each("zcrs zic", "CLIP", "Long-CLIP")
         + _each("selo", "CLIP", "Long-CLIP", True),
-        "",
     )
 
 

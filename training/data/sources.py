@@ -73,8 +73,8 @@ def open_source(
             f"{source.path} names files of several kinds, {files[0]} and {others[0]}; name each kind apart."
         )
     if suffix == ".tar":
-        quiet = len(files) < 10  # beyond, the tables of contents may take a while
-        progress = tqdm(files, desc=f"{source.path}: index", unit="tar", disable=quiet)
+        # Beyond, the tables of contents may take a while.
+        progress = tqdm(files, desc=f"{source.path}: index", unit="tar", disable=len(files) < 10)
         return _checked(
             source.path, [TarRows(file, columns) for file in progress], lambda rows: [*rows.suffixes, *rows.fields(0)]
         )

@@ -124,8 +124,7 @@ class TarRows(FileRows):
         """The sample's name as its first member's header has it (its first 100 bytes)."""
         first = min(offset for offset, _ in self.index[number].item() if offset)
         self.file.seek(first - _BLOCK)
-        name = tarfile.nts(self.file.read(100), "utf-8", "replace")
-        return name.rpartition("/")[2].partition(".")[0]
+        return tarfile.nts(self.file.read(100), "utf-8", "replace").rpartition("/")[2].partition(".")[0]
 
     def texts(self, kind: str) -> Iterator[Stored]:
         for number in range(len(self.index)):

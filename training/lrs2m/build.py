@@ -366,24 +366,25 @@ def report(manifest: dict[str, Any]) -> str:
 def main(argv: Iterable[str] | None = None) -> int:
     """Run the command; what goes wrong is one sentence on standard error and exit status 1."""
     parser = command_parser("training.lrs2m.build", __doc__)
-    parser.add_argument("--config", nargs="+", required=True, metavar="RECIPE", help="recipe files (YAML)")
-    parser.add_argument("--output", required=True, type=Path, help="folder of the data set")
-    parser.add_argument("--root", type=Path, help="where relative paths of the recipe start; by default where you are")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--config", nargs="+", required=True, metavar="RECIPE", help="recipe files (YAML)")
+    add("--output", required=True, type=Path, help="folder of the data set")
+    add("--root", type=Path, help="where relative paths of the recipe start; by default where you are")
+    add(
         "--check",
         action="store_true",
         help="look at the first rows of every source and at the captioners, write nothing",
     )
-    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="override fields of the recipe")
+    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="override fields of the recipe")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--restart", action="store_true", help="begin from the first row; answers are kept and used")
     again.add_argument(
         "--retry-failed", action="store_true", help="ask again, with new seeds, for the texts of failed.jsonl"
     )
-    parser.add_argument("--part", help="build only this part, such as 3/16; training.lrs2m.join unites them")
-    parser.add_argument("--on", choices=("ray",), help="build the parts as tasks of a Ray cluster, and join them")
-    parser.add_argument("--ray-address", help="of a running cluster (a new one on this machine)")
-    parser.add_argument("--parts", type=int, help="with --on ray: into how many parts the work is cut")
+    add("--part", help="build only this part, such as 3/16; training.lrs2m.join unites them")
+    add("--on", choices=("ray",), help="build the parts as tasks of a Ray cluster, and join them")
+    add("--ray-address", help="of a running cluster (a new one on this machine)")
+    add("--parts", type=int, help="with --on ray: into how many parts the work is cut")
     arguments = parser.parse_args(argv)
     folder, root = arguments.output, arguments.root or Path.cwd()
     recipe = read_recipe(arguments.config, arguments.set)

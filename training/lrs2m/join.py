@@ -124,13 +124,11 @@ class Join:
             from .duplicates.finder import DuplicateFinder, StoredThumbnails
 
             config = self.recipe.duplicates
-            store = folder / WORK / "duplicates.sqlite"
-            self.finder = DuplicateFinder((), True, config.distance, config.crops, store)
+            self.finder = DuplicateFinder((), True, config.distance, config.crops, folder / WORK / "duplicates.sqlite")
             self.thumbnails = {
                 part.number: StoredThumbnails(part.folder / WORK / "duplicates.sqlite") for part in parts
             }
-        limits = self.recipe.shard_rows, self.recipe.shard_bytes
-        self.output = Output(folder, self.recipe.format, limits, progress)
+        self.output = Output(folder, self.recipe.format, (self.recipe.shard_rows, self.recipe.shard_bytes), progress)
         if self.finder is not None:  # images that a checkpoint counts are known after a kill
             self.output.before_checkpoint = self.finder.commit
 
@@ -223,8 +221,7 @@ def join(folders: Sequence[Path], output: Path) -> dict[str, Any]:
             "remove it."
         )
     with only_builder(output, "join"):
-        finished = output / MANIFEST
-        manifest = read_manifest(output) if finished.is_file() else Join(parts, output).run()
+        manifest = read_manifest(output) if (output / MANIFEST).is_file() else Join(parts, output).run()
         if count_rows(manifest):
             write(output)
         return manifest

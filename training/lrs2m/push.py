@@ -148,8 +148,7 @@ def _is_there(file: File, folder: Path, present: dict[str, RepoFile]) -> bool:
         return False
     if entry.lfs:
         return entry.lfs.sha256 == file.sha256
-    content = (folder / file.path).read_bytes()
-    return entry.blob_id == git_blob_id(content)
+    return entry.blob_id == git_blob_id((folder / file.path).read_bytes())
 
 
 def _is_own(path: str) -> bool:
@@ -193,11 +192,12 @@ def _say(stage: str, text: str) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser("python -m training.lrs2m.push", __doc__)
-    parser.add_argument("folder", type=Path, help="a finished data set")
-    parser.add_argument("--repo", required=True, help="owner/name on the Hub; made if it does not exist")
-    parser.add_argument("--private", action="store_true", help="if the repository is made now")
-    parser.add_argument("--replace-card", action="store_true", help="write the card anew where it was changed by hand")
-    parser.add_argument("--dry-run", action="store_true", help="show files, sizes and the card; contact nothing")
+    add = parser.add_argument
+    add("folder", type=Path, help="a finished data set")
+    add("--repo", required=True, help="owner/name on the Hub; made if it does not exist")
+    add("--private", action="store_true", help="if the repository is made now")
+    add("--replace-card", action="store_true", help="write the card anew where it was changed by hand")
+    add("--dry-run", action="store_true", help="show files, sizes and the card; contact nothing")
     return parser.parse_args(arguments)
 
 

@@ -116,11 +116,10 @@ def published_split(name: str) -> PublishedSplit | None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; what goes wrong is one sentence on standard error and exit status 2."""
     parser = command_parser("python -m training.lrs2m.retrieval_export", __doc__)
-    parser.add_argument("folder", type=Path, help="a finished data set")
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder named after the benchmark, such as RSITMD-L"
-    )
-    parser.add_argument("--source", help="of the data set's sources, where it has several")
+    add = parser.add_argument
+    add("folder", type=Path, help="a finished data set")
+    add("--output", type=Path, required=True, help="folder named after the benchmark, such as RSITMD-L")
+    add("--source", help="of the data set's sources, where it has several")
     options = parser.parse_args(arguments)
     images, texts = export(options.folder, options.output, options.source)
     print(f"{options.output}: {images:,} images with a long text each, {texts:,} short texts")

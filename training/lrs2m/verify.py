@@ -168,8 +168,7 @@ class Verification:
             raise ValueError(f"{target} was begun with other data or another section verify; take another --output.")
         self.similarity = Similarity(self.config.model) if self.config.model else None
         self.prompt = load_prompt(TextConfig(captioner="verify", prompt=PROMPT), Path())
-        limits = recipe.shard_rows, recipe.shard_bytes
-        self.output = Output(target, self.manifest["format"], limits, progress)
+        self.output = Output(target, self.manifest["format"], (recipe.shard_rows, recipe.shard_bytes), progress)
 
     async def run(self) -> dict[str, Any]:
         """Score what is left of the rows, finish the folder and return its manifest."""
@@ -318,14 +317,13 @@ def _read_sheet(folder: Path) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; what goes wrong is one sentence on standard error and exit status 2."""
     parser = command_parser("python -m training.lrs2m.verify", __doc__)
-    parser.add_argument("folder", type=Path, help="a finished data set with pixels")
-    parser.add_argument(
-        "--config", nargs="+", metavar="RECIPE", help="recipe files whose section verify says what to ask"
-    )
-    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="override fields of the recipe")
-    parser.add_argument("--output", type=Path, help="the folder to make")
-    parser.add_argument("--sheet", type=int, metavar="ROWS", help="write so many rows for a person to read")
-    parser.add_argument("--read-sheet", action="store_true", help="read the filled-in sheet back")
+    add = parser.add_argument
+    add("folder", type=Path, help="a finished data set with pixels")
+    add("--config", nargs="+", metavar="RECIPE", help="recipe files whose section verify says what to ask")
+    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="override fields of the recipe")
+    add("--output", type=Path, help="the folder to make")
+    add("--sheet", type=int, metavar="ROWS", help="write so many rows for a person to read")
+    add("--read-sheet", action="store_true", help="read the filled-in sheet back")
     print(_run(parser.parse_args(arguments)))
 
 

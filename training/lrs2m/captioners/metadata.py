@@ -48,12 +48,11 @@ def metadata_caption(fields: dict[str, Any], template: str) -> str:
     known = {name: value for name, value in _derived(fields).items() if value not in (None, "")}
     used = set(re.findall(r"\{(\w+)\}", text)) & set(known)
 
-    def filled(clause: re.Match) -> str:
-        names = re.findall(r"\{(\w+)\}", clause[1])
-        return clause[1] if all(name in known for name in names) else ""
+    def is_known(clause: str) -> bool:
+        return all(name in known for name in re.findall(r"\{(\w+)\}", clause))
 
-    text = re.sub(r"\[([^\]]*)\]", filled, text)
-    if not used or not all(name in known for name in re.findall(r"\{(\w+)\}", text)):
+    text = re.sub(r"\[([^\]]*)\]", lambda clause: clause[1] if is_known(clause[1]) else "", text)
+    if not used or not is_known(text):
         return ""
     text = re.sub(r"\{(\w+)\}", lambda field: str(known[field[1]]), text)
     return " ".join(text.split())

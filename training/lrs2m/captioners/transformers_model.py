@@ -201,8 +201,7 @@ class Engine:
         ends = self.model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])
         end = next((end for end, token in enumerate(ids) if token in ends), None)
-        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
-        return Answer(text, end is not None)
+        return Answer(self.tokenizer.decode(ids[:end], skip_special_tokens=True), end is not None)
 
 
 def _load_processor(name: str, model_type: str, sees: bool, options: dict[str, Any]) -> Any:

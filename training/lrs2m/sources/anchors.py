@@ -31,8 +31,7 @@ def position_of(box: Box) -> str:
 
 def count_labels(labels: Sequence[Label]) -> dict[str, int]:
     """Labels by name, the most frequent first, equal ones by name."""
-    counts = Counter(label.name for label in labels)
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    return dict(sorted(Counter(label.name for label in labels).items(), key=lambda item: (-item[1], item[0])))
 
 
 def anchor_text(labels: Sequence[Label], max_positions: int) -> str:
@@ -40,10 +39,8 @@ def anchor_text(labels: Sequence[Label], max_positions: int) -> str:
     parts = []
     for name, count in count_labels(labels).items():
         positions = Counter(position_of(label.box) for label in labels if label.name == name and label.box)
-        named = [
-            f"{position} {times}" if times > 1 else position
-            for position, times in positions.most_common(max_positions)
-        ]
+        most = positions.most_common(max_positions)
+        named = [f"{position} {times}" if times > 1 else position for position, times in most]
         more = ["elsewhere"] if len(positions) > max_positions > 0 else []
         where = f" ({', '.join(named + more)})" if named else ""
         boxed = any(label.box for label in labels if label.name == name)
