@@ -25,39 +25,34 @@ DRAWN_PAIRS = 9600  # a small model's fine-tuning: long and short texts are told
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser("python -m training.ablate", __doc__)
-    parser.add_argument("--study", required=True, help=f"comma-separated, of: {', '.join(STUDIES)}; or all")
+    add = parser.add_argument
+    add("--study", required=True, help=f"comma-separated, of: {', '.join(STUDIES)}; or all")
     mode = parser.add_mutually_exclusive_group()
     store = {"dest": "mode", "action": "store_const"}
     mode.add_argument("--quick", const="quick", default="quick", help="one seed, five loss weights (default)", **store)
     mode.add_argument("--full", const="full", help="three seeds, nine loss weights", **store)
-    parser.add_argument("--seeds", help="comma-separated, in the place of the mode's")
-    parser.add_argument("--output", default="runs/ablations", help="folder of tables, figures, arms (runs/ablations)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of all arms' recipe"
-    )
-    parser.add_argument(
+    add("--seeds", help="comma-separated, in the place of the mode's")
+    add("--output", default="runs/ablations", help="folder of tables, figures, arms (runs/ablations)")
+    add("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of all arms' recipe")
+    add(
         "--launch",
         default=shlex.quote(sys.executable),
         help="what runs -m training.train (python), for example 'accelerate launch --num_processes 2'",
     )
-    parser.add_argument("--device", help="for the evaluation (cuda where there is one)")
-    parser.add_argument(
+    add("--device", help="for the evaluation (cuda where there is one)")
+    add(
         "--config",
         help="recipe of the arms (training/configs/vit_b16_paper.yaml for your own data, ablation.yaml for drawn scenes)",
     )
-    user = parser.add_argument_group("your own data and model")
-    user.add_argument("--data", help="training pairs, as data.train, where --config does not name them")
-    user.add_argument(
-        "--evaluation-data", nargs="+", help="as --data of evaluation.run (by default the training data)"
-    )
-    user.add_argument("--long-clip", metavar="MODEL", help="for init: a Long-CLIP, as model.init (the published B/16)")
-    user.add_argument(
-        "--sizes", nargs=3, metavar="MODEL", help="for model_size: three CLIPs (OpenAI's B/32, B/16, L/14)"
-    )
-    drawn = parser.add_argument_group("drawn scenes, which are taken where no data is named")
-    drawn.add_argument("--scenes", type=int, default=DRAWN_PAIRS, help=f"training pairs ({DRAWN_PAIRS})")
-    drawn.add_argument("--test-scenes", type=int, default=2048, help="held-out pairs (2048)")
-    drawn.add_argument("--mosaics", type=int, default=16, help="landscapes for localization (16)")
+    add = parser.add_argument_group("your own data and model").add_argument
+    add("--data", help="training pairs, as data.train, where --config does not name them")
+    add("--evaluation-data", nargs="+", help="as --data of evaluation.run (by default the training data)")
+    add("--long-clip", metavar="MODEL", help="for init: a Long-CLIP, as model.init (the published B/16)")
+    add("--sizes", nargs=3, metavar="MODEL", help="for model_size: three CLIPs (OpenAI's B/32, B/16, L/14)")
+    add = parser.add_argument_group("drawn scenes, which are taken where no data is named").add_argument
+    add("--scenes", type=int, default=DRAWN_PAIRS, help=f"training pairs ({DRAWN_PAIRS})")
+    add("--test-scenes", type=int, default=2048, help="held-out pairs (2048)")
+    add("--mosaics", type=int, default=16, help="landscapes for localization (16)")
     options = parser.parse_args(arguments)
     words = sys.argv[1:] if arguments is None else arguments
     options.command = shlex.join(["python", "-m", "training.ablate", *words])

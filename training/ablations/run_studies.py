@@ -110,11 +110,9 @@ def _models(
     """Models and data of the arms, and the paths they are measured on."""
     named = field_of(read_recipe(options.config), "data.train") if options.config else None
     if options.data is None and named is None:
-        for name in ("evaluation_data", "long_clip", "sizes"):
-            if getattr(options, name):
-                raise ValueError(
-                    f"--{name.replace('_', '-')} goes with your own --data; drawn scenes bring their own."
-                )
+        for name in ("evaluation-data", "long-clip", "sizes"):
+            if getattr(options, name.replace("-", "_")):
+                raise ValueError(f"--{name} goes with your own --data; drawn scenes bring their own.")
         scenes, general, evaluation_data = draw_data(folder, options, say)
         return SmallModels(options.config, settings, scenes, general), evaluation_data
     train = options.data or named
@@ -152,9 +150,8 @@ def draw_data(
         say(f"drawing {options.scenes:,} scenes to train on and {options.test_scenes:,} to measure on")
         write_dataset(scenes, {"train": options.scenes, "test": options.test_scenes}, SCENE_SEED, IMAGE_SIZE)
     if not general.is_dir():
-        say(
-            f"drawing {2 * options.scenes:,} scenes to pre-train on, of which those of {', '.join(GENERAL_CLASSES)} stay"
-        )
+        kept = ", ".join(GENERAL_CLASSES)
+        say(f"drawing {2 * options.scenes:,} scenes to pre-train on, of which those of {kept} stay")
         growing = folder / f".{general.name}"
         write_dataset(growing, {"train": 2 * options.scenes}, GENERAL_SEED, IMAGE_SIZE)
         rows = pyarrow.parquet.read_table(growing / "train.parquet")
@@ -235,15 +232,12 @@ def _record(options: argparse.Namespace, outcome: Outcome, plan: Any, folders: R
     """Content of a study's `results.json`."""
     arms = []
     for arm, runs in plan:
-        results_of_runs = outcome.arms[arm.name]
         arms.append(
             {
                 "name": arm.name,
                 "paper": outcome.paper and outcome.paper[arm.name],
                 "mean": {task: statistics.fmean(outcome.values(arm.name, task)) for task in outcome.tasks},
-                "runs": [
-                    _run_record(run, results, folders) for run, results in zip(runs, results_of_runs, strict=True)
-                ],
+                "runs": [_run_record(*pair, folders) for pair in zip(runs, outcome.arms[arm.name], strict=True)],
             }
         )
     return {
