@@ -204,7 +204,7 @@ class DuplicatesConfig:
     """Near-duplicates, which are left out and listed."""
 
     inside: bool = True  # the set itself: of near-equal images the first is kept; rows of one image file all are
-    # Evaluation images: whatever evaluation.run takes as data, folders.
+    # evaluation images: whatever evaluation.run takes as data, folders
     against: list[str] = Field(default_factory=list)
     distance: int = Field(8, ge=0, le=18)  # bits of 64 of a perceptual hash in which copies may differ
     crops: bool = True  # look for crops too, at 25 times the hashes
