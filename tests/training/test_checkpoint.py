@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
+from transformers import AutoTokenizer
 
 from modeling_lrsclip import LRSCLIPModel, LRSCLIPProcessor
 from tests import processes
@@ -28,6 +29,7 @@ from training.checkpoint import (
     replace_folder,
     save_model,
     save_state,
+    trained_tokenizer,
     whole_model,
     write_manifest,
 )
@@ -145,6 +147,18 @@ def test_a_damaged_one_is_named_and_the_one_before_taken(tmp_path, monkeypatch, 
     assert loaded == [str(older)]
     assert len(said) == 1 and re.search(named, said[0]) and "set aside as damaged-step-00000004" in said[0]
     assert sorted(path.name for path in older.parent.iterdir()) == ["damaged-step-00000004", "step-00000002"]
+
+
+def test_the_tokenizer_that_was_trained(accelerator, tmp_path, monkeypatch, tiny_tokenizer):
+    assert trained_tokenizer(tmp_path) is None
+    monkeypatch.setattr(accelerator, "save_state", lambda folder: (Path(folder) / "weights").write_bytes(b"x" * 100))
+    for step in (1, 2, 3):
+        save_state(accelerator, tmp_path, {}, step, keep=9, tokenizer=tiny_tokenizer)
+    save_state(accelerator, tmp_path, {}, 4, keep=9)
+    shorten(tmp_path / CHECKPOINTS / "step-00000003")
+    folder = trained_tokenizer(tmp_path)
+    assert folder == tmp_path / CHECKPOINTS / "step-00000002" / "tokenizer"
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == tiny_tokenizer.get_vocab()
 
 
 def test_all_damaged(accelerator, tmp_path):
