@@ -82,6 +82,8 @@ EQUIVALENT = {
     ): "a line end and blanks, which split() drops anyway",
     ("training/losses.py", "backward", "False", "True"): "autocast leaves doubles and products into a buffer alone",
     ("training/losses.py", "forward", "False", "True"): "autocast leaves doubles alone",
+    ("training/losses.py", "backward", "1", "2"): "a share of the largest variance but one, for what is rounding",
+    ("training/losses.py", "backward", "0", "1"): "any finite number: what it is multiplied with has no variance",
     **{
         ("evaluation/retrieval.py", function, before, after): why
         for function, before, after, why in (

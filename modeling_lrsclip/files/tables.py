@@ -318,25 +318,10 @@ def parquet_batches(file: Any, group: int, columns: Sequence[str] | None = None)
     Returns:
         `pyarrow.RecordBatch`es of up to 256 rows.
     """
-    largest = max(group_sizes(file, group, columns), default=0)  # no value is larger
-    rows = min(256, max(1, LARGEST_GROUP // max(1, largest)))
+    footer = file.metadata.row_group(group)  # pyarrow ends the process where a damaged column of it is asked for
+    size = footer.total_byte_size
+    rows = min(256, max(1, LARGEST_GROUP // max(1, size)))  # no value is larger than all of them, uncompressed
     yield from file.iter_batches(rows, row_groups=[group], columns=columns and list(columns), use_threads=False)
-
-
-def group_sizes(file: Any, group: int, columns: Sequence[str] | None = None) -> list[int]:
-    """
-    Bytes of the columns of a row group, uncompressed, as the footer has them.
-
-    Args:
-        file, group, columns: as for [`parquet_batches`].
-
-    Returns:
-        A number for each column, and for each part of a nested one.
-    """
-    footer = file.metadata.row_group(group)
-    parts = [footer.column(number) for number in range(footer.num_columns)]
-    wanted = ("",) if columns is None else tuple(f"{name}." for name in columns)
-    return [part.total_uncompressed_size for part in parts if f"{part.path_in_schema}.".startswith(wanted)]
 
 
 def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[TableRow]:

@@ -27,6 +27,7 @@ from tests.fuzz.strategies import (
     damaged,
     damaged_json,
     damaged_lines,
+    damaged_parquet,
     damaged_safetensors,
     damaged_tar,
     damaged_zip,
@@ -314,7 +315,9 @@ def _index() -> dict[str, bytes]:
 def _index_file(name: str) -> Callable[[], Wholes]:
     def wholes() -> Wholes:
         whole = _index()[name]
-        return [(whole, damaged_json(json.loads(whole)) if name.endswith(".json") else damaged(Whole(whole)))]
+        if name.endswith(".json"):
+            return [(whole, damaged_json(json.loads(whole)))]
+        return [(whole, (damaged_parquet if name.endswith(".parquet") else damaged)(Whole(whole)))]
 
     return wholes
 
@@ -365,7 +368,7 @@ def _scene_table() -> Wholes:
 
 def _scene_parquet() -> Wholes:
     whole = _saved(partial(pq.write_table, pa.table({"path": ["a.tif", "b.tif"], "datetime": ["2024-05-01", None]})))
-    return [(whole, damaged(Whole(whole)))]
+    return [(whole, damaged_parquet(Whole(whole)))]
 
 
 def _read_scenes(path: Path) -> None:
@@ -430,7 +433,7 @@ def _csv() -> Wholes:
 
 def _parquet() -> Wholes:
     whole = _saved(partial(pq.write_table, pa.Table.from_pylist(_ROWS * 5), row_group_size=7))
-    return [(whole, damaged(Whole(whole)))]
+    return [(whole, damaged_parquet(Whole(whole)))]
 
 
 def _tar() -> Wholes:

@@ -158,6 +158,16 @@ def damaged_tar(draw: st.DrawFn, whole: bytes) -> bytes:
 
 
 @st.composite
+def damaged_parquet(draw: st.DrawFn, whole: bytes) -> bytes:
+    """A parquet file with a damaged footer, whose length is told rightly; or damaged as it lies."""
+    if not draw(st.integers(0, 2)):
+        return draw(damaged(whole))
+    start = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    footer = draw(damaged(whole[start:-8]))
+    return whole[:start] + footer + len(footer).to_bytes(4, "little") + whole[-4:]
+
+
+@st.composite
 def damaged_safetensors(draw: st.DrawFn, whole: bytes) -> bytes:
     """A safetensors file with other values in its header, whose length is told rightly; or damaged as it lies."""
     if not draw(st.integers(0, 2)):

@@ -146,6 +146,12 @@ class TestPrincipalComponents:
         torch.testing.assert_close(gradient, theirs)
         assert torch.autograd.gradcheck(lambda x: principal_components(x, rank), x.requires_grad_())
 
+    @pytest.mark.parametrize("scale", [1e-5, 1e5])
+    def test_gradient_is_the_same_at_every_scale(self, scale):
+        x, weights = unit(20, 12), unit(20, 12, seed=1)
+        both = [gradients(lambda x: (principal_components(x, 4) * weights).sum(), x * s)[1][0] for s in (1, scale)]
+        torch.testing.assert_close(*both)
+
     def test_no_fewer_components_than_there_are(self):
         x, weights = unit(5, 12).float(), unit(5, 12, seed=1).float()
         for rank in (4, 12, 32):

@@ -27,7 +27,6 @@ from modeling_lrsclip.files.tables import (
     MOST_ROWS,
     csv_dialect,
     csv_values,
-    group_sizes,
     parquet_batches,
     parse_object,
 )
@@ -238,8 +237,6 @@ class ParquetRows(FileRows):
         self.starts = np.cumsum(self.chunks) - self.chunks
         if footer.num_rows > MOST_ROWS or self.chunks.min(initial=0) < 0:
             raise ValueError(f"{path} says that it has {footer.num_rows:,} rows; up to {MOST_ROWS:,} are read.")
-        for group in range(len(self.chunks) if columns else 0):
-            self._check_size(group, sum(group_sizes(self.file, group, list(columns.values()))))
         self._close()
 
     def _open(self) -> pq.ParquetFile:
@@ -269,17 +266,13 @@ class ParquetRows(FileRows):
         batches, size = [], 0
         for batch in parquet_batches(self.file, group, list(dict.fromkeys(self.columns.values()))):
             size += batch.nbytes
-            self._check_size(group, size)
+            if size > LARGEST_GROUP:
+                raise ValueError(f"up to {LARGEST_GROUP:,} bytes are held; write {self.name} with smaller row groups")
             batches.append(batch)
         rows = sum(map(len, batches))
         if rows < self.chunks[group]:
-            raise ValueError(f"{self.path} has {rows} rows in row group {group}, and says {self.chunks[group]}")
+            raise ValueError(f"it has {rows} rows, and says {self.chunks[group]}")
         return pa.Table.from_batches(batches)
-
-    def _check_size(self, group: int, size: int) -> None:
-        if size > LARGEST_GROUP:
-            limit = f"{size:,} bytes or more in row group {group}, and {LARGEST_GROUP:,} are read into memory"
-            raise ValueError(f"{self.path} has {limit}; write it anew with smaller row groups.")
 
     def texts(self, kind: str) -> Iterator[Stored]:
         for group, count in enumerate(self.chunks.tolist()):

@@ -83,8 +83,7 @@ def open_source(
     if streaming and suffix != ".json":  # which is one value, and comes memory-mapped
         return _checked(source.path, [LineRows(file, columns) for file in files], lambda rows: list(rows.values(0)))
     if suffix == ".parquet":
-        parts = [ParquetRows(str(file), columns, GroupCache()) for file in files]
-        counts = [(file.name, sum(part.chunks.tolist())) for file, part in zip(files, parts)]
+        counts = [(file.name, sum(ParquetRows(str(file), {}, GroupCache()).chunks.tolist())) for file in files]
         names = [str(file) for file in files]
         tables = [(load_dataset("parquet", data_files=names, split="train", batch_size=256), counts, files[0])]
     else:

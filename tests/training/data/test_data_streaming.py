@@ -1,8 +1,8 @@
 """The same pairs in the same order from every form of storage, by any number of processes and workers, from any step."""
 
+import contextlib
 import io
 import json
-import re
 import tarfile
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from modeling_lrsclip.files.tables import read_rows
 from training.data.held_out import hold_out, image_keys
 from training.data.pairs import CaptionedImages, DataConfig, load_pairs
-from training.data.rows import ParquetRows
+from training.data.rows import GroupCache, ParquetRows
 from training.data.visiting_order import VisitSampler
 
 
@@ -257,15 +257,30 @@ def with_footer(path: Path, change) -> bytes:
 
 @pytest.mark.parametrize(
     ("rows", "problem"),
-    [(b"\x80\x80\x80\x80\x80\x40", "says that it has 1,099,511,627,776 rows"), (b"\xe2\x09", "600 rows .* says 625")],
+    [
+        (b"\x80\x80\x80\x80\x80\x40", "says that it has 1,099,511,627,776 rows"),
+        (b"\xe2\x09", "it has 600 rows, and says 625"),
+    ],
 )
 def test_a_footer_that_counts_wrongly(tmp_path, rows, problem):
     path = tmp_path / "counted.parquet"
     pq.write_table(pa.Table.from_pylist([{"image": "a.png"} | row(0)] * 600), path)
     path.write_bytes(with_footer(path, lambda footer: footer.replace(b"\xb0\x09", rows)))  # 600, as thrift has it
-    with pytest.raises(ValueError, match=f"counted.parquet .*{problem}"):
+    with pytest.raises(ValueError, match=problem):
         pairs = load_pairs(DataConfig(train=str(path), streaming=True), ["long", "short"])
         raise ValueError(pairs.read([0])[0].fault)
+
+
+def test_a_footer_whose_columns_are_damaged(tmp_path):
+    """pyarrow ends the process where it is asked for the sizes of such a column."""
+    path = tmp_path / "damaged.parquet"
+    pq.write_table(pa.Table.from_pylist([{"image": "a.png"} | row(0)]), path)
+    whole = path.read_bytes()
+    for at in range(len(whole) - 500, len(whole) - 8):
+        path.write_bytes(whole[:at] + b"\x15" + whole[at + 1 :])
+        with contextlib.suppress(ValueError):
+            rows = ParquetRows(str(path), {"image": "image", "long": "long_text"}, GroupCache())
+            assert [row.fault or row.long for row in rows.read([0])] and len(list(rows.texts("long"))) == 1
 
 
 def test_a_row_group_is_held_up_to_a_size(tmp_path, monkeypatch):
@@ -284,18 +299,10 @@ def test_a_row_group_is_held_up_to_a_size(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", counting)
     pairs = load_pairs(DataConfig(train=str(path), streaming=True), ["long", "short"])
-    limit = (
-        r"row group 0 cannot be read .*large.parquet has \d,\d{3},\d{3} bytes or more in row group 0, and 2,097,152"
-    )
-    assert re.match(limit, pairs.read([7])[0].fault) and len(batches) <= 2
+    limit = "row group 0 cannot be read (up to 2,097,152 bytes are held; write large.parquet with smaller row groups)"
+    assert pairs.read([7])[0].fault == limit and len(batches) <= 2
     assert sum(len(text) for text in pairs.texts("long")) == 300 << 17 and len(list(read_rows(path))) == 300
     assert max(batches) < 1 << 22
-    monkeypatch.setattr("training.data.rows.LARGEST_GROUP", 1 << 16)
-    for streaming in (True, False):
-        with pytest.raises(
-            ValueError, match="large.parquet has .* bytes or more .* write it anew with smaller row groups"
-        ):
-            load_pairs(DataConfig(train=str(path), streaming=streaming), ["long", "short"])
 
 
 def test_a_broken_row_group_names_itself(forms, tmp_path):
