@@ -56,7 +56,7 @@ from .part import JOURNAL, Part, part_folder
 from .pipeline import Duplicate, Outcome, Pipeline, Written
 from .preflight import check_captioners, check_sources, describe
 from .recipe import CaptionerConfig, Recipe, SourceConfig, public_recipe, read_recipe, recipe_hash, resolve
-from .routes import Failed, Item, Writer
+from .routes import Item, Writer
 from .row_builder import RowMaker, TokenCounter
 from .sources.captions_by_key import JoinedCaptions, Unmatched
 from .sources.images import Skip
@@ -112,11 +112,9 @@ class Build:
         self.answers = AnswerStore(folder / WORK / "answers.sqlite", self.gate)
         if retry_failed:  # on disk at once: after a kill the plain command goes on with it
             save_progress(folder, progress)
-        limits = recipe.shard_rows, recipe.shard_bytes
-        if self.part:  # what stands between a part and the whole is parquet
-            self.output = Output(folder, "parquet", limits, progress, JOURNAL)
-        else:
-            self.output = Output(folder, recipe.format, limits, progress)
+        # What stands between a part and the whole is parquet.
+        form, journal = ("parquet", JOURNAL) if self.part else (recipe.format, None)
+        self.output = Output(folder, form, (recipe.shard_rows, recipe.shard_bytes), progress, journal)
         if self.finder is not None:  # images that a checkpoint counts are known after a kill
             self.output.before_checkpoint = self.finder.commit
         self.silent = 0  # rows in a row that got no answer
@@ -145,9 +143,8 @@ class Build:
 
     async def _run_source(self, number: int, done: int) -> None:
         source = self.recipe.sources[number]
-        join = None
-        if source.join is not None:
-            join = JoinedCaptions(source, self.root, self.folder / WORK / f"join-{number}.sqlite")
+        index_file = self.folder / WORK / f"join-{number}.sqlite"
+        join = JoinedCaptions(source, self.root, index_file) if source.join else None
         records: Iterator[Record | Unmatched] = join.records() if join else read_source(source, self.root)
         records = self.part.choose(records) if self.part else records
         for _ in islice(records, done):
@@ -163,7 +160,9 @@ class Build:
                     bar.update()
                     if isinstance(outcome, Written):
                         batch.append(outcome)
-                        self._count_refused(source, outcome)
+                        self.silent = 0
+                        for what in outcome.remarks():
+                            self.output.count(source.name, what)
                     else:
                         self._leave_out(source, outcome)
                     if self.part:
@@ -178,13 +177,6 @@ class Build:
         if join:
             join.close()
         check_caps(self.recipe, source.name, self.output)
-
-    def _count_refused(self, source: SourceConfig, outcome: Written) -> None:
-        self.silent = 0
-        for reason in (*outcome.long.refused, *outcome.short.refused):
-            self.output.count(source.name, f"asked again: {reason}")
-        for name in (*outcome.long.warnings, *outcome.short.warnings):
-            self.output.count(source.name, f"warned: {name}")
 
     def _add(self, maker: RowMaker, batch: list[Written]) -> None:
         for row in maker.rows(batch):
@@ -203,27 +195,21 @@ class Build:
         entry = {"id": outcome.record.id, "source": source.name, "image_key": outcome.record.image_key}
         if isinstance(outcome, Duplicate):
             match = vars(outcome.match) | {"against": Path(outcome.match.against).name}
-            output.list_entry("duplicates", entry | match)
-            output.count(source.name, "duplicates")
-        elif isinstance(outcome.why, Skip):
-            output.list_entry("skipped", entry | {"reason": outcome.why.reason, "detail": str(outcome.why)})
-            output.count(source.name, "skipped")
-            output.count(source.name, f"skipped: {outcome.why.reason}")
+            output.leave_out("duplicates", entry | match)
+        elif isinstance(why := outcome.why, Skip):
+            output.leave_out("skipped", entry | {"reason": why.reason, "detail": str(why)}, why.reason)
         else:
-            self._list_failed(source, entry, outcome.why)
+            reason, last = why.reason, why.attempts[-1]
+            entry |= {"text": why.text, "reason": reason, "attempts": why.attempts}
+            output.leave_out("failed", entry, reason if "detail" in last else "no answer")
+            self.silent = self.silent + 1 if "answer" not in last else 0
+            if self.silent >= self.recipe.max_failures_in_a_row:
+                captioner = source.texts[why.text].captioner
+                raise ValueError(
+                    f"captioner {captioner} left {self.silent} rows in a row without an answer, the last: {reason}; see "
+                    "that it runs, then run the same command again. Answers so far are kept."
+                )
         check_caps(self.recipe, source.name, self.output, early=True)
-
-    def _list_failed(self, source: SourceConfig, entry: dict[str, Any], why: Failed) -> None:
-        self.output.list_entry("failed", entry | {"text": why.text, "reason": why.reason, "attempts": why.attempts})
-        self.output.count(source.name, "failed")
-        self.output.count(source.name, f"failed: {why.reason if 'detail' in why.attempts[-1] else 'no answer'}")
-        self.silent = self.silent + 1 if "answer" not in why.attempts[-1] else 0
-        if self.silent >= self.recipe.max_failures_in_a_row:
-            captioner = getattr(source, why.text).captioner
-            raise ValueError(
-                f"captioner {captioner} left {self.silent} rows in a row without an answer, the last: {why.reason}; see "
-                "that it runs, then run the same command again. Answers so far are kept."
-            )
 
     # ---------------------------------------------------------------------------------------------------------- the end
 
@@ -253,10 +239,7 @@ class Build:
     # ------------------------------------------------------------------------------------------------------------ parts
 
     def _build_captioners(self) -> dict[str, Captioner]:
-        used = {text.captioner for source in self.recipe.sources for text in (source.long, source.short)}
-        built = {
-            name: build_captioner(config, self.gate) for name, config in self.recipe.captioners.items() if name in used
-        }
+        built = {name: build_captioner(config, self.gate) for name, config in self.recipe.used_captioners.items()}
         self.gate.captioners = [captioner for captioner in built.values() if hasattr(captioner, "waiting")]
         return built
 
@@ -278,16 +261,15 @@ class Build:
             return None
         from .duplicates.finder import DuplicateFinder
 
-        store = self.folder / WORK / "duplicates.sqlite"
-        inside = config.inside and not self.part
+        inside, store = config.inside and not self.part, self.folder / WORK / "duplicates.sqlite"
         return DuplicateFinder(against, inside, config.distance, config.crops, store)
 
     def _build_chooser(self) -> Any:
-        if self.recipe.candidates is None:
+        config = self.recipe.candidates
+        if config is None:
             return None
         from .captioners.candidates import CandidateChooser
 
-        config = self.recipe.candidates
         return CandidateChooser(config.model, config.rotations, config.stability)
 
     def _writer(self, source: SourceConfig) -> Writer:
@@ -319,7 +301,7 @@ class Build:
         """Rows at a time: enough that a slow one does not empty the others' captioners."""
         if self.recipe.lookahead:
             return self.recipe.lookahead
-        asked = [self.recipe.captioners[text.captioner] for text in (source.long, source.short) if text.captioner]
+        asked = [self.recipe.captioners[text.captioner] for text in source.texts.values() if text.captioner]
         sizes = [
             8 * config.concurrency * len(config.base_urls) if config.kind == "openai" else 16 * config.batch_size
             for config in asked

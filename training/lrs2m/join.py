@@ -185,8 +185,7 @@ class Join:
             match = self.finder.check_thumbnail(event["id"], thumb, event["checked"], [])
         if match is not None:
             entry = {"id": event["id"], "source": source, "image_key": event["image_key"]}
-            self.output.list_entry("duplicates", entry | vars(match))
-            self.output.count(source, "duplicates")
+            self.output.leave_out("duplicates", entry | vars(match))
             return False
         for what, times in event["counts"]:
             self.output.count(source, what, times)

@@ -110,6 +110,33 @@ class Output:
         if self.journal:
             self._event["entries"].append([name, entry])
 
+    def leave_out(self, name: str, entry: dict[str, Any], reason: str | None = None) -> None:
+        """
+        List what does not become a row, and count it.
+
+        Args:
+            name: of the list and of the counter.
+            entry: for the list, with its `source`.
+            reason: that it is counted by, too.
+        """
+        self.list_entry(name, entry)
+        self.count(entry["source"], name)
+        if reason:
+            self.count(entry["source"], f"{name}: {reason}")
+
+    def refuse_row(self, row: Row, reason: str, detail: str) -> None:
+        """
+        Leave a finished row out for its long text.
+
+        Args:
+            row: with its texts.
+            reason: in a word or two, as it is counted.
+            detail: of it.
+        """
+        attempt = {"reason": reason, "detail": detail, "answer": row["long_text"][:300]}
+        entry = {"id": row["id"], "source": row["source"], "image_key": row["image_key"], "text": "long"}
+        self.leave_out("failed", entry | {"reason": reason, "attempts": [attempt]}, reason)
+
     def end_event(self, event: dict[str, Any]) -> None:
         """Write a line of the journal: the event with what was counted and listed since the last one."""
         assert self.journal

@@ -28,6 +28,11 @@ class Written:
     long: Text
     short: Text
 
+    def remarks(self) -> list[str]:
+        """What is counted of its texts beside the row: answers asked again and warnings, each with the check's name."""
+        refused = [f"asked again: {name}" for name in (*self.long.refused, *self.short.refused)]
+        return refused + [f"warned: {name}" for name in (*self.long.warnings, *self.short.warnings)]
+
 
 @dataclass
 class Duplicate:
@@ -154,6 +159,6 @@ class Pipeline:
         if self.writer.asks:
             return prepared
         try:
-            return Written(prepared, *(self.writer.ready_text(which, prepared) for which in ("long", "short")))
+            return Written(prepared, *(self.writer.ready_text(which, prepared) for which in self.writer.source.texts))
         except Skip as why:
             return Left(prepared.record, why)

@@ -92,7 +92,7 @@ def check_captioners(recipe: Recipe) -> None:
         `ValueError`: a line each, for a captioner none of whose servers can be asked.
     """
     mistakes = []
-    for name, config in _used_captioners(recipe).items():
+    for name, config in recipe.used_captioners.items():
         told = asyncio.run(_ping(name, config))
         mistakes += [line for line, _ in told] if all(is_mistake for _, is_mistake in told) else []
     if mistakes:
@@ -122,7 +122,7 @@ def look_at(source: SourceConfig, root: Path, number: int, seconds: float) -> Lo
             f"sources.{number}.read.images={folder} is not a folder; name the one that the image paths start at."
         )
     look, places = Look(), {"read": source.read, "join": source.join}
-    wanted = [f"{which}_text" for which in ("long", "short") if _is_given(source, which)]
+    wanted = [f"{which}_text" for which, text in source.texts.items() if not (text.captioner or text.template)]
     for name, read in places.items():
         if read is None:
             continue
@@ -158,11 +158,6 @@ def _first_that_fit(read: ReadConfig, root: Path, first: FirstRows) -> tuple[lis
         if not first.cut:
             raise
     return stored, rows
-
-
-def _is_given(source: SourceConfig, which: str) -> bool:
-    text = getattr(source, which)
-    return text.captioner is None and text.template is None
 
 
 def _no_column(name: str, read: ReadConfig, place: str, first: FirstRows) -> str:
@@ -217,7 +212,7 @@ def describe(recipe: Recipe, prompts: Prompts, root: Path, folder: Path) -> tupl
     """
     lines, mistakes = [], _absent_evaluation_sets(recipe, root)
     pool = ThreadPoolExecutor(1)
-    pings = pool.submit(asyncio.run, _ping_all(_used_captioners(recipe)))  # meanwhile
+    pings = pool.submit(asyncio.run, _ping_all(recipe.used_captioners))  # meanwhile
     for number, source in enumerate(recipe.sources):
         lines.append(f"{source.name}: {_route(recipe, source)}")
         try:
@@ -248,8 +243,7 @@ def describe(recipe: Recipe, prompts: Prompts, root: Path, folder: Path) -> tupl
 
 def _route(recipe: Recipe, source: SourceConfig) -> str:
     parts = [f"route {source.route}"]
-    for which in ("long", "short"):
-        text = getattr(source, which)
+    for which, text in source.texts.items():
         if text.captioner:
             model = recipe.captioners[text.captioner].model
             parts.append(f"{which} text asked of {text.captioner} ({model}) with {text.prompt}")
@@ -275,8 +269,8 @@ def _tell(recipe: Recipe, source: SourceConfig, prompts: Prompts, root: Path, lo
             picture = read_picture(record.image, recipe.min_side)
             item = Item(record, picture, labels.of(record, picture.size) if labels else [])
             if source.join is None and not unread:
-                for which in ("long", "short"):
-                    if not getattr(source, which).captioner:
+                for which, text in source.texts.items():
+                    if not text.captioner:
                         writer.ready_text(which, item)
         except Skip as why:
             reasons[why.reason] += 1
@@ -295,11 +289,6 @@ def _tell(recipe: Recipe, source: SourceConfig, prompts: Prompts, root: Path, lo
     for name, keys in look.keys.items() if source.join else ():
         lines.append(f"keys of {name}: {', '.join(keys[:SHOWN])}")
     return lines
-
-
-def _used_captioners(recipe: Recipe) -> dict[str, CaptionerConfig]:
-    used = {text.captioner for source in recipe.sources for text in (source.long, source.short)}
-    return {name: config for name, config in recipe.captioners.items() if name in used}
 
 
 async def _ping_all(configs: dict[str, CaptionerConfig]) -> list[tuple[str, bool]]:

@@ -142,6 +142,11 @@ class SourceConfig:
     facts: list[str] = Field(default_factory=list)  # where the layout, columns and licence were looked up
     not_verified: list[str] = Field(default_factory=list)  # what of them was not; `--check` says it
 
+    @property
+    def texts(self) -> dict[str, TextConfig]:
+        """The origins of the `long` and the `short` text."""
+        return {"long": self.long, "short": self.short}
+
     def __post_init__(self):
         if not self.licence.strip():
             raise ValueError(f"the licence of source {self.name} is empty; name it, or say in a sentence what holds")
@@ -300,6 +305,12 @@ class Recipe:
     candidates: CandidatesConfig | None = None  # needed where a text asks for several candidates
     verify: VerifyConfig | None = None  # second opinions, asked by training.lrs2m.verify
 
+    @property
+    def used_captioners(self) -> dict[str, CaptionerConfig]:
+        """The captioners that a source asks, by name."""
+        used = {text.captioner for source in self.sources for text in source.texts.values()}
+        return {name: config for name, config in self.captioners.items() if name in used}
+
     def __post_init__(self):
         shortest, longest = self.long_tokens
         if not 2 <= shortest < longest:
@@ -323,7 +334,7 @@ class Recipe:
         if self.verify and self.verify.captioner and self.verify.captioner not in self.captioners:
             raise ValueError(f"verify asks captioner {self.verify.captioner}; the recipe has {known}")
         for source in self.sources:
-            for text in (source.long, source.short):
+            for text in source.texts.values():
                 if text.captioner and text.captioner not in self.captioners:
                     raise ValueError(f"source {source.name} asks captioner {text.captioner}; the recipe has {known}")
                 if text.candidates > 1 and self.candidates is None:
@@ -362,8 +373,7 @@ def recipe_hash(recipe: Recipe, prompts: Mapping[str, Mapping[str, Any]]) -> str
     for source in values["sources"]:
         for name in FREE_OF_SOURCE:
             source.pop(name)
-    used = {text.captioner for source in recipe.sources for text in (source.long, source.short)}
-    values["captioners"] = {name: captioner for name, captioner in values["captioners"].items() if name in used}
+    values["captioners"] = {name: values["captioners"][name] for name in recipe.used_captioners}
     for captioner in values["captioners"].values():
         for name in FREE_OF_CAPTIONER:
             captioner.pop(name)

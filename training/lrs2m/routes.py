@@ -77,7 +77,7 @@ class Writer:
     @property
     def asks(self) -> bool:
         """Whether a captioner writes any of the source's texts."""
-        return bool(self.source.long.captioner or self.source.short.captioner)
+        return any(text.captioner for text in self.source.texts.values())
 
     async def texts(self, item: Item) -> tuple[Text, Text]:
         """
@@ -117,7 +117,7 @@ class Writer:
         Raises:
             [`~training.lrs2m.sources.images.Skip`]: for one that is empty or garbled, or a template without its fields.
         """
-        config: TextConfig = getattr(self.source, which)
+        config = self.source.texts[which]
         if config.template is None:
             text = getattr(item.record, f"{which}_text")
             if text is None or not text.strip():
@@ -140,7 +140,7 @@ class Writer:
 
     async def _written(self, which: str, item: Item, other: Text | None) -> Text:
         """A captioner's text: attempts with different seeds until as many as wanted pass the checks."""
-        config: TextConfig = getattr(self.source, which)
+        config = self.source.texts[which]
         captioner, prompt = self.captioners[config.captioner], self.prompts[which]
         places = self._places(item, other)
         user, picture = prompt.fill(places), item.picture if prompt.image else None

@@ -224,15 +224,10 @@ class Verification:
         for (split, _), row in zip(chunk, rows):
             if unanswered(row):
                 self.output.count(row["source"], "unanswered")
-            fault = below_threshold(row, self.config)
-            if fault is None:
+            if fault := below_threshold(row, self.config):
+                self.output.refuse_row(row, *fault)
+            else:
                 self.output.add(row, split)
-                continue
-            entry = {"id": row["id"], "source": row["source"], "image_key": row["image_key"], "text": "long"}
-            attempt = {"reason": fault[0], "detail": fault[1], "answer": row["long_text"][:300]}
-            self.output.list_entry("failed", entry | {"reason": fault[0], "attempts": [attempt]})
-            self.output.count(row["source"], "failed")
-            self.output.count(row["source"], f"failed: {fault[0]}")
 
     def _finish(self) -> dict[str, Any]:
         shown = public_recipe(self.recipe)

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from datasketch import MinHash
@@ -69,7 +68,11 @@ def drop_repeats(output: Output, checks: ChecksConfig) -> None:
             faults.append(("repeated_answer", "failed", f"one answer for {repeats.images[place]} images"))
         for name, listed, detail in faults:
             if getattr(checks, name) == "on":
-                _leave_out(output, row, listed, name, detail)
+                if listed == "failed":
+                    output.refuse_row(row, name, detail)
+                else:
+                    entry = {"id": row["id"], "source": row["source"], "image_key": row["image_key"]}
+                    output.leave_out(listed, entry | {"reason": name, "detail": detail})
                 return None
             output.count(row["source"], f"warned: {name}")
             row = row | {"warnings": [*(row["warnings"] or []), name]}
@@ -156,15 +159,3 @@ def _shingles(text: str) -> set[bytes]:
 def _hash(*texts: str) -> tuple[int, int]:
     digest = bytes_sha256("\0".join(texts))
     return int(digest[:16], 16), int(digest[16:32], 16)
-
-
-def _leave_out(output: Output, row: Row, listed: str, name: str, detail: str) -> None:
-    entry: dict[str, Any] = {"id": row["id"], "source": row["source"], "image_key": row["image_key"]}
-    if listed == "failed":
-        attempt = {"reason": name, "detail": detail, "answer": row["long_text"][:300]}
-        entry |= {"text": "long", "reason": name, "attempts": [attempt]}
-        output.count(row["source"], f"failed: {name}")
-    else:
-        entry |= {"reason": name, "detail": detail}
-    output.list_entry(listed, entry)
-    output.count(row["source"], listed)
