@@ -28,10 +28,6 @@ from accelerate.utils import (
     set_seed,
 )
 from datasets.exceptions import DatasetsError
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-
-from modeling_lrsclip import LRSCLIPModel
 
 
 LONGEST_STEP = timedelta(minutes=30)  # that a process waits for the others while all do the same
@@ -39,7 +35,6 @@ LONGEST_ALONE = timedelta(hours=6)  # while one works for all: opens data, valid
 # What gloo says of processes that have ended or stand still; NCCL has an exception for it.
 _LOST_PROCESS = ("Timed out waiting", "timeout", "Connection closed", "Connection reset", "monitoredBarrier")
 USER_ERRORS = (ValueError, OSError, DatasetsError)  # whose message says enough
-SHARDED_LAYERS = ["CLIPEncoderLayer"]  # each a unit of FSDP2
 _LAUNCH_FILES = {
     DistributedType.NO: "one process or DistributedDataParallel (ddp.yaml)",
     DistributedType.FSDP: "FSDP2 (fsdp2.yaml)",
@@ -377,69 +372,6 @@ def runs_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
-def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:
-    """Type for a model to cast to by itself, where accelerate leaves casting to FSDP2 and DeepSpeed; else None."""
-    casts_itself = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    return torch.bfloat16 if casts_itself and accelerator.mixed_precision == "bf16" else None
-
-
-def prepare(
-    accelerator: Accelerator, embedder: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
-) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """
-    Wrap a model and its optimizer for the processes and the precision of a run: `accelerator.prepare`.
-
-    Args:
-        accelerator: of [`make_accelerator`].
-        embedder: the model as a training step calls it; its `model` is the LRSCLIP.
-        optimizer: of its parameters.
-        max_grad_norm: which DeepSpeed clips to inside of its step; None: not at all.
-
-    Returns:
-        both, wrapped.
-    """
-    if is_sharded(accelerator):
-        logit_scale, plugin = embedder.model.logit_scale, accelerator.state.fsdp_plugin
-        plugin.mixed_precision_policy = MixedPrecisionPolicy()
-        plugin.ignored_modules = [torch.nn.ParameterList([logit_scale])]
-        logit_scale.data = logit_scale.data.to(accelerator.device)
-        plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = transformer_auto_wrap_policy, SHARDED_LAYERS
-        for group in [optimizer.defaults, *optimizer.param_groups]:
-            group |= {"fused": False, "foreach": True}  # SGD has no fused form for shards
-    elif runs_deepspeed(accelerator):
-        return _prepare_deepspeed(accelerator, embedder, optimizer, max_grad_norm)
-    return accelerator.prepare(embedder, optimizer)
-
-
-def _prepare_deepspeed(accelerator, embedder, optimizer, max_grad_norm):
-    config = accelerator.state.deepspeed_plugin.deepspeed_config
-    config["gradient_clipping"] = max_grad_norm or 0.0  # inside of the engine's step
-    config["train_micro_batch_size_per_gpu"] = 1  # it must be told; batches do not pass through the engine
-    mixed_precision = config["bf16"]
-    config["bf16"] = {"enabled": False}  # its engine would round the weights, the kept positions among them
-    embedder.model.logit_scale.ds_optim_param = True  # not sent to the others at the start, which fails for 0-d ones
-    prepared = accelerator.prepare(embedder, optimizer)
-    config["bf16"] = mixed_precision  # what `accelerator.mixed_precision` reads
-    return prepared
-
-
-@torch.no_grad()
-def clamp_logit_scale(accelerator: Accelerator, model: LRSCLIPModel, most: float) -> None:
-    """
-    Hold the logit scale to `most` after an optimizer step.
-
-    Args:
-        accelerator: what the model was prepared for; DeepSpeed's optimizer has a copy, which would undo it.
-        model: bare.
-        most: the largest `logit_scale`, a logarithm.
-    """
-    model.logit_scale.clamp_(max=most)
-    if runs_deepspeed(accelerator) and model.logit_scale.requires_grad:
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        safe_set_full_fp32_param(model.logit_scale, model.logit_scale.data)
-
-
 def check_checkpoint(accelerator: Accelerator, folder: Path) -> None:
     """
     Check that this launch can read a checkpoint. Under DistributedDataParallel and FSDP2 the number of processes may be
@@ -448,8 +380,12 @@ def check_checkpoint(accelerator: Accelerator, folder: Path) -> None:
     Raises:
         `ValueError`: for one that was saved in another way, or under DeepSpeed by another number of processes.
     """
-    saved, now = _way_of(folder), accelerator.distributed_type
-    now = now if now in _LAUNCH_FILES else DistributedType.NO
+    ways = (
+        ("pytorch_model_fsdp_0", DistributedType.FSDP),
+        ("pytorch_model", DistributedType.DEEPSPEED),
+    )  # accelerate's
+    saved = next((way for name, way in ways if (folder / name).is_dir()), DistributedType.NO)
+    now = accelerator.distributed_type if accelerator.distributed_type in _LAUNCH_FILES else DistributedType.NO
     if saved != now:
         raise ValueError(
             f"{folder} was saved under {_LAUNCH_FILES[saved]} and this run is launched otherwise; resume it with that, or "
@@ -461,10 +397,3 @@ def check_checkpoint(accelerator: Accelerator, folder: Path) -> None:
             f"{folder} was saved by {processes} processes and there are {accelerator.num_processes} now, which DeepSpeed "
             f"cannot do; launch {processes}."
         )
-
-
-def _way_of(folder: Path) -> DistributedType:
-    """The way in which the processes of a checkpoint, as accelerate writes it, held the model."""
-    if (folder / "pytorch_model_fsdp_0").exists():
-        return DistributedType.FSDP
-    return DistributedType.DEEPSPEED if (folder / "pytorch_model").is_dir() else DistributedType.NO

@@ -9,6 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,10 @@ from .data.fingerprints import changes, fingerprints, refuse_changes
 from .data.pairs import INPUT_IDS, CaptionedImages
 from .data.skipped import SkippedRows
 from .data.visiting_order import VisitSampler
-from .distributed import (
-    autocast_dtype,
-    average_gradient,
-    clamp_logit_scale,
-    gather,
-    gather_with_gradient,
-    is_sharded,
-    prepare,
-    smallest_count,
-    wait_for_all,
-)
+from .distributed import average_gradient, gather, gather_with_gradient, is_sharded, smallest_count, wait_for_all
 from .large_batch import cached_gradients, cut
 from .losses import DualTextLoss, dual_text_loss
-from .model import TRAIN_TOKENIZER, Embedder, compile_layers
+from .model import TRAIN_TOKENIZER, Embedder, autocast_dtype, clamp_logit_scale, compile_layers, prepare
 from .optim import build_optimizer, build_scheduler, follow_schedule
 from .run_log import RunLog
 from .signals import Interrupted, Interruption
@@ -58,32 +49,21 @@ NOT_FINITE_BATCH = "nonfinite.json"  # below a run folder
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 
 
+@dataclass(eq=False)
 class Trainer:
-    """
-    A run from its first step, or from a checkpoint, to its final model.
+    """A run from its first step, or from a checkpoint, to its final model."""
 
-    Args:
-        accelerator: its `prepare` has not seen `model` yet.
-        model: in float32.
-        processor: for its inputs.
-        images: the rows to train on.
-        config: of the whole run.
-        validate: called on the main process with the bare model; returns recall in percent by name, `mR` among them.
-        keep_best: called on the main process when the folder `best` is new.
-    """
+    accelerator: Accelerator  # its `prepare` has not seen `model` yet
+    model: LRSCLIPModel  # in float32; bare, `embedder` is its wrapper for several processes and mixed precision
+    processor: LRSCLIPProcessor  # for its inputs
+    images: CaptionedImages  # the rows to train on
+    config: TrainConfig  # of the whole run
+    # Called on the main process with the bare model; returns recall in percent by name, `mR` among them.
+    validate: Callable[[LRSCLIPModel], dict[str, float]] | None = None
+    keep_best: Callable[[TrainState], None] | None = None  # called on the main process when the folder `best` is new
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        model: LRSCLIPModel,
-        processor: LRSCLIPProcessor,
-        images: CaptionedImages,
-        config: TrainConfig,
-        validate: Callable[[LRSCLIPModel], dict[str, float]] | None = None,
-        keep_best: Callable[[TrainState], None] | None = None,
-    ):
-        self.accelerator, self.processor, self.images, self.config = accelerator, processor, images, config
-        self.validate, self.keep_best = validate, keep_best
+    def __post_init__(self):
+        accelerator, model, images, config = self.accelerator, self.model, self.images, self.config
         wait_for_all("the first one looked into the data")
         self.folder, self.state = Path(config.output_dir), TrainState()
         self.steps = config.loop.count_steps(len(images))
@@ -91,7 +71,6 @@ class Trainer:
         self.scheduler = build_scheduler(optimizer, config.optim, self.steps)  # stepped by hand, whatever W
         if config.loop.compile:
             compile_layers(model)
-        self.model = model  # bare; `embedder` is its wrapper for several processes and mixed precision
         embedder = Embedder(model, autocast_dtype(accelerator))
         self.embedder, self.optimizer = prepare(accelerator, embedder, optimizer, config.optim.max_grad_norm)
         self.report = RunLog(accelerator, self.folder, self.steps, config.loop.batch_size, log_ids=config.loop.log_ids)

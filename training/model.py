@@ -3,32 +3,37 @@
 import os
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass as plain_dataclass
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
 from torch._inductor import config as inductor_config
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import AutoConfig, AutoTokenizer
 
 from modeling_lrsclip import LRSCLIPConfig, LRSCLIPImageProcessor, LRSCLIPModel, LRSCLIPProcessor
-from modeling_lrsclip.conversion import Prepared, prepare
+from modeling_lrsclip.conversion import Prepared
+from modeling_lrsclip.conversion import prepare as read_published
 from modeling_lrsclip.files.documents import refuse_malformed
 from modeling_lrsclip.published.registry import resolve
 from modeling_lrsclip.train_tokenizer import train_tokenizer
 
 from .config import SCRATCH, LoRAConfig, ModelConfig
+from .distributed import is_sharded, runs_deepspeed
 
 
 TRAIN_TOKENIZER = "train"
+SHARDED_LAYERS = ["CLIPEncoderLayer"]  # each a unit of FSDP2
 # Short words for `init`, by names of the published models (modeling_lrsclip/published/registry.py); the other sizes go by those names.
 SHORTHANDS = {"clip": "clip-vit-b-16", "longclip": "long-clip-vit-b-16", "lrsclip": "lrsclip-vit-b-16"}
 
 
-@plain_dataclass
+@dataclass
 class Start:
     """Starting point of a run, found and opened."""
 
@@ -53,7 +58,7 @@ def open_start(config: ModelConfig) -> Start:
     stretching = {"kept_positions": config.kept_positions, "stretch_ratio": config.stretch_ratio}
     if os.path.isfile(config.init):
         reading = {"preset": config.preset, "activation": config.activation, "tokenizer": config.tokenizer}
-        published = prepare(config.init, dtype=torch.float32, keep_stretched=True, **reading, **stretching)
+        published = read_published(config.init, dtype=torch.float32, keep_stretched=True, **reading, **stretching)
         return Start(config, published.skeleton.config.text_config.max_position_embeddings, published=published)
     with refuse_malformed(config.init, "mend its config.json", StrictDataclassError):
         text_config = AutoConfig.from_pretrained(config.init).text_config
@@ -198,6 +203,69 @@ def compile_layers(model: LRSCLIPModel) -> None:
     for tower in (model.text_model, model.vision_model):
         for layer in tower.encoder.layers:
             layer.compile(dynamic=True)
+
+
+def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:
+    """Type for a model to cast to by itself, where accelerate leaves casting to FSDP2 and DeepSpeed; else None."""
+    wrapped = is_sharded(accelerator) or runs_deepspeed(accelerator)
+    return torch.bfloat16 if wrapped and accelerator.mixed_precision == "bf16" else None
+
+
+def prepare(
+    accelerator: Accelerator, embedder: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """
+    Wrap a model and its optimizer for the processes and the precision of a run: `accelerator.prepare`.
+
+    Args:
+        accelerator: of [`make_accelerator`].
+        embedder: the model as a training step calls it; its `model` is the LRSCLIP.
+        optimizer: of its parameters.
+        max_grad_norm: which DeepSpeed clips to inside of its step; None: not at all.
+
+    Returns:
+        both, wrapped.
+    """
+    if is_sharded(accelerator):
+        logit_scale, plugin = embedder.model.logit_scale, accelerator.state.fsdp_plugin
+        plugin.mixed_precision_policy = MixedPrecisionPolicy()
+        plugin.ignored_modules = [torch.nn.ParameterList([logit_scale])]
+        logit_scale.data = logit_scale.data.to(accelerator.device)
+        plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = transformer_auto_wrap_policy, SHARDED_LAYERS
+        for group in [optimizer.defaults, *optimizer.param_groups]:
+            group |= {"fused": False, "foreach": True}  # SGD has no fused form for shards
+    elif runs_deepspeed(accelerator):
+        return _prepare_deepspeed(accelerator, embedder, optimizer, max_grad_norm)
+    return accelerator.prepare(embedder, optimizer)
+
+
+def _prepare_deepspeed(accelerator, embedder, optimizer, max_grad_norm):
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    config["gradient_clipping"] = max_grad_norm or 0.0  # inside of the engine's step
+    config["train_micro_batch_size_per_gpu"] = 1  # it must be told; batches do not pass through the engine
+    mixed_precision = config["bf16"]
+    config["bf16"] = {"enabled": False}  # its engine would round the weights, the kept positions among them
+    embedder.model.logit_scale.ds_optim_param = True  # not sent to the others at the start, which fails for 0-d ones
+    prepared = accelerator.prepare(embedder, optimizer)
+    config["bf16"] = mixed_precision  # what `accelerator.mixed_precision` reads
+    return prepared
+
+
+@torch.no_grad()
+def clamp_logit_scale(accelerator: Accelerator, model: LRSCLIPModel, most: float) -> None:
+    """
+    Hold the logit scale to `most` after an optimizer step.
+
+    Args:
+        accelerator: what the model was prepared for; DeepSpeed's optimizer has a copy, which would undo it.
+        model: bare.
+        most: the largest `logit_scale`, a logarithm.
+    """
+    model.logit_scale.clamp_(max=most)
+    if runs_deepspeed(accelerator) and model.logit_scale.requires_grad:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(model.logit_scale, model.logit_scale.data)
 
 
 def freeze_kept_positions(model: LRSCLIPModel) -> None:

@@ -6,10 +6,10 @@ Fine-tunes a CLIP on images with a long and a short caption each (paper, IV-C).
 Several processes: `accelerate launch -m training.train ...`.
 """
 
-import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from modeling_lrsclip.commands import command_parser
 from modeling_lrsclip.files.configuration import (
     ConfigurationError,
     field_types,
@@ -49,14 +49,9 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
             missing ones, values of a wrong type or out of range, and those of the data files, where they are named.
     """
     fields = field_types(TrainConfig)
-    parser = argparse.ArgumentParser(
-        prog="training.train",
-        usage=USAGE,
-        description="fields:\n" + "\n".join(f"  {name:32s} {text}" for name, text in fields.items()),
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    listed = "\n".join(f"  {name:32s} {text}" for name, text in fields.items())
+    parser = command_parser("training.train", f"fields:\n{listed}")
+    parser.usage, parser.epilog, parser.allow_abbrev = USAGE, EXIT_CODES, False
     parser.add_argument("--config", help="YAML file, see training/configs/")
     known, rest = parser.parse_known_args(argv)
     values: dict[str, Any] = {}

@@ -73,132 +73,90 @@ def _each(tasks: str, better: str, worse: str, alike: bool = False) -> tuple[Ord
 
 
 def pcm(ladders: Ladders) -> Study:
-    return Study(
-        "pcm",
-        "Influence of using PCM",
-        "PCM",
-        (Arm("True", {"loss.pcm_rank": ladders.pcm_rank}), Arm("False", {"loss.pcm_rank": None})),
-        _each("zcrl", "True", "False")
-        + _each("zcrs", "True", "False", alike=True)
-        + _each("zic selo", "False", "True"),
-        f"PCM keeps {ladders.pcm_rank} components.",
-    )
+    arms = Arm("True", {"loss.pcm_rank": ladders.pcm_rank}), Arm("False", {"loss.pcm_rank": None})
+    orderings = _each("zcrl", "True", "False") + _each("zcrs", "True", "False", alike=True)
+    orderings += _each("zic selo", "False", "True")
+    remark = f"PCM keeps {ladders.pcm_rank} components."
+    return Study("pcm", "Influence of using PCM", "PCM", arms, orderings, remark)
 
 
 def framework(ladders: Ladders) -> Study:
     short, long, both = "CLIP on LRS2M-S", "CLIP on LRS2M-L", "LRSCLIP on LRS2M"
     plain = {"model.stretch_ratio": 1}
-    return Study(
-        "framework",
-        "CLIP on short or on long texts against LRSCLIP on both",
-        "method",
-        (Arm(short, plain | {"loss.long_weight": 0.0}), Arm(long, plain | {"loss.long_weight": 1.0}), Arm(both)),
-        _each("zcrl zcrs zic selo", long, short) + _each("zcrl zcrs zic selo", both, long),
-        "The CLIPs read 77 tokens and are trained on the short (-S) or the long (-L) captions of the same images.",
-    )
+    arms = Arm(short, plain | {"loss.long_weight": 0.0}), Arm(long, plain | {"loss.long_weight": 1.0}), Arm(both)
+    orderings = _each("zcrl zcrs zic selo", long, short) + _each("zcrl zcrs zic selo", both, long)
+    title = "CLIP on short or on long texts against LRSCLIP on both"
+    remark = "The CLIPs read 77 tokens and are trained on the short (-S) or the long (-L) captions of the same images."
+    return Study("framework", title, "method", arms, orderings, remark)
 
 
 def short_text(ladders: Ladders) -> Study:
     first, short = "First Text", "Short Text"
-    return Study(
-        "short_text",
-        "First sentence of the long text against a short text of its own",
-        "short text",
-        (Arm(first, {"loss.short_text": "first_sentence"}), Arm(short, {"loss.short_text": "own"})),
-        _each("zcrl", short, first, alike=True) + _each("zcrs zic selo", short, first),
-        "First Text is the first sentence of the long caption.",
-    )
+    arms = Arm(first, {"loss.short_text": "first_sentence"}), Arm(short, {"loss.short_text": "own"})
+    orderings = _each("zcrl", short, first, alike=True) + _each("zcrs zic selo", short, first)
+    title = "First sentence of the long text against a short text of its own"
+    remark = "First Text is the first sentence of the long caption."
+    return Study("short_text", title, "short text", arms, orderings, remark)
 
 
 def loss_weight(ladders: Ladders) -> Study:
     names = {tenths: f"{tenths}:{10 - tenths}" for tenths in ladders.long_weights}
     arms = tuple(Arm(name, {"loss.long_weight": tenths / 10}) for tenths, name in names.items())
-    lower = [name for tenths, name in names.items() if tenths < 5]
     orderings = _each("zcrl zic", "8:2", "1:9")
-    orderings += tuple(Ordering("zcrs", "8:2", name) for name in lower)
+    orderings += tuple(Ordering("zcrs", "8:2", name) for tenths, name in names.items() if tenths < 5)
     orderings += _each("zcrs", "8:2", "9:1")
     orderings += tuple(Ordering("selo", "5:5", name) for name in names.values() if name != "5:5")
-    return Study(
-        "loss_weight",
-        "Weight of the long against the short texts' loss",
-        "long : short",
-        arms,
-        orderings,
-        "long : short, in tenths.",
-        figure=True,
-    )
+    title, remark = "Weight of the long against the short texts' loss", "long : short, in tenths."
+    return Study("loss_weight", title, "long : short", arms, orderings, remark, figure=True)
 
 
 def curriculum(ladders: Ladders) -> Study:
-    down, up = "0.98 to 0.2", "0.2 to 0.98"
     arms = [Arm(f"{weight:g}", {"loss.long_weight": weight}) for weight in (0.5, 0.8)]
-    for name, (start, end) in {down: (0.98, 0.2), up: (0.2, 0.98)}.items():
-        arms.append(Arm(name, {"loss.long_weight": {"start": start, "end": end}}))
-    return Study(
-        "curriculum",
-        "Constant weight of the long texts' loss against one that moves",
-        "weight of long",
-        tuple(arms),
-        (),
+    for start, end in ((0.98, 0.2), (0.2, 0.98)):
+        arms.append(Arm(f"{start:g} to {end:g}", {"loss.long_weight": {"start": start, "end": end}}))
+    title = "Constant weight of the long texts' loss against one that moves"
+    remark = (
         "A weight that moves stands still for the first and the last fifth of the steps and follows half a cosine between. "
         "Version 2 of the paper trains with a curriculum whose schedule is not known to this project: a shape, not a "
-        "reproduction, and nothing is assumed of which direction is better.",
-        figure=True,
+        "reproduction, and nothing is assumed of which direction is better."
     )
+    return Study("curriculum", title, "weight of long", tuple(arms), (), remark, figure=True)
 
 
 def batch_size(ladders: Ladders) -> Study:
     names = [str(size) for size in ladders.batch_sizes]
-    return Study(
-        "batch_size",
-        "Influence of batch size",
-        "pairs a step",
-        tuple(Arm(name, {"loop.batch_size": int(name)}) for name in names),
-        _each("zcrl zcrs zic selo", names[-1], names[0]),
-        "Every arm sees the same number of pairs, so that a smaller batch takes more steps, at the same learning rate.",
-        figure=True,
+    arms = tuple(Arm(name, {"loop.batch_size": int(name)}) for name in names)
+    orderings = _each("zcrl zcrs zic selo", names[-1], names[0])
+    remark = (
+        "Every arm sees the same number of pairs, so that a smaller batch takes more steps, at the same learning rate."
     )
+    return Study("batch_size", "Influence of batch size", "pairs a step", arms, orderings, remark, figure=True)
 
 
 def subset_size(ladders: Ladders) -> Study:
     names = {share: f"{share:.0%}" for share in ladders.shares}
+    arms = tuple(Arm(name, share=share) for share, name in names.items())
     whole = names[ladders.shares[-1]]
     smaller = [name for name in names.values() if name != whole]
     orderings = tuple(Ordering(task, whole, name) for task in ("zcrl", "zcrs", "selo") for name in smaller)
     orderings += _each("zic", whole, names[0.5], alike=True)
-    return Study(
-        "subset_size",
-        "Influence of the training set's size",
-        "share of the pairs",
-        tuple(Arm(name, share=share) for share, name in names.items()),
-        orderings,
-        "One epoch each, as in Table X: an arm sees a random part of the pairs, each once, and takes as many steps less.",
-        figure=True,
-    )
+    title, axis = "Influence of the training set's size", "share of the pairs"
+    remark = "One epoch each, as in Table X: an arm sees a random part of the pairs, each once, and takes as many steps less."
+    return Study("subset_size", title, axis, arms, orderings, remark, figure=True)
 
 
 def model_size(ladders: Ladders) -> Study:
     small, middle, large = ladders.sizes
-    return Study(
-        "model_size",
-        "Influence of model size",
-        "model",
-        tuple(Arm(size, size=size) for size in ladders.sizes),
-        _each("zcrl zcrs zic selo", middle, small) + _each("zcrl zcrs zic selo", large, middle),
-        figure=True,
-    )
+    arms = tuple(Arm(size, size=size) for size in ladders.sizes)
+    orderings = _each("zcrl zcrs zic selo", middle, small) + _each("zcrl zcrs zic selo", large, middle)
+    return Study("model_size", "Influence of model size", "model", arms, orderings, figure=True)
 
 
 def init(ladders: Ladders) -> Study:
-    return Study(
-        "init",
-        "Fine-tuning from Long-CLIP or from CLIP",
-        "from",
-        (Arm("Long-CLIP", start=LONG_CLIP), Arm("CLIP")),
-        _each("zcrl", "Long-CLIP", "CLIP")
-        + _each("zcrs zic", "CLIP", "Long-CLIP")
-        + _each("selo", "CLIP", "Long-CLIP", True),
-    )
+    arms = Arm("Long-CLIP", start=LONG_CLIP), Arm("CLIP")
+    orderings = _each("zcrl", "Long-CLIP", "CLIP") + _each("zcrs zic", "CLIP", "Long-CLIP")
+    orderings += _each("selo", "CLIP", "Long-CLIP", alike=True)
+    return Study("init", "Fine-tuning from Long-CLIP or from CLIP", "from", arms, orderings)
 
 
 STUDIES = {

@@ -57,11 +57,10 @@ def build_card(statistics: dict[str, Any], manifest: dict[str, Any], figures: Se
         )
     recipe, metadata = _short(manifest["recipe"]), _metadata(statistics, manifest)
     statistics, manifest = without_markup(statistics), without_markup(manifest)  # what others wrote is plain text
-    sources = [_source(source) for source in statistics["sources"]]
     values = {
         **{name: statistics[name] for name in ("name", "rows", "images", "vocabulary")},
         **{name: statistics["left_out"][name] for name in ("failed", "skipped", "duplicates")},
-        "sources": sources,
+        "sources": [_source(source) for source in statistics["sources"]],
         "long_mean_tokens": statistics["long"]["mean_tokens"],
         "short_mean_tokens": statistics["short"]["mean_tokens"],
         "over_77": 100 * statistics["long"]["over_77"],
@@ -102,25 +101,21 @@ def _metadata(statistics: dict[str, Any], manifest: dict[str, Any]) -> DatasetCa
 
 def _source(source: dict[str, Any]) -> dict[str, Any]:
     url = source.get("licence_url")
-    return {
-        "name": source["name"],
+    return source | {
         "route": ROUTES[source["route"]],
         "pairs": source["rows"],
         "long_source": source["long_from"],
-        "long_mean_tokens": source["long_mean_tokens"],
         "short_source": source["short_from"],
-        "short_mean_tokens": source["short_mean_tokens"],
         "licence": source["licence"] + (f" ([terms]({url}))" if url else ""),
-        "images": source["images"],
     }
 
 
 def _captioners(manifest: dict[str, Any]) -> list[str]:
-    captioners = []
-    for captioner in manifest["recipe"].get("captioners", {}).values():
-        settings = f"temperature {captioner['temperature']:g}, top-p {captioner['top_p']:g}"
-        captioners.append(f"{captioner['model']} ({settings})")
-    return sorted(set(captioners)) or ["none: all captions were given"]
+    captioners = {
+        f"{captioner['model']} (temperature {captioner['temperature']:g}, top-p {captioner['top_p']:g})"
+        for captioner in manifest["recipe"].get("captioners", {}).values()
+    }
+    return sorted(captioners) or ["none: all captions were given"]
 
 
 def _short(value: Any) -> Any:

@@ -38,14 +38,11 @@ class Part:
         """This part's records of a source."""
         self._places.clear()
         for place, record in enumerate(records):
-            if self._takes(record):
+            key = (record.image_key if isinstance(record, Record) else record.key) or str(record.position)
+            digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+            if int.from_bytes(digest[:8], "big") % self.count == self.number - 1:
                 self._places.append(place)
                 yield record
-
-    def _takes(self, record: Record | Unmatched) -> bool:
-        key = record.image_key if isinstance(record, Record) else record.key
-        digest = hashlib.sha256((key or str(record.position)).encode("utf-8", "surrogatepass")).digest()
-        return int.from_bytes(digest[:8], "big") % self.count == self.number - 1
 
     def skip(self) -> None:
         """Forget the place of a record that an earlier run has done."""
@@ -66,12 +63,7 @@ class Part:
             was not checked.
         """
         record = None if isinstance(outcome, Unmatched) else outcome.item.record if split else outcome.record
-        name = self.names.pop(record.id, None) if record else None
-        return {
-            "source": source,
-            "place": self._places.popleft(),
-            "id": record.id if record else None,
-            "image_key": record.image_key if record else None,
-            "split": split,
-            "checked": name,
-        }
+        event = {"source": source, "place": self._places.popleft(), "split": split}
+        if record is None:
+            return event | dict.fromkeys(("id", "image_key", "checked"))
+        return event | {"id": record.id, "image_key": record.image_key, "checked": self.names.pop(record.id, None)}

@@ -91,15 +91,10 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> tuple[int, int
 
 
 def _write_json(path: Path, rows: Iterator[dict[str, Any]]) -> tuple[int, int]:
-    entries = [
-        {
-            "filename": row["filename"],
-            "split": "test",
-            "sentences": [{"raw": text} for text in row["short_text"]],
-            "long_text": row["long_text"],
-        }
-        for row in rows
-    ]
+    entries = []
+    for row in rows:
+        texts = {"sentences": [{"raw": text} for text in row["short_text"]], "long_text": row["long_text"]}
+        entries.append({"filename": row["filename"], "split": "test"} | texts)
     path.write_text(json.dumps({"images": entries}, ensure_ascii=False, indent=1), encoding="utf-8")
     return len(entries), sum(len(entry["sentences"]) for entry in entries)
 

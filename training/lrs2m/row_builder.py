@@ -17,6 +17,17 @@ from .recipe import Recipe, SourceConfig, resolve
 from .routes import Text, Writer
 
 
+OF_RECORDS = (
+    "id",
+    "image_key",
+    "short_texts",
+    "class_name",
+    "longitude",
+    "latitude",
+    "gsd",
+)  # columns taken as they are
+
+
 class TokenCounter:
     """
     CLIP's tokens of texts, start and end included, as the processor counts them.
@@ -72,16 +83,13 @@ class RowMaker:
         # As a parquet file keeps them, whatever the format of this one.
         precision, recall = (None if score is None else float(np.float32(score)) for score in scores)
         return {
-            "id": record.id,
+            **{name: getattr(record, name) for name in OF_RECORDS},
             "image": image,
-            "image_key": record.image_key,
             "long_text": one.long.text,
             "short_text": one.short.text,
-            "short_texts": record.short_texts,
             "source": self.source.name,
             "licence": self.source.licence,
             "route": self.source.route,
-            "class_name": record.class_name,
             **_provenance("long", one.long),
             **_provenance("short", one.short),
             "sampling": json.dumps(sampling) if sampling else None,
@@ -90,7 +98,6 @@ class RowMaker:
             "image_sha256": picture.sha256,
             "width": picture.size[0],
             "height": picture.size[1],
-            **{name: getattr(record, name) for name in ("longitude", "latitude", "gsd")},
             "anchors": self.writer.anchors(one.item),
             "label_precision": precision,
             "label_recall": recall,

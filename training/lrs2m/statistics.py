@@ -103,11 +103,7 @@ class Tally:
             scores = [score for score in columns[name] if score is not None]
             totals[0] += len(scores)
             totals[1] += sum(scores)
-        known = [
-            (latitude, longitude)
-            for latitude, longitude in zip(columns["latitude"], columns["longitude"], strict=True)
-            if latitude is not None and longitude is not None
-        ]
+        known = [place for place in zip(columns["latitude"], columns["longitude"], strict=True) if None not in place]
         if known:
             degrees = np.floor(np.array(known)).astype(int) + [90, 180]
             np.add.at(self.places, tuple(np.clip(degrees, 0, [179, 359]).T), 1)

@@ -4,21 +4,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 
-from evaluation.figures.retrieval import CLIP_POSITIONS, DPI, FAINT, GREY, INK, LINES, LONG_POSITIONS
+from evaluation.figures.retrieval import (
+    CLIP_POSITIONS,
+    FAINT,
+    GREY,
+    INK,
+    LINES,
+    LONG_POSITIONS,
+    blank_figure,
+    style_axes,
+)
 
 
 BIN = 5  # tokens
 _COLORS = {"long": LINES[0], "short": LINES[1]}
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def draw_token_lengths(histograms: Mapping[str, Sequence[int]], path: Path, name: str = "") -> Path:
@@ -39,7 +40,7 @@ def draw_token_lengths(histograms: Mapping[str, Sequence[int]], path: Path, name
         binned[which] = np.pad(counts, (0, -len(counts) % BIN)).reshape(-1, BIN).sum(axis=1)
     end = max(BIN * max(map(len, binned.values())), LONG_POSITIONS + 2 * BIN)
     top = max(counts.max() for counts in binned.values())
-    figure = _figure(8.2, 4.2)
+    figure = blank_figure(8.2, 4.2)
     axes = figure.add_axes((0.1, 0.14, 0.86, 0.64))
     for which, counts in binned.items():
         starts = BIN * np.arange(len(counts))
@@ -51,11 +52,7 @@ def draw_token_lengths(histograms: Mapping[str, Sequence[int]], path: Path, name
     axes.set(xlim=(0, end), ylim=(0, 1.06 * top))
     axes.set_xlabel("tokens of a text, start and end included", color=INK, labelpad=6)
     axes.yaxis.set_major_formatter("{x:,.0f}")
-    axes.tick_params(colors=GREY, length=0, labelsize=9)
-    axes.grid(axis="y", color=FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(GREY)
+    style_axes(axes)
     figure.text(0.1, 0.93, "How long the captions are", fontsize=13, weight="bold", color=INK)
     subtitle = f"texts by length, {BIN} tokens a bar" + (f", in {name}" if name else "")
     figure.text(0.1, 0.875, f"{subtitle} · dotted: what CLIP (77) and LRSCLIP (248) read", fontsize=9.5, color=GREY)
@@ -77,7 +74,7 @@ def draw_map(places: np.ndarray, path: Path, name: str = "") -> Path:
     Returns:
         `path`.
     """
-    figure = _figure(9.4, 5.3)
+    figure = blank_figure(9.4, 5.3)
     axes = figure.add_axes((0.065, 0.09, 0.82, 0.72))
     latitude, longitude = np.nonzero(places)
     counts = places[latitude, longitude]
@@ -86,8 +83,8 @@ def draw_map(places: np.ndarray, path: Path, name: str = "") -> Path:
         longitude - 179.5, latitude - 89.5, c=counts, s=9, marker="s", cmap="viridis_r", norm=norm, linewidths=0
     )
     axes.set(xlim=(-180, 180), ylim=(-90, 90), xticks=range(-180, 181, 60), yticks=range(-90, 91, 30), aspect="equal")
-    axes.set_xticklabels([_degrees(value, "W", "E") for value in range(-180, 181, 60)])
-    axes.set_yticklabels([_degrees(value, "S", "N") for value in range(-90, 91, 30)])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}°{'W' if value < 0 else 'E' if value else ''}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}°{'S' if value < 0 else 'N' if value else ''}")
     axes.grid(color=FAINT, linewidth=0.8)
     axes.axhline(0, color=GREY, linewidth=0.8)
     for tropic in (-23.44, 23.44):
@@ -105,7 +102,3 @@ def draw_map(places: np.ndarray, path: Path, name: str = "") -> Path:
     figure.text(0.065, 0.88, f"{subtitle} · rows a degree · dashed: tropics", fontsize=9.5, color=GREY)
     figure.savefig(path)
     return path
-
-
-def _degrees(value: int, below: str, above: str) -> str:
-    return f"{abs(value)}°{below if value < 0 else above if value else ''}"

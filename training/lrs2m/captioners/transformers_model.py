@@ -1,6 +1,7 @@
 """A captioner on this machine: any image-text-to-text or text-generation model of transformers, in batches."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -207,14 +208,9 @@ class Engine:
 def _load_processor(name: str, model_type: str, sees: bool, options: dict[str, Any]) -> Any:
     if not sees:
         return AutoTokenizer.from_pretrained(name, **options)
-    try:
+    with contextlib.suppress(ImportError):
         return AutoProcessor.from_pretrained(name, **options)
-    except ImportError:
-        return _images_only_processor(name, model_type, options)
-
-
-def _images_only_processor(name: str, model_type: str, options: dict[str, Any]) -> Any:
-    """The processor of a model that also takes videos, without the video part, which needs torchvision."""
+    # The model also takes videos, and that part of its processor needs torchvision: the others do without it.
     if model_type not in PROCESSOR_MAPPING_NAMES:
         raise ImportError(f"the processor of {model_type} needs torchvision; install it")
     known = getattr(transformers, PROCESSOR_MAPPING_NAMES[model_type])
