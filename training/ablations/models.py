@@ -36,24 +36,6 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-def named(run: Run, plain: Run, study: str, arm: Arm) -> Run:
-    """
-    Name a run after its study and arm, or after the plain recipe, which is an arm of most studies.
-
-    Args:
-        run: without a name.
-        plain: the run of the plain recipe, of the same seed.
-        study: its name.
-        arm: of the study.
-
-    Returns:
-        the run with its name; `plain` itself where both would train the same.
-    """
-    if run.key == plain.key:
-        return plain
-    return dataclasses.replace(run, label=f"{study} {arm.name} seed {run.values['seed']}")
-
-
 def arm_recipe(path: str | Path, settings: dict[str, Any]) -> dict[str, Any]:
     """A recipe with `settings`, without what is not an arm's: where it is written and pushed, and when it stops early."""
     values = with_fields(read_recipe(path), settings)
@@ -70,7 +52,44 @@ def batch_sizes(values: dict[str, Any]) -> tuple[int, ...]:
     return tuple(sorted({max(2, top // part) for part in (8, 4, 2, 1)}))
 
 
-class SmallModels:
+class Models:
+    """
+    Runs of the arms of all studies: a recipe on some data, from some model.
+
+    Args:
+        values: the recipe's.
+    """
+
+    pcm_rank = Ladders.pcm_rank  # principal components of PCM
+
+    def __init__(self, values: dict[str, Any]):
+        self.values = values
+
+    def ladders(self, weights: Sequence[int]) -> Ladders:
+        """Values that the studies' arms take; `weights` are tenths of the long texts' loss."""
+        return Ladders(batch_sizes(self.values), long_weights=tuple(weights), pcm_rank=self.pcm_rank)
+
+    def run(self, arm: Arm, study: str, seed: int) -> Run:
+        """
+        Make the run of an arm, named after its study and arm, or after the plain recipe, which is an arm of most studies.
+
+        Args:
+            arm: what is changed.
+            study: its name.
+            seed: of the training.
+
+        Returns:
+            The run, not yet started.
+
+        Raises:
+            `ValueError`: for an arm from Long-CLIP where none is known.
+        """
+        run = self.arm_run(arm, arm_fields(arm, self.values) | {"seed": seed})
+        plain = self.arm_run(Arm("LRSCLIP"), {"seed": seed})
+        return plain if run.key == plain.key else dataclasses.replace(run, label=f"{study} {run.label}")
+
+
+class SmallModels(Models):
     """
     Runs on the drawn scenes: CLIPs of 77 positions, pre-trained once a seed and size on other ("general") scenes, then
     fine-tuned as the arms say. The Long-CLIP of the study `init` is the same CLIP, stretched, and trained for one more
@@ -82,34 +101,17 @@ class SmallModels:
     """
 
     def __init__(self, recipe: str | None, settings: dict[str, Any], scenes: Source, general: Source):
-        self.plain, self.values = (arm_recipe(recipe or RECIPE, fields) for fields in ({}, settings))
+        super().__init__(arm_recipe(recipe or RECIPE, settings))
+        self.plain = arm_recipe(recipe or RECIPE, {})
         self.pretraining = read_recipe(PRETRAINING)
         self.scenes, self.general = scenes, general
         self.pcm_rank = max(1, round(LONG_CLIP_RANK * field_of(self.pretraining, "model.projection_dim", 512)))
 
-    def ladders(self, weights: Sequence[int]) -> Ladders:
-        """Values that the studies' arms take; `weights` are tenths of the long texts' loss."""
-        return Ladders(batch_sizes(self.values), long_weights=tuple(weights), pcm_rank=self.pcm_rank)
-
-    def run(self, arm: Arm, study: str, seed: int) -> Run:
-        """
-        Make the run of an arm, see [`OwnModels.run`].
-
-        Args:
-            arm: what is changed.
-            study: its name.
-            seed: of the training.
-
-        Returns:
-            The run, not yet started.
-        """
-        fields = arm_fields(arm, self.values) | {"seed": seed}
+    def arm_run(self, arm: Arm, fields: dict[str, Any]) -> Run:
+        """Make the run of an arm from its `fields`, the seed among them."""
+        seed = fields["seed"]
         start = self._long_clip(seed) if arm.start == LONG_CLIP else self._clip(arm.size or MIDDLE, seed)
-        return named(Run("", with_fields(self.values, fields), self.scenes, start), self._plain(seed), study, arm)
-
-    def _plain(self, seed: int) -> Run:
-        values = with_fields(self.values, {"seed": seed})
-        return Run(f"LRSCLIP seed {seed}", values, self.scenes, self._clip(MIDDLE, seed))
+        return Run(f"{arm.name} seed {seed}", with_fields(self.values, fields), self.scenes, start)
 
     def _clip(self, size: str, seed: int) -> Run:
         values = with_fields(self.pretraining, SMALL[size] | {"seed": seed})
@@ -129,7 +131,7 @@ class SmallModels:
         }.get(study, "")
 
 
-class OwnModels:
+class OwnModels(Models):
     """
     Runs of a user's recipe on the user's data; they start from the recipe's `model.init`.
 
@@ -147,33 +149,15 @@ class OwnModels:
         long_clip: str | None = None,
         sizes: Sequence[str] | None = None,
     ):
-        self.values, self.source = arm_recipe(recipe, settings), source
+        super().__init__(arm_recipe(recipe, settings))
+        self.source = source
         middle = field_of(self.values, "model.init", OPENAI[MIDDLE]) == OPENAI[MIDDLE]
         self.long_clip = long_clip or (PUBLISHED_LONG_CLIP if middle else None)
         self.sizes = dict(zip(OPENAI, sizes, strict=True)) if sizes else OPENAI
 
-    def ladders(self, weights: Sequence[int]) -> Ladders:
-        """Values that the studies' arms take; `weights` are tenths of the long texts' loss."""
-        return Ladders(batch_sizes(self.values), long_weights=tuple(weights))
-
-    def run(self, arm: Arm, study: str, seed: int) -> Run:
-        """
-        Make the run of an arm.
-
-        Args:
-            arm: of the study.
-            study: its name.
-            seed: of the run.
-
-        Returns:
-            the run, named.
-
-        Raises:
-            `ValueError`: for an arm from Long-CLIP where none is known.
-        """
-        fields = arm_fields(arm, self.values) | {"seed": seed}
-        if arm.size:
-            fields["model.init"] = self.sizes[arm.size]
+    def arm_run(self, arm: Arm, fields: dict[str, Any]) -> Run:
+        """Make the run of an arm from its `fields`, the seed among them."""
+        fields = fields | ({"model.init": self.sizes[arm.size]} if arm.size else {})
         if arm.start == LONG_CLIP:
             if not self.long_clip:
                 raise ValueError(
@@ -181,8 +165,7 @@ class OwnModels:
                     "name one with --long-clip."
                 )
             fields["model.init"] = self.long_clip
-        plain = Run(f"LRSCLIP seed {seed}", with_fields(self.values, {"seed": seed}), self.source)
-        return named(Run("", with_fields(self.values, fields), self.source), plain, study, arm)
+        return Run(f"{arm.name} seed {fields['seed']}", with_fields(self.values, fields), self.source)
 
     def remark(self, study: str) -> str:
         """Say which models a study compares."""

@@ -27,17 +27,11 @@ from .tars import TAR_IMAGES, TarRows
 
 FORMATS = (*TABLE_SUFFIXES, ".tar")
 # What a folder's caption file may be called, the first found is read; {split} is data.train_split.
-FOLDER_FILES = tuple(
-    f"{stem}{suffix}"
-    for stem in ("{split}", "captions", "metadata")
-    for suffix in (".parquet", ".jsonl", ".json", ".csv")
-)
+_TABLES, _SHARDS = (".parquet", ".jsonl", ".json", ".csv"), (".parquet", ".tar")
+FOLDER_FILES = [stem + suffix for stem in ("{split}", "captions", "metadata") for suffix in _TABLES]
 # Else its shards, all that the first of these finds.
-FOLDER_SHARDS = tuple(
-    f"{stem}{suffix}"
-    for stem in ("{split}-*", "data/{split}-*", "*-{split}-*", "*", "data/*")
-    for suffix in (".parquet", ".tar")
-)
+_STEMS = ("{split}-*", "data/{split}-*", "*-{split}-*", "*", "data/*")
+FOLDER_SHARDS = [stem + suffix for stem in _STEMS for suffix in _SHARDS]
 _LISTED = 3  # offenders named in an error
 
 

@@ -101,14 +101,19 @@ class Build:
             check_captioners(recipe)
         self.counter = TokenCounter(recipe.tokenizer, root)
         self.gate = Gate()
-        self.captioners = self._build_captioners()
+        self.captioners = {name: build_captioner(config, self.gate) for name, config in recipe.used_captioners.items()}
+        self.gate.captioners = [captioner for captioner in self.captioners.values() if hasattr(captioner, "waiting")]
         self.finder = self._build_finder()
         self.footprints = None
         if recipe.duplicates.footprints:
             from .duplicates.footprints import Footprints
 
             self.footprints = Footprints([resolve(file, root) for file in recipe.duplicates.footprints])
-        self.choose = self._build_chooser()
+        self.choose = None
+        if chosen := recipe.candidates:
+            from .captioners.candidates import CandidateChooser
+
+            self.choose = CandidateChooser(chosen.model, chosen.rotations, chosen.stability)
         self.answers = AnswerStore(folder / WORK / "answers.sqlite", self.gate)
         if retry_failed:  # on disk at once: after a kill the plain command goes on with it
             save_progress(folder, progress)
@@ -214,17 +219,12 @@ class Build:
     # ---------------------------------------------------------------------------------------------------------- the end
 
     def _finish(self) -> dict[str, Any]:
+        used = [prompt for prompts in self.prompts.values() for prompt in prompts.values()]
         manifest = {
-            "name": self.recipe.name,
-            "format": self.recipe.format,
-            "images": self.recipe.images,
+            **{name: getattr(self.recipe, name) for name in ("name", "format", "images")},
             "recipe_hash": self.hash,
             "recipe": public_recipe(self.recipe),
-            "prompts": {
-                prompt.id: asdict(prompt) | {"hash": prompt.hash}
-                for prompts in self.prompts.values()
-                for prompt in prompts.values()
-            },
+            "prompts": {prompt.id: asdict(prompt) | {"hash": prompt.hash} for prompt in used},
             "evaluation_sets": [Path(name).name for name in self._against()],
             "versions": versions(),
             "code": git_state(Path(__file__).parent),
@@ -238,20 +238,13 @@ class Build:
 
     # ------------------------------------------------------------------------------------------------------------ parts
 
-    def _build_captioners(self) -> dict[str, Captioner]:
-        built = {name: build_captioner(config, self.gate) for name, config in self.recipe.used_captioners.items()}
-        self.gate.captioners = [captioner for captioner in built.values() if hasattr(captioner, "waiting")]
-        return built
-
     def _against(self, source: SourceConfig | None = None) -> list[str]:
         """Evaluation sets of a source, or of all of them: paths where there is such a file or folder, else names."""
         named = self.recipe.duplicates.against
-        if source is None:
-            lists = [one.against if one.against is not None else named for one in self.recipe.sources]
-            named = [name for names in lists for name in names]
-        elif source.against is not None:
-            named = source.against
-        paths = [(name, resolve(name, self.root)) for name in dict.fromkeys(named)]
+        lists = [
+            one.against if one.against is not None else named for one in ([source] if source else self.recipe.sources)
+        ]
+        paths = [(name, resolve(name, self.root)) for name in dict.fromkeys(name for names in lists for name in names)]
         return [str(path) if path.exists() else name for name, path in paths]
 
     def _build_finder(self) -> Any:
@@ -263,14 +256,6 @@ class Build:
 
         inside, store = config.inside and not self.part, self.folder / WORK / "duplicates.sqlite"
         return DuplicateFinder(against, inside, config.distance, config.crops, store)
-
-    def _build_chooser(self) -> Any:
-        config = self.recipe.candidates
-        if config is None:
-            return None
-        from .captioners.candidates import CandidateChooser
-
-        return CandidateChooser(config.model, config.rotations, config.stability)
 
     def _writer(self, source: SourceConfig) -> Writer:
         prompts = self.prompts[source.name]
@@ -302,11 +287,8 @@ class Build:
         if self.recipe.lookahead:
             return self.recipe.lookahead
         asked = [self.recipe.captioners[text.captioner] for text in source.texts.values() if text.captioner]
-        sizes = [
-            8 * config.concurrency * len(config.base_urls) if config.kind == "openai" else 16 * config.batch_size
-            for config in asked
-        ]  # fmt: skip
-        return max(sizes, default=1)
+        served = [8 * config.concurrency * len(config.base_urls) for config in asked if config.kind == "openai"]
+        return max(served + [16 * config.batch_size for config in asked if config.kind != "openai"], default=1)
 
 
 def build_captioner(config: CaptionerConfig, gate: Gate) -> Captioner:

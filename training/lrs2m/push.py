@@ -95,13 +95,12 @@ def push(api: HfApi, folder: Path, repo_id: str, private: bool = False) -> str:
         missing = [file for file in shards if not _is_there(file, folder, present)]
         done = len(shards) - len(missing)
         for batch in _batches(missing):
-            api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                repo_type=KIND,
-                allow_patterns=[file.path for file in batch],
-                commit_message=f"Shards {done + 1} to {done + len(batch)} of {len(shards)}",
-            )
+            commit = {
+                "commit_message": f"Shards {done + 1} to {done + len(batch)} of {len(shards)}",
+                "repo_type": KIND,
+            }
+            paths = [file.path for file in batch]
+            api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=paths, **commit)
             done += len(batch)
             _say("uploaded", f"{done} of {len(shards)} shards")
         operations = [CommitOperationAdd(file.path, folder / file.path) for file in last]
@@ -190,17 +189,6 @@ def _say(stage: str, text: str) -> None:
     print(f"{stage}: {text}", flush=True)
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = command_parser("python -m training.lrs2m.push", __doc__)
-    add = parser.add_argument
-    add("folder", type=Path, help="a finished data set")
-    add("--repo", required=True, help="owner/name on the Hub; made if it does not exist")
-    add("--private", action="store_true", help="if the repository is made now")
-    add("--replace-card", action="store_true", help="write the card anew where it was changed by hand")
-    add("--dry-run", action="store_true", help="show files, sizes and the card; contact nothing")
-    return parser.parse_args(arguments)
-
-
 def run(options: argparse.Namespace, api: HfApi) -> None:
     """From the arguments to the last commit; see `main` for what is raised."""
     validate_repo_id(options.repo)
@@ -225,7 +213,14 @@ def run(options: argparse.Namespace, api: HfApi) -> None:
 @command(HubError, _Public)
 def main(arguments: Sequence[str] | None = None, api: HfApi | None = None) -> None:
     """Run the command; what goes wrong is one sentence on standard error and an exit status, see above."""
-    run(parse_arguments(arguments), api or HfApi())
+    parser = command_parser("python -m training.lrs2m.push", __doc__)
+    add = parser.add_argument
+    add("folder", type=Path, help="a finished data set")
+    add("--repo", required=True, help="owner/name on the Hub; made if it does not exist")
+    add("--private", action="store_true", help="if the repository is made now")
+    add("--replace-card", action="store_true", help="write the card anew where it was changed by hand")
+    add("--dry-run", action="store_true", help="show files, sizes and the card; contact nothing")
+    run(parser.parse_args(arguments), api or HfApi())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,6 @@ class LocalImages:
             if not folder.is_dir():
                 raise ValueError(f"{folder} is not a folder; --images names folders with the images of the data set.")
         self.folders, self.search = list(folders), search
-        self._by_hash: dict[str, Path] | None = None
 
     def find(self, row: Row) -> Picture:
         """
@@ -59,7 +59,7 @@ class LocalImages:
             if picture.sha256 == row["image_sha256"]:
                 return picture
             other = other or path
-        if self.search and (path := self._hashes().get(row["image_sha256"])):
+        if self.search and (path := self._by_hash.get(row["image_sha256"])):
             return read_picture(path, 1)
         if other:
             raise Skip("another image", f"{other} is not the file that the captions were made on")
@@ -74,14 +74,12 @@ class LocalImages:
                 if inside and path.is_file():
                     yield path
 
-    def _hashes(self) -> dict[str, Path]:
-        if self._by_hash is None:
-            files = [path for folder in self.folders for path in sorted(folder.rglob("*"))]
-            files = [path for path in files if is_image_file(path) and path.is_file()]
-            self._by_hash = {}
-            for path in tqdm(files, "hashing images", unit=" images", leave=False, disable=None):
-                self._by_hash.setdefault(file_sha256(path), path)
-        return self._by_hash
+    @cached_property
+    def _by_hash(self) -> dict[str, Path]:
+        files = [path for folder in self.folders for path in sorted(folder.rglob("*"))]
+        files = [path for path in files if is_image_file(path) and path.is_file()]
+        progress = tqdm(reversed(files), "hashing images", len(files), unit=" images", leave=False, disable=None)
+        return {file_sha256(path): path for path in progress}  # of equal ones the first
 
 
 def rejoin(folder: Path, images: LocalImages, target: Path) -> dict[str, Any]:

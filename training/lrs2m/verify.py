@@ -267,24 +267,6 @@ def unanswered(row: Row) -> bool:
     return row["claims_confirmed"] is None and bool(json.loads(row["claims"] or "[]"))
 
 
-def verify(folder: Path, recipe: Recipe, target: Path) -> dict[str, Any]:
-    """
-    Score a data set into another folder.
-
-    Args:
-        folder: the finished data set.
-        recipe: with the section `verify`.
-        target: folder to write.
-
-    Returns:
-        The new manifest.
-
-    Raises:
-        `ValueError`: in one sentence, for whatever stops it.
-    """
-    return asyncio.run(Verification(folder, recipe, target).run())
-
-
 def _sheet(folder: Path, count: int) -> str:
     manifest = read_manifest(folder)
     rows = (row for _, row in read_rows(folder, manifest))
@@ -335,7 +317,7 @@ def _run(options: argparse.Namespace) -> str:
     if options.output.resolve() == options.folder.resolve():
         raise ValueError(f"--output {options.output} is the data set that is read; take another folder.")
     with only_builder(options.output, "verify"):
-        manifest = verify(options.folder, recipe, options.output)
+        manifest = asyncio.run(Verification(options.folder, recipe, options.output).run())
     unanswered_rows = manifest["totals"].get("unanswered", 0)
     without = f", {unanswered_rows:,} without any answer to their claims" if unanswered_rows else ""
     return f"{count_rows(manifest):,} rows with scores in {options.output}{without}"

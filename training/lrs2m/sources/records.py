@@ -223,7 +223,7 @@ def _sorted_files(folder: Path) -> Iterator[Path]:
 
 def _check_columns(read: ReadConfig, row: TableRow) -> None:
     asked = [(column, f"columns.{name}") for name, column in read.columns.items()]
-    for column, place in (*asked, *((column, "where") for column in read.where)):
+    for column, place in asked + [(column, "where") for column in read.where]:
         for one in _TEMPLATE.findall(column) or [column]:
             if one not in row and one.split(".")[0] not in row:
                 there = ", ".join(map(str, row))
