@@ -37,11 +37,11 @@ def plan(models, names="all", weights=WEIGHTS["quick"], seed=0):
 
 
 def flat(values, prefix=""):
-    found = {}
+    fields = {}
     for name, value in values.items():
         inner = isinstance(value, dict) and name != "long_weight"  # a number, or a curriculum
-        found |= flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
-    return found
+        fields |= flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+    return fields
 
 
 def changed(run, plain):
@@ -95,7 +95,7 @@ def test_what_studies_share_is_trained_once(small_models):
     assert len({run.key for run in ordered}) == len(ordered) == len({run.name for run in ordered})
     # 3 CLIPs, a Long-CLIP, the plain one, and of the studies 1 + 2 + 1 + 4 + 3 + 3 + 2 + 1 + 2 arms
     assert len(ordered) == 24
-    places = {run.key: place for place, run in enumerate(ordered)}
+    places = {run.key: number for number, run in enumerate(ordered)}
     assert all(places[run.start.key] < places[run.key] for run in ordered if run.start)
 
 
@@ -146,7 +146,7 @@ def test_mistakes_are_told_before_anything_is_trained(small_models):
 
 def test_init_wants_a_long_clip_of_the_same_size(tmp_path, capsys):
     def starts(*settings):
-        models = OwnModels(PAPER_RECIPE, dict(parse_setting(given) for given in settings), SCENES)
+        models = OwnModels(PAPER_RECIPE, dict(parse_setting(setting) for setting in settings), SCENES)
         return [field_of(run.values, "model.init") for _, _, run in plan(models, "init")]
 
     assert starts() == ["long-clip-vit-b-16", "openai/clip-vit-base-patch16"]
@@ -202,11 +202,11 @@ def retrieval(share, seed, images=300):
 )
 def test_orderings_are_judged_by_queries_and_by_seeds(better, worse, alike, word):
     ordering = Ordering("zcrl", "a", "b", alike)
-    own, others = (
+    ours, others = (
         [retrieval(share, seed + 10 * side) for seed, share in enumerate(shares)]
         for side, shares in enumerate((better, worse))
     )
-    assert judge(ordering, own, others).word == word
+    assert judge(ordering, ours, others).word == word
 
 
 def test_one_seed_on_one_data_set_is_the_paired_bootstrap_of_compare():
@@ -291,8 +291,8 @@ def test_a_study_whole_and_again(tmp_path, captioned_folder, recipe, capsys, mon
     ]
     words += ["--set", "optim.learning_rate=1e-3", "--device", "cpu"]
     assert main(words) == 0
-    told = capsys.readouterr().out
-    assert "run 1 of 2" in told and "not held out" in told and "SeLo Rmi: no data for it" in told
+    printed = capsys.readouterr().out
+    assert "run 1 of 2" in printed and "not held out" in printed and "SeLo Rmi: no data for it" in printed
 
     document = json.loads((output / "short_text" / "results.json").read_text())
     arms = {arm["name"]: arm for arm in document["arms"]}
@@ -302,8 +302,8 @@ def test_a_study_whole_and_again(tmp_path, captioned_folder, recipe, capsys, mon
         (run,) = arm["runs"]
         assert field_of(run["recipe"], "optim.learning_rate") == 1e-3
         trained = json.loads((output / "arms" / run["folder"].split("/")[-1] / "run.json").read_text())
-        own = {"First Text": "first_sentence", "Short Text": "own"}[arm["name"]]
-        assert trained["config"]["loss"]["short_text"] == own and trained["steps"] == 2
+        short_text = {"First Text": "first_sentence", "Short Text": "own"}[arm["name"]]
+        assert trained["config"]["loss"]["short_text"] == short_text and trained["steps"] == 2
         assert 0 <= arm["mean"]["zcrl"] <= 100
     assert {ordering["task"] for ordering in document["orderings"]} == {"zcrl", "zcrs"}  # no labels, no landscapes
     table = (output / "short_text" / "table.md").read_text()
@@ -323,8 +323,8 @@ def test_three_seeds_are_told_as_mean_and_spread(tmp_path):
     arms = {}
     for arm, share in zip(study.arms, (0.5, 0.9), strict=True):
         arms[arm.name] = [retrieval(share, seed) for seed in range(3)]
-        for seed, own in enumerate(arms[arm.name]):
-            own["zcrl"][0] |= {"dataset": "tiles", "metrics": {"mR": 100 * share + seed}}
+        for seed, results in enumerate(arms[arm.name]):
+            results["zcrl"][0] |= {"dataset": "tiles", "metrics": {"mR": 100 * share + seed}}
     outcome = Outcome(study, arms, ["SeLo Rmi"], "", (0, 1, 2))
     table, closing = outcome.table(), outcome.closing()
     assert [column.name for column in table.columns] == ["pairs a step", *["here"] * 4]  # the paper prints no figures

@@ -92,8 +92,8 @@ def test_trackers(monkeypatch):
     ):
         parse_config([*required, "--loop.trackers", "wandb"])
     monkeypatch.setitem(TRACKERS, "wandb", ("json",))
-    for given, expected in (("wandb", ["wandb"]), ("none", []), ("[tensorboard, wandb]", ["tensorboard", "wandb"])):
-        assert parse_config([*required, "--loop.trackers", given]).loop.trackers == expected
+    for value, expected in (("wandb", ["wandb"]), ("none", []), ("[tensorboard, wandb]", ["tensorboard", "wandb"])):
+        assert parse_config([*required, "--loop.trackers", value]).loop.trackers == expected
 
 
 @pytest.mark.parametrize(

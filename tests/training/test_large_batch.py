@@ -48,9 +48,9 @@ def loss_of(image_embeds, text_embeds, model, order, config=LossConfig()):  # no
 
 
 def gradients_of(model):
-    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    return found
+    return gradients
 
 
 def assert_equal(got, expected, tolerance=1e-5):

@@ -34,8 +34,8 @@ def alone(tmp_path_factory, run_options, captioned_folder) -> dict[str, torch.Te
 
 
 def options(folder: Path, run_options: list[str], data: Path) -> list[str]:
-    given = ["--output_dir", str(folder), *run_options, *RATE, "--data.validation", str(data)]
-    return [*given, "--optim.max_grad_norm", "2", "--loop.save_every", "2"]
+    words = ["--output_dir", str(folder), *run_options, *RATE, "--data.validation", str(data)]
+    return [*words, "--optim.max_grad_norm", "2", "--loop.save_every", "2"]
 
 
 @pytest.mark.parametrize("name", SEVERAL)
@@ -82,8 +82,8 @@ class TestRefusals:
         assert "set fsdp_version to 2" in self.told(ACCELERATE_USE_FSDP="true")
 
     def test_loading_by_the_first_process_only(self):
-        told = self.told(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
-        assert "set it to false" in told and "logit_scale" in told
+        message = self.told(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
+        assert "set it to false" in message and "logit_scale" in message
 
     def test_fp16(self):
         assert "set it to bf16 or fp32" in self.told("fp16", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
@@ -94,14 +94,14 @@ class TestRefusals:
 
     def test_zero3(self):
         self.monkeypatch.setattr("training.distributed.is_deepspeed_available", lambda: True)
-        told = self.told(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="3")
-        assert "stage is 3" in told and "fsdp2.yaml" in told
+        message = self.told(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="3")
+        assert "stage is 3" in message and "fsdp2.yaml" in message
 
 
 def test_a_checkpoint_of_another_launch_is_refused(tmp_path):
     accelerator = Accelerator(cpu=True)
-    for name, told in (("pytorch_model_fsdp_0", "under FSDP2"), ("pytorch_model", "under DeepSpeed")):
+    for name, launch in (("pytorch_model_fsdp_0", "under FSDP2"), ("pytorch_model", "under DeepSpeed")):
         (tmp_path / name / name).mkdir(parents=True)
-        with pytest.raises(ValueError, match=f"was saved {told} .* resume it with that"):
+        with pytest.raises(ValueError, match=f"was saved {launch} .* resume it with that"):
             check_checkpoint(accelerator, tmp_path / name)
     check_checkpoint(accelerator, tmp_path / "plain")

@@ -250,8 +250,8 @@ def test_kept_positions_stay_as_they_are(runs, clip, run_of):
 
 def gathered_in(rank: int, store: Path, outcome: Path) -> None:
     meet(store, rank, 2)
-    own = torch.arange(6.0).reshape(2, 3) + 10 * rank
-    leaf = own.clone().requires_grad_()
+    local = torch.arange(6.0).reshape(2, 3) + 10 * rank
+    leaf = local.clone().requires_grad_()
     everything = distributed.gather_with_gradient(leaf)
     (everything * torch.arange(4.0)[:, None]).sum().backward()
     scale = torch.nn.Parameter(torch.zeros(()))
@@ -259,11 +259,11 @@ def gathered_in(rank: int, store: Path, outcome: Path) -> None:
     distributed.average_gradient(scale)
     distributed.average_gradient(torch.nn.Parameter(torch.zeros(())))  # without a gradient, nothing is asked
     said = {
-        "plain": distributed.gather(own).tolist(),
+        "plain": distributed.gather(local).tolist(),
         "everything": everything.tolist(),
         "gradient": leaf.grad.tolist(),
         "none": distributed.gather_with_gradient(None),
-        "smallest": distributed.smallest_count(5 - rank, own.device),
+        "smallest": distributed.smallest_count(5 - rank, local.device),
         "largest": distributed.largest(5 + rank, distributed.cpu_group()),
         "average": scale.grad.item(),
     }

@@ -39,9 +39,9 @@ def test_a_run_leaves_its_record(run_arguments, captioned_folder, tmp_path, caps
 
     best = json.loads((folder / "best" / "run.json").read_text())
     assert best["best"] == record["best"] and best["weights"]["step"] == record["best"]["step"]
-    for told in (record, best):
-        weights = folder / ("final" if told is record else "best")
-        assert told["weights"]["sha256"] == weights_sha256(
+    for content in (record, best):
+        weights = folder / ("final" if content is record else "best")
+        assert content["weights"]["sha256"] == weights_sha256(
             sorted(AutoModel.from_pretrained(weights).state_dict().items())
         )
     assert not list(folder.rglob(".run.json*"))

@@ -66,11 +66,11 @@ class Forked(Attempt):
         return any(process.poll() is None for process in self.processes)
 
     def everybody(self) -> list[psutil.Process]:
-        found = []
+        alive = []
         for process in self.processes:
             with contextlib.suppress(psutil.NoSuchProcess):
-                found.append(psutil.Process(process.pid))
-        return found
+                alive.append(psutil.Process(process.pid))
+        return alive
 
     def wait(self) -> int:
         codes = {process.wait(PATIENCE) for process in self.processes}
@@ -119,8 +119,8 @@ def test_a_signal_ends_the_run_after_its_step(captions, tmp_path, world, number)
     last = log_of(tmp_path / "run", "train")[-1]["step"]
     (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
     assert checkpoint.name == f"step-{last:08d}" and 3 <= last < 200
-    told = (tmp_path / "output").read_text()
-    assert told.count(f"{number.name} ended the run after step {last} of 200, saved in {checkpoint}") == 1
+    output = (tmp_path / "output").read_text()
+    assert output.count(f"{number.name} ended the run after step {last} of 200, saved in {checkpoint}") == 1
     again = Forked(arguments, world, tmp_path / "output", be_impatient)
     wait_for_step(again, tmp_path / "run", last + 1)
     waiting, *others = again.processes
@@ -296,7 +296,7 @@ def test_the_death_of_a_launcher_is_not_a_second_signal(monkeypatch):
     monkeypatch.setattr(interruption, "ONE_SIGNAL", 0.0)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     context = multiprocessing.get_context("fork")
-    told, entered = context.Pipe(duplex=False)
+    receiver, entered = context.Pipe(duplex=False)
 
     def hang():
         end_with_the_launcher()
@@ -312,8 +312,8 @@ def test_the_death_of_a_launcher_is_not_a_second_signal(monkeypatch):
 
     launcher = context.Process(target=launch)
     launcher.start()
-    assert told.poll(PATIENCE)
-    trainer = psutil.Process(told.recv())
+    assert receiver.poll(PATIENCE)
+    trainer = psutil.Process(receiver.recv())
     trainer.send_signal(signal.SIGINT)
     time.sleep(1)
     launcher.kill()
@@ -400,9 +400,9 @@ def test_no_room_for_a_checkpoint(captions, tmp_path):
     before = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     more = ["--output_dir", str(tmp_path / "short")]
     assert Forked([*arguments, *more], 2, tmp_path / "told", before=limit_file_size).wait() == NOT_SAVED
-    told = (tmp_path / "told").read_text()
-    assert "step-00000002 could not be written (" in told and "MB are free on that disk" in told
-    assert "there is no checkpoint yet. Make room and go on with --resume." in told
+    output = (tmp_path / "told").read_text()
+    assert "step-00000002 could not be written (" in output and "MB are free on that disk" in output
+    assert "there is no checkpoint yet. Make room and go on with --resume." in output
     assert list((tmp_path / "short/checkpoints").iterdir()) == []
     assert before == ["step-00000002", "step-00000004"]
 
@@ -416,18 +416,18 @@ def test_no_room_for_a_sharded_checkpoint(captions, tmp_path):
     """FSDP2's checkpoints tell of a full disk by an exception of their own."""
     arguments = run_arguments(captions, tmp_path / "run", steps=4, save_every=2)
     assert Forked(arguments, 2, tmp_path / "told", before=limit_file_size_of_shards).wait() == NOT_SAVED
-    told = (tmp_path / "told").read_text()
-    assert "step-00000002 could not be written (" in told and "Make room and go on with --resume." in told
-    assert "Traceback" not in told and list((tmp_path / "run/checkpoints").iterdir()) == []
+    output = (tmp_path / "told").read_text()
+    assert "step-00000002 could not be written (" in output and "Make room and go on with --resume." in output
+    assert "Traceback" not in output and list((tmp_path / "run/checkpoints").iterdir()) == []
 
 
 def test_a_mistake_in_the_data_is_told_once(captions, tmp_path):
     """By the first process, and the other one ends with it instead of a traceback."""
     arguments = [*run_arguments(captions, tmp_path / "run"), "--data.long_column", "longtext"]
     assert Forked(arguments, 2, tmp_path / "told").wait() == FAILED
-    told = (tmp_path / "told").read_text()
-    assert told.count("error: ") == 1 and "Traceback" not in told
-    assert told.count("did you mean 'long_text'") == 2  # for the training and for the held-out data
+    output = (tmp_path / "told").read_text()
+    assert output.count("error: ") == 1 and "Traceback" not in output
+    assert output.count("did you mean 'long_text'") == 2  # for the training and for the held-out data
 
 
 @pytest.fixture
@@ -445,9 +445,9 @@ def test_a_full_disk(captions, small_disk, tmp_path):
     arguments = run_arguments(captions, small_disk / "run", steps=40, save_every=2)
     arguments += ["--loop.keep_checkpoints", "50", "--loop.validate_every", "1000"]
     assert Forked(arguments, 1, tmp_path / "told").wait() == NOT_SAVED
-    told = (tmp_path / "told").read_text()
+    output = (tmp_path / "told").read_text()
     checkpoints = sorted((small_disk / "run/checkpoints").iterdir())
-    assert f"the last checkpoint, {checkpoints[-1]}, is whole. Make room and go on with --resume." in told
+    assert f"the last checkpoint, {checkpoints[-1]}, is whole. Make room and go on with --resume." in output
     assert not list(small_disk.rglob(".*.partial"))
     for checkpoint in checkpoints[:-1]:
         for file in checkpoint.iterdir():
@@ -466,14 +466,16 @@ def test_a_batch_that_is_not_finite_stops_all_processes(captions, tmp_path):
     arguments += ["--optim.max_grad_norm", "null", "--optim.learning_rate", "1e18"]
     attempt = Forked(arguments, 2, tmp_path / "output")
     assert attempt.wait() == NOT_FINITE
-    told = json.loads((tmp_path / "run/nonfinite.json").read_text())
+    document = json.loads((tmp_path / "run/nonfinite.json").read_text())
     batches = {record["step"]: record["ids"] for record in log_of(tmp_path / "run", "batch")}
-    assert told["ids"] == batches[told["step"]] and len(told["ids"]) == 8
-    assert {"loss", "long_loss", "short_loss", "gradient_norm", "logit_scale"} <= told.keys()
+    assert document["ids"] == batches[document["step"]] and len(document["ids"]) == 8
+    assert {"loss", "long_loss", "short_loss", "gradient_norm", "logit_scale"} <= document.keys()
     checkpoints = sorted((tmp_path / "run/checkpoints").iterdir())
-    assert told["checkpoint"] == str(checkpoints[-1]) and checkpoints[-1].name == f"step-{told['step'] - 1:08d}"
+    assert (
+        document["checkpoint"] == str(checkpoints[-1]) and checkpoints[-1].name == f"step-{document['step'] - 1:08d}"
+    )
     printed = (tmp_path / "output").read_text()
-    assert printed.count("error: The ") == 1 and f"at step {told['step']}; lower optim.learning_rate" in printed
+    assert printed.count("error: The ") == 1 and f"at step {document['step']}; lower optim.learning_rate" in printed
     assert f"The last good checkpoint is {checkpoints[-1]}" in printed
 
 

@@ -312,10 +312,10 @@ class TestErrors:
         plain_step = Trainer.step
 
         def step_with_a_broken_end(self, batch):
-            told = plain_step(self, batch)
+            record = plain_step(self, batch)
             if self.state.step == 2:
                 self.model.visual_projection.weight.data[0, 0] = math.inf
-            return told
+            return record
 
         monkeypatch.setattr(Trainer, "step", step_with_a_broken_end)
         with pytest.raises(SystemExit) as caught:
@@ -326,8 +326,8 @@ class TestErrors:
             "step-00000001",
             "step-00000002",
         ]
-        told = json.loads((tmp_path / "run/nonfinite.json").read_text())
-        assert told["step"] == 3 and len(told["ids"]) == 4 and told["checkpoint"].endswith("step-00000002")
+        record = json.loads((tmp_path / "run/nonfinite.json").read_text())
+        assert record["step"] == 3 and len(record["ids"]) == 4 and record["checkpoint"].endswith("step-00000002")
 
     def test_batch_larger_than_the_data(self, run_arguments):
         with pytest.raises(SystemExit, match="512 is more than the 12 training pairs"):

@@ -199,8 +199,8 @@ class Output:
                 if any(touched[start:end]):
                     source = self._work / file["file"]
                     writer = open_shard(source.with_name(f"changed-{source.name}"))
-                    for place, row in enumerate(read_shard(source), start):
-                        kept = change(place, row) if touched[place] else row
+                    for index, row in enumerate(read_shard(source), start):
+                        kept = change(index, row) if touched[index] else row
                         if kept is None:
                             self.count(row["source"], split, -1)
                         else:

@@ -37,11 +37,11 @@ class Part:
     def choose(self, records: Iterable[Record | Unmatched]) -> Iterator[Record | Unmatched]:
         """This part's records of a source."""
         self._places.clear()
-        for place, record in enumerate(records):
+        for position, record in enumerate(records):
             key = (record.image_key if isinstance(record, Record) else record.key) or str(record.position)
             digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
             if int.from_bytes(digest[:8], "big") % self.count == self.number - 1:
-                self._places.append(place)
+                self._places.append(position)
                 yield record
 
     def skip(self) -> None:

@@ -93,8 +93,8 @@ def check_captioners(recipe: Recipe) -> None:
     """
     mistakes = []
     for name, config in recipe.used_captioners.items():
-        told = asyncio.run(_ping(name, config))
-        mistakes += [line for line, _ in told] if all(is_mistake for _, is_mistake in told) else []
+        answers = asyncio.run(_ping(name, config))
+        mistakes += [line for line, _ in answers] if all(is_mistake for _, is_mistake in answers) else []
     if mistakes:
         raise ValueError("\n".join(mistakes))
 
@@ -160,10 +160,10 @@ def _first_that_fit(read: ReadConfig, root: Path, first: FirstRows) -> tuple[lis
     return stored, rows
 
 
-def _no_column(name: str, read: ReadConfig, place: str, first: FirstRows) -> str:
+def _no_column(name: str, read: ReadConfig, section: str, first: FirstRows) -> str:
     return (
         f"{read.path} has no column for {name}, which its source needs; it has {', '.join(first.columns)}. "
-        f"Set {place}.columns.{name}."
+        f"Set {section}.columns.{name}."
     )
 
 
@@ -181,10 +181,10 @@ def _absent_evaluation_sets(recipe: Recipe, root: Path) -> list[str]:
     """Sentences on sets of `against` that are paths and not there; other names are those of `evaluation.run`."""
     named = [(f"sources.{number}.against", source.against) for number, source in enumerate(recipe.sources)]
     absent = []
-    for place, names in (("duplicates.against", recipe.duplicates.against), *named):
+    for section, names in (("duplicates.against", recipe.duplicates.against), *named):
         for name in names or ():
             if _is_path(name) and not resolve(name, root).exists():
-                absent.append(f"{place} names {name}, which does not exist; put the set there, or leave it out.")
+                absent.append(f"{section} names {name}, which does not exist; put the set there, or leave it out.")
     return list(dict.fromkeys(absent))
 
 
@@ -222,10 +222,10 @@ def describe(recipe: Recipe, prompts: Prompts, root: Path, folder: Path) -> tupl
         except ValueError as error:
             mistakes.append(str(error))
         lines += [f"  not verified: {one}" for one in source.not_verified]
-    told = pings.result()
+    answers = pings.result()
     pool.shutdown()
-    lines += [line for line, is_mistake in told if not is_mistake]
-    mistakes += [line for line, is_mistake in told if is_mistake]
+    lines += [line for line, is_mistake in answers if not is_mistake]
+    mistakes += [line for line, is_mistake in answers if is_mistake]
     sets = len(recipe.duplicates.against)
     inside = "of the set itself and " if recipe.duplicates.inside else ""
     lines.append(

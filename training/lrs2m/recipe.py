@@ -44,10 +44,10 @@ class MatchConfig:
 
     @model_validator(mode="before")
     @classmethod
-    def _value_or_values(cls, given: Any):
-        if isinstance(given, dict | ArgsKwargs):
-            return given
-        return {"values": given if isinstance(given, list) else [given]}
+    def _value_or_values(cls, value: Any):
+        if isinstance(value, dict | ArgsKwargs):
+            return value
+        return {"values": value if isinstance(value, list) else [value]}
 
     def __post_init__(self):
         if not (self.values or self.prefix or self.pattern):

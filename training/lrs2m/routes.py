@@ -148,7 +148,7 @@ class Writer:
         known = self._known(which, item, other) | {
             "count_tokens": count,
             "instructions": prompt.instructions,
-            "filled_in": " ".join(places[place] for place in prompt.places),
+            "filled_in": " ".join(places[name] for name in prompt.places),
         }
         attempts: list[dict[str, Any]] = []
         good: list[Text] = []

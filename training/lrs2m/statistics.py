@@ -103,7 +103,7 @@ class Tally:
             scores = [score for score in columns[name] if score is not None]
             totals[0] += len(scores)
             totals[1] += sum(scores)
-        known = [place for place in zip(columns["latitude"], columns["longitude"], strict=True) if None not in place]
+        known = [pair for pair in zip(columns["latitude"], columns["longitude"], strict=True) if None not in pair]
         if known:
             degrees = np.floor(np.array(known)).astype(int) + [90, 180]
             np.add.at(self.places, tuple(np.clip(degrees, 0, [179, 359]).T), 1)
@@ -166,12 +166,12 @@ def hand_read(folder: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
 def describe_checks(totals: dict[str, int]) -> dict[str, dict[str, int]]:
     """Answers asked again, rows left out and rows warned of, by check, the most frequent first."""
     columns = {"asked again": "asked_again", "failed": "failed", "warned": "warned"}
-    found: dict[str, dict[str, int]] = {}
+    by_check: dict[str, dict[str, int]] = {}
     for name, times in totals.items():
         kind, _, check = name.partition(": ")
         if check and kind in columns:
-            found.setdefault(check, dict.fromkeys(columns.values(), 0))[columns[kind]] += times
-    return dict(sorted(found.items(), key=lambda one: (-sum(one[1].values()), one[0])))
+            by_check.setdefault(check, dict.fromkeys(columns.values(), 0))[columns[kind]] += times
+    return dict(sorted(by_check.items(), key=lambda one: (-sum(one[1].values()), one[0])))
 
 
 def describe(counts: Tally, manifest: dict[str, Any], read: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -51,11 +51,11 @@ class TestColumns:
 
     def test_all_sources_at_once(self, streaming, captioned_folder, tmp_path):
         write_rows(tmp_path / "a.jsonl", [{"image": "x"}])
-        with pytest.raises(ValueError) as told:
+        with pytest.raises(ValueError) as error:
             load(tmp_path / "a.jsonl", captioned_folder, tmp_path / "none.csv", streaming=streaming)
-        assert len(str(told.value).splitlines()) == 2
-        assert "no column 'long_text', 'short_text'" in str(told.value) and "none.csv does not exist" in str(
-            told.value
+        assert len(str(error.value).splitlines()) == 2
+        assert "no column 'long_text', 'short_text'" in str(error.value) and "none.csv does not exist" in str(
+            error.value
         )
 
     def test_columns_of_a_source(self, streaming, captioned_folder, tmp_path):
@@ -83,9 +83,9 @@ def write_tar(path, members: dict[str, bytes], **options):
 
 class TestConfig:
     def explain(self, capsys, value):
-        with pytest.raises(SystemExit) as told:
+        with pytest.raises(SystemExit) as error:
             parse_config(["--output_dir", "x", "--data.train", value])
-        return str(told.value)
+        return str(error.value)
 
     def test_unknown_fields(self, capsys):
         assert "source 1 has an unknown field wieght; it may have path, split, weight" in self.explain(
@@ -338,8 +338,8 @@ class TestSkipped:
     def test_one_process(self, tmp_path):
         rows = SkippedRows(tmp_path, 0.5, writes=True)
         assert rows.take({"skipped": []}, before=3, used=8) == 3 and not rows.file.path.exists()
-        found = {"id": "a:1", "file": "a", "reason": "x"}
-        assert rows.take({"skipped": [found, found]}, before=3, used=8) == 5
+        row = {"id": "a:1", "file": "a", "reason": "x"}
+        assert rows.take({"skipped": [row, row]}, before=3, used=8) == 5
 
 
 def test_mixture_and_augmentation_in_a_run(captioned_folder, run_arguments, tmp_path):
@@ -376,15 +376,15 @@ def take_as(rank: int, folder, answers) -> None:
     PartialState._reset_state()
     PartialState(cpu=True)
     rows = SkippedRows(folder, 0.1, writes=rank == 0)
-    told, skipped = [], 0
+    outcome, skipped = [], 0
     try:
         for step in range(9):
-            found = [{"id": f"a:{step}-{number}", "file": "a", "reason": "x"} for number in range(rank * step)]
-            skipped = rows.take({"skipped": found}, skipped, used=8 * (step + 1))
-            told.append(skipped)
+            unusable = [{"id": f"a:{step}-{number}", "file": "a", "reason": "x"} for number in range(rank * step)]
+            skipped = rows.take({"skipped": unusable}, skipped, used=8 * (step + 1))
+            outcome.append(skipped)
     except ValueError as error:
-        told.append(str(error))
-    answers.put((rank, told))
+        outcome.append(str(error))
+    answers.put((rank, outcome))
     dist.destroy_process_group()
 
 
@@ -394,8 +394,9 @@ def test_two_processes_stop_together(tmp_path):
     workers = [context.Process(target=take_as, args=(rank, tmp_path, answers)) for rank in (0, 1)]
     for worker in workers:
         worker.start()
-    told = dict(answers.get(timeout=60) for _ in workers)
+    outcomes = dict(answers.get(timeout=60) for _ in workers)
     for worker in workers:
         worker.join()
-    assert told[0] == told[1] and told[0][:5] == [0, 1, 3, 6, 10] and "15 of 63 rows visited" in told[0][5]
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0][:5] == [0, 1, 3, 6, 10] and "15 of 63 rows visited" in outcomes[0][5]
     assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 15

@@ -51,14 +51,14 @@ def test_a_data_set_on_the_hub(tmp_path, monkeypatch):
         environment = hub.environment(tmp_path / "home")
         run = processes.run([sys.executable, "-c", READ], cwd=ROOT, env=environment)
         assert run.returncode == 0, run.stderr
-    told = json.loads(run.stdout.splitlines()[-1])
-    count, parts, ids, long, size, kind = told["true"]
+    result = json.loads(run.stdout.splitlines()[-1])
+    count, parts, ids, long, size, kind = result["true"]
     assert (count, parts, kind) == (ROWS, 2, "ParquetRows") and size == len(picture(14))
-    assert long == [row(number)["long_text"] for number in (0, 14, 49)] == told["false"][3]
+    assert long == [row(number)["long_text"] for number in (0, 14, 49)] == result["false"][3]
     assert ids == [
         "train-00000-of-00002.parquet:0",
         "train-00001-of-00002.parquet:1",
         "train-00001-of-00002.parquet:36",
     ]
-    assert told["false"][2] == ["you/pairs:0", "you/pairs:14", "you/pairs:49"]
-    assert "you/lines cannot be streamed" in told["refused"]
+    assert result["false"][2] == ["you/pairs:0", "you/pairs:14", "you/pairs:49"]
+    assert "you/lines cannot be streamed" in result["refused"]

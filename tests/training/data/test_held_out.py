@@ -63,17 +63,17 @@ def captions(pairs):
 def test_by_image_and_alike_in_every_form(forms):
     folder, rows = forms
     images = {(row["long_text"], row["short_text"]): row["image"].replace("copy", "3") for row in rows}
-    found = {}
+    held_captions = {}
     for name in ("rows.jsonl", "rows.parquet", "rows.tar"):
         for streaming in (False, True):
             kept, held = split(folder / name, streaming)
             assert len(kept) + len(held) == len(rows) == 25
-            found[name, streaming] = sorted(captions(held))
+            held_captions[name, streaming] = sorted(captions(held))
             sides = [{images[texts] for texts in captions(side)} for side in (kept, held)]
             assert not sides[0] & sides[1] and sides[1] == below(folder, set(images.values()))
             visits = {number for step in range(3) for _, number in kept.order(0).batch(step, 6)}
             assert max(visits) < len(kept)
-    assert len({json.dumps(texts) for texts in found.values()}) == 1
+    assert len({json.dumps(texts) for texts in held_captions.values()}) == 1
     again = split(folder / "rows.jsonl", True)[0]
     whole = load_pairs(DataConfig(train=str(folder / "rows.jsonl"), streaming=True), ["long", "short"])
     prints = [fingerprints(pairs, ["x"]) for pairs in (again, split(folder / "rows.jsonl", True)[0], whole)]

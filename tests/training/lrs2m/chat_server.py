@@ -54,15 +54,15 @@ class ChatRequest:
 
 def plausible(request: ChatRequest) -> str:
     """A caption that passes the checks: short where at most so many words are asked for, else long; names what it was told."""
-    told = re.findall(r'"([^"]+)"', request.text)
-    words = re.findall(r"\w[\w'-]*", told[-1] if told else "the scene")
+    quoted = re.findall(r'"([^"]+)"', request.text)
+    words = re.findall(r"\w[\w'-]*", quoted[-1] if quoted else "the scene")
     if re.search(r"\b20 words\b", request.system + request.text):
         return "Seen from above: " + " ".join(words[:12]) + "."
-    place = hashlib.sha256(request.text.encode() + (request.image or "").encode()).hexdigest()[:6]
+    digest = hashlib.sha256(request.text.encode() + (request.image or "").encode()).hexdigest()[:6]
     return (
         f"The image shows {' '.join(words[:60])}. In the upper left part of the tile the ground is bright and dry, "
         "while a darker patch of vegetation lies towards the right edge. A narrow road crosses the lower half, and small "
-        f"buildings with flat roofs stand along it; the parcel in the centre carries the number {place}."
+        f"buildings with flat roofs stand along it; the parcel in the centre carries the number {digest}."
     )
 
 

@@ -358,8 +358,9 @@ def test_a_captioner_that_writes_nothing_of_use_stops_the_build_early(
         recipe = write_recipe(sources, server.url, lookahead=4)
         assert build(recipe, tmp_path / "set") == 1
         assert 18 <= len(server.requests) <= 3 * 11
-    told = capsys.readouterr().err.strip().splitlines()
-    assert told[0].startswith("error: 6 of 6 rows of tiles failed") and len(told) == 1  # nothing else went wrong
+    messages = capsys.readouterr().err.strip().splitlines()
+    assert messages[0].startswith("error: 6 of 6 rows of tiles failed")
+    assert len(messages) == 1  # nothing else went wrong
 
 
 def test_an_interruption_waits_for_the_images_that_are_read():
@@ -451,8 +452,8 @@ def test_duplicates_are_left_out_before_anything_is_asked(tiles, write_recipe, t
         recipe = write_recipe([source("expand", table)], server.url, duplicates=duplicates)
         assert build(recipe, tmp_path / "set") == 0
         assert len(server.requests) == 3
-    found = {entry["image_key"]: entry for entry in entries(tmp_path / "set", "duplicates")}
-    assert set(found) == {"a.jpg", "c.jpg"} and found["a.jpg"]["against"] == "evaluation"
+    listed = {entry["image_key"]: entry for entry in entries(tmp_path / "set", "duplicates")}
+    assert set(listed) == {"a.jpg", "c.jpg"} and listed["a.jpg"]["against"] == "evaluation"
     assert [row["image_key"] for row in rows_of(tmp_path / "set")] == ["b.jpg", "d.jpg", "d.jpg"]
     assert str(tmp_path) not in (tmp_path / "set" / "manifest.json").read_text()  # no path of this machine
 

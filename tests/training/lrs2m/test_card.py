@@ -31,8 +31,8 @@ def test_a_card_that_loads_as_it_was_written(folder, capsys):
     assert "- UCMerced: CC-BY-4.0 ([terms](https://example.org/terms))" in licences and "- mine: CC0-1.0" in licences
     (config,) = data["configs"]
     assert {"split": "train", "path": "data/train-*.parquet"} in config["data_files"]
-    told = statistics(folder)
-    mean = f"{told['sources'][0]['long_mean_tokens']:.2f}"
+    described = statistics(folder)
+    mean = f"{described['sources'][0]['long_mean_tokens']:.2f}"
     assert f"| UCMerced | 1 | 24 | given | {mean} | given |" in card.text
     assert "| UCMerced | CC-BY-4.0 ([terms](https://example.org/terms)) | yes |" in card.text
     assert "| mine | CC0-1.0 | yes |" in card.text
@@ -55,17 +55,19 @@ def test_a_card_changed_by_hand_is_kept(folder, capsys):
 
 
 def test_a_source_without_licence_stops(folder):
-    told, manifest = statistics(folder), json.loads((folder / "manifest.json").read_text())
-    told["sources"][1]["licence"] = " "
+    described, manifest = statistics(folder), json.loads((folder / "manifest.json").read_text())
+    described["sources"][1]["licence"] = " "
     with pytest.raises(ValueError, match="1 sources have no licence, first: mine"):
-        build_card(told, manifest)
+        build_card(described, manifest)
 
 
 def test_what_others_wrote_is_plain_text_in_the_body(folder):
-    told, manifest = statistics(folder), json.loads((folder / "manifest.json").read_text())
-    told["name"] = told["sources"][0]["licence"] = told["sources"][0]["name"] = "a <b>\n# c ![d](e) | [f](g)"
+    described, manifest = statistics(folder), json.loads((folder / "manifest.json").read_text())
+    described["name"] = described["sources"][0]["licence"] = described["sources"][0]["name"] = (
+        "a <b>\n# c ![d](e) | [f](g)"
+    )
     manifest["versions"]["x"] = "<i>\n```"
-    body = build_card(told, manifest).partition("\n---\n")[2]
+    body = build_card(described, manifest).partition("\n---\n")[2]
     assert r"# a &lt;b&gt; # c !\[d\](e) \| \[f\](g)" in body
     assert "<b>" not in body and "<i>" not in body and "\n# c" not in body and "![d]" not in body
 

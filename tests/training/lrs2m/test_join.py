@@ -150,8 +150,8 @@ def test_joined_parts_are_the_undivided_build(undivided, tmp_path, count, form):
 
 
 def test_a_part_hangs_on_the_key_alone():
-    records = [Record("tiles", place, None, f"{place % 50}.png") for place in range(200)]
-    records += [Record("tiles", place, None, "") for place in range(200, 300)]
+    records = [Record("tiles", number, None, f"{number % 50}.png") for number in range(200)]
+    records += [Record("tiles", number, None, "") for number in range(200, 300)]
     parts = [[record.id for record in Part(number, 7).choose(records)] for number in range(1, 8)]
     assert sorted(sum(parts, [])) == [record.id for record in records]  # each once
     assert all(2 * 300 / 7 > len(part) > 300 / 7 / 2 for part in parts)

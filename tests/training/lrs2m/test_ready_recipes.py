@@ -42,13 +42,13 @@ def recipe_of(name: str) -> Recipe:
 def test_table_1_is_covered_as_the_paper_made_it():
     table = paper_tables()["lrs2m"]
     columns = table["columns"]
-    found = {}
+    by_row = {}
     for name in RECIPES:
         (source,) = recipe_of(name).sources
-        found[source.paper_source or source.name] = (source, recipe_of(name))
-    assert set(found) == {*table["rows"], "RSITMD-L", "RSICD-L", "MGRS-200k"}
+        by_row[source.paper_source or source.name] = (source, recipe_of(name))
+    assert set(by_row) == {*table["rows"], "RSITMD-L", "RSICD-L", "MGRS-200k"}
     for name, values in table["rows"].items():
-        row, (source, recipe) = dict(zip(columns, values)), found[name]
+        row, (source, recipe) = dict(zip(columns, values)), by_row[name]
         assert ROUTE_NUMBERS[source.route] == row["route"] and len(source.licence) > 5
         for text, wanted in ((source.long, "long_text_source"), (source.short, "short_text_source")):
             if text.captioner:
@@ -143,7 +143,8 @@ def karpathy(root: Path, file: str, images: str, split: str) -> None:
     write_images((root / file).parent / images, names)
     captions = [[{"raw": f"{short_caption(index)} Version {number}."} for number in range(5)] for index in range(ROWS)]
     entries = [
-        {"filename": name, "split": "test", "sentences": own} for name, own in zip(names, captions, strict=True)
+        {"filename": name, "split": "test", "sentences": sentences}
+        for name, sentences in zip(names, captions, strict=True)
     ]
     entries += [{"filename": "absent.tif", "split": "train", "sentences": captions[0]}] * (split == "test")
     (root / file).write_text(json.dumps({"images": entries, "dataset": "small"}))

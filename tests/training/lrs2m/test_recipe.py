@@ -61,14 +61,14 @@ def test_the_hash_follows_what_decides_the_rows(tmp_path):
     assert len({hash_of(), hash_of("seed=1"), hash_of("captioners.llm.temperature=0"), hash_of("short_words=12")}) == 4
     prompt = tmp_path / "own.yaml"
     prompt.write_text("name: own\nversion: 1\nimage: false\nsystem: s\nuser: 'Shorten: {long_text}'\n")
-    own = hash_of("sources.0.short.prompt=own.yaml")
+    own_prompt = hash_of("sources.0.short.prompt=own.yaml")
     prompt.write_text(prompt.read_text().replace("Shorten", "Cut"))
-    assert own != hash_of("sources.0.short.prompt=own.yaml")  # the words count, not the name
+    assert own_prompt != hash_of("sources.0.short.prompt=own.yaml")  # the words count, not the name
 
 
 def test_what_is_published_names_no_machine(tmp_path):
-    told = str(public_recipe(read_recipe([written(tmp_path, "a")])))
-    assert "http" not in told and "/data" not in told and "a.csv" in told and "Qwen/Qwen2.5-7B-Instruct" in told
+    shown = str(public_recipe(read_recipe([written(tmp_path, "a")])))
+    assert "http" not in shown and "/data" not in shown and "a.csv" in shown and "Qwen/Qwen2.5-7B-Instruct" in shown
 
 
 def test_splits_follow_the_image():

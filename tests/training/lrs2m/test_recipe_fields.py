@@ -34,11 +34,11 @@ def comments_of(source: str) -> dict[int, str]:
 
 def meanings(source: str) -> dict[str, dict[str, str]]:
     """By dataclass and field, the comment beside the field, or else the lines of comment right above it."""
-    comments, found = comments_of(source), {}
+    comments, by_class = comments_of(source), {}
     for statement in ast.parse(source).body:
         if not isinstance(statement, ast.ClassDef):
             continue
-        fields = found[statement.name] = {}
+        fields = by_class[statement.name] = {}
         for field in statement.body:
             if isinstance(field, ast.AnnAssign):
                 lines = range(field.lineno, field.end_lineno + 1)
@@ -48,7 +48,7 @@ def meanings(source: str) -> dict[str, dict[str, str]]:
                     line -= 1
                 above = [comments[number][1:] for number in range(line + 1, field.lineno)]
                 fields[field.target.id] = " ".join(beside or above)
-    return found
+    return by_class
 
 
 def dataclasses_in_order(kind: Any = recipe.Recipe) -> list[Any]:
@@ -77,14 +77,14 @@ def type_of(info: Any, described: str | None) -> str:
 
 
 def field_list() -> str:
-    told = meanings(inspect.getsource(recipe))
+    comments = meanings(inspect.getsource(recipe))
     parts = []
     for kind in dataclasses_in_order():
         types = field_types(kind)
         lines = [f"**{kind.__name__.removesuffix('Config')}**: {inspect.getdoc(kind).splitlines()[0]}", ""]
         lines += ["| field | type | meaning |", "|---|---|---|"]
         for name, info in kind.__pydantic_fields__.items():
-            lines.append(f"| `{name}` | {type_of(info, types.get(name))} | {told[kind.__name__][name]} |")
+            lines.append(f"| `{name}` | {type_of(info, types.get(name))} | {comments[kind.__name__][name]} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 

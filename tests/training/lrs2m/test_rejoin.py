@@ -32,8 +32,8 @@ def test_images_come_back(folders, tiles, tmp_path):
     splits = {
         name: manifest_of(folder)["splits"] for name, folder in (("whole", whole), ("again", tmp_path / "again"))
     }
-    for split, told in splits["whole"].items():
-        assert splits["again"][split]["rows"] == told["rows"]
+    for split, described in splits["whole"].items():
+        assert splits["again"][split]["rows"] == described["rows"]
     assert not (tmp_path / "again" / "work").exists() and manifest_of(tmp_path / "again")["rejoined"]
 
 

@@ -224,8 +224,8 @@ def test_anchors_from_coco_boxes(tmp_path, two_images, write_recipe):
     }
     (tmp_path / "coco.json").write_text(json.dumps(document))
     labels = {"kind": "coco", "path": str(tmp_path / "coco.json"), "names": {"small-vehicle": "car"}}
-    rows, told = anchored(tmp_path, write_recipe, {"kind": "images", "path": str(two_images)}, labels)
-    assert told == ["3 cars (upper left 2, lower right), 1 storage tank (centre)"]
+    rows, texts = anchored(tmp_path, write_recipe, {"kind": "images", "path": str(two_images)}, labels)
+    assert texts == ["3 cars (upper left 2, lower right), 1 storage tank (centre)"]
     anchors = json.loads(rows[0]["anchors"])
     assert anchors["counts"] == {"car": 3, "storage tank": 1} and anchors["objects"][1]["box"] == [
         0.8889,
@@ -242,10 +242,10 @@ def test_anchors_from_masks(tmp_path, two_images, write_recipe):
     mask[:20, :30], mask[40:, 60:], mask[30, 45] = 3, 3, 5
     Image.fromarray(mask).save(tmp_path / "masks" / "a.png")
     labels = {"kind": "masks", "path": str(tmp_path / "masks"), "names": {"3": "building", "5": "tree", "7": "road"}}
-    _, told = anchored(
+    _, texts = anchored(
         tmp_path, write_recipe, {"kind": "images", "path": str(two_images)}, labels | {"min_share": 0.001}
     )
-    assert told == ["2 buildings (upper left, lower right)"]
+    assert texts == ["2 buildings (upper left, lower right)"]
     assert [entry["reason"] for entry in entries(tmp_path / "set", "skipped")] == ["labels missing"]
 
 
@@ -294,10 +294,10 @@ def test_anchors_from_vectors_on_a_map(tmp_path, two_images, write_recipe, kind)
         with pytest.warns(UserWarning, match="crs"):
             write_shapes(path, shapes, dict(zip(("what", "colour"), columns)))
     labels = {"kind": kind, "path": str(path), "field": "what", "attribute": "colour"}
-    _, told = anchored(tmp_path, write_recipe, {"kind": "table", "path": str(two_images / "tiles.jsonl")}, labels)
+    _, texts = anchored(tmp_path, write_recipe, {"kind": "table", "path": str(two_images / "tiles.jsonl")}, labels)
     more = ", 1 tower (centre)" if kind == "geojson" else ""
     road = "1 grey road (upper middle), " if kind == "geojson" else ""
-    assert told == ["1 pond (lower right), 1 red house (upper left)", f"{road}1 pond (lower left){more}"]
+    assert texts == ["1 pond (lower right), 1 red house (upper left)", f"{road}1 pond (lower left){more}"]
 
 
 def test_an_images_own_damaged_vectors_cost_that_image_alone(tmp_path, write_recipe):
@@ -364,8 +364,8 @@ def test_anchors_from_objects_and_class_folders(tmp_path, write_recipe):
     table = pyarrow.Table.from_pylist([{"image": {"bytes": png(picture(1)), "path": None}, "objects": objects}])
     parquet.write_table(table, tmp_path / "scenes.parquet")
     labels = {"kind": "objects", "field": "kind", "attribute": "colour"}
-    _, told = anchored(tmp_path, write_recipe, {"kind": "table", "path": str(tmp_path / "scenes.parquet")}, labels)
-    assert told == ["2 white planes (upper left 2)"]
+    _, texts = anchored(tmp_path, write_recipe, {"kind": "table", "path": str(tmp_path / "scenes.parquet")}, labels)
+    assert texts == ["2 white planes (upper left 2)"]
     for name in ("BaseballDiamond", "lake"):
         (tmp_path / "classes" / name).mkdir(parents=True)
         picture(3).save(tmp_path / "classes" / name / "x.png")

@@ -34,27 +34,27 @@ def folder(write_recipe, tiles, tmp_path):
 
 
 def test_counts_are_those_of_the_rows(folder):
-    told, rows = statistics(folder), rows_of(folder)
-    assert told["rows"] == len(rows) == 36 and told["images"] == 24
-    assert told["splits"]["train"] + told["splits"]["validation"] == 36
+    described, rows = statistics(folder), rows_of(folder)
+    assert described["rows"] == len(rows) == 36 and described["images"] == 24
+    assert described["splits"]["train"] + described["splits"]["validation"] == 36
     for which in ("long", "short"):
         tokens = [row[f"{which}_tokens"] for row in rows]
-        assert told[which]["mean_tokens"] == pytest.approx(sum(tokens) / 36)
-        assert told[which]["over_77"] == sum(count > 77 for count in tokens) / 36
-        assert told[which]["over_248"] == sum(count > 248 for count in tokens) / 36
-        assert told[which]["longest"] == max(tokens) and told[which]["median_tokens"] == sorted(tokens)[17]
-        assert sum(told[which]["histogram"]) == 36 and told[which]["histogram"][max(tokens)] == tokens.count(
+        assert described[which]["mean_tokens"] == pytest.approx(sum(tokens) / 36)
+        assert described[which]["over_77"] == sum(count > 77 for count in tokens) / 36
+        assert described[which]["over_248"] == sum(count > 248 for count in tokens) / 36
+        assert described[which]["longest"] == max(tokens) and described[which]["median_tokens"] == sorted(tokens)[17]
+        assert sum(described[which]["histogram"]) == 36 and described[which]["histogram"][max(tokens)] == tokens.count(
             max(tokens)
         )
         words = {word for row in rows for word in re.findall(r"[a-z]+", row[f"{which}_text"].lower())}
-        assert told[which]["vocabulary"] == len(words)
-    assert told["with_coordinates"] == 36
-    first, second = told["sources"]
+        assert described[which]["vocabulary"] == len(words)
+    assert described["with_coordinates"] == 36
+    first, second = described["sources"]
     assert (first["name"], first["rows"], first["route"], first["licence"]) == ("uc-merced", 24, "merge", "CC0-1.0")
     assert (second["name"], second["rows"], second["images"]) == ("mine", 12, "no")
     assert first["paper"]["pairs"] == 9430 and "paper" not in second
-    own = [row["long_tokens"] for row in rows if row["source"] == "mine"]
-    assert second["long_mean_tokens"] == pytest.approx(sum(own) / 12) and second["long_from"] == "given"
+    lengths = [row["long_tokens"] for row in rows if row["source"] == "mine"]
+    assert second["long_mean_tokens"] == pytest.approx(sum(lengths) / 12) and second["long_from"] == "given"
 
 
 def test_tars_count_the_same(folder, write_recipe, tiles, tmp_path):

@@ -26,8 +26,8 @@ def test_claims_of_a_caption():
         "Three white jets stand on the apron. A red car is parked in the upper left. There is no stadium, and about ten houses "
         "line a street; the jets face west. Boats."
     )
-    told = [(claim.kind, claim.question) for claim in claims_of(text)]
-    assert told == [
+    questions = [(claim.kind, claim.question) for claim in claims_of(text)]
+    assert questions == [
         ("count", "Are there at least 3 white jets in this image?"),
         ("object", "Is there an apron in this image?"),
         ("position", "Is there a red car in the upper left of this image?"),
@@ -36,7 +36,7 @@ def test_claims_of_a_caption():
         ("object", "Is there a jet in this image?"),
         ("object", "Is there a boat in this image?"),
     ]
-    assert len(set(told)) == len(told) and claims_of("Nothing stands here.") == []
+    assert len(set(questions)) == len(questions) and claims_of("Nothing stands here.") == []
     assert (
         len(claims_of("A road, a car, a boat. " * 3 + " ".join(f"Seen in {n}: {n} cars." for n in range(2, 40)))) == 16
     )
@@ -78,8 +78,8 @@ def test_similarities_are_those_of_the_model(whole, tiny_checkpoint, tmp_path):
         with Image.open(io.BytesIO(row["image"]["bytes"])) as image:
             images = embed_images(encoder.model, encoder.processor, [image.convert("RGB")])
         expected = (embed_texts(encoder.model, encoder.processor, texts) @ images.T)[:, 0]
-        found = torch.tensor([row["long_similarity"], row["short_similarity"], *row["sentence_similarities"]])
-        assert torch.allclose(found, expected, atol=1e-4)
+        row_scores = torch.tensor([row["long_similarity"], row["short_similarity"], *row["sentence_similarities"]])
+        assert torch.allclose(row_scores, expected, atol=1e-4)
     median = sorted(row["long_similarity"] for row in after)[12]
     limit = [f"verify.min_similarity={median:.4f}"]
     assert main([str(whole[0]), "--config", recipe, "--output", str(tmp_path / "few"), "--set", *limit]) == 0
@@ -88,9 +88,11 @@ def test_similarities_are_those_of_the_model(whole, tiny_checkpoint, tmp_path):
         row["id"] for row in after if min(row["long_similarity"], row["short_similarity"]) > median - 1e-6
     }
     assert len(kept) + len(failed) == 24 and {entry["reason"] for entry in failed} == {"similarity"}
-    told = statistics(tmp_path / "few")
-    assert told["checks"]["similarity"]["failed"] == len(failed) == manifest_of(tmp_path / "few")["totals"]["failed"]
-    assert told["scores"]["long_similarity"]["rows"] == len(kept)
+    described = statistics(tmp_path / "few")
+    assert (
+        described["checks"]["similarity"]["failed"] == len(failed) == manifest_of(tmp_path / "few")["totals"]["failed"]
+    )
+    assert described["scores"]["long_similarity"]["rows"] == len(kept)
 
 
 def test_a_model_of_77_positions_reads_sentences(whole, tiny_clip, tiny_processor, tmp_path):
@@ -182,8 +184,8 @@ def test_a_sheet_is_filled_in_and_read_back(whole, capsys):
         assert row["thumbnail"] in (folder / "sheet" / "sheet.html").read_text()
     assert main([str(folder), "--sheet", "10"]) == 2 and "exists and may be filled in" in capsys.readouterr().err
     assert main([str(folder), "--read-sheet"]) == 2 and "no row with numbers" in capsys.readouterr().err
-    for place, row in enumerate(rows[:8]):
-        row["long_false"], row["short_false"] = str(2 * (place < 3)), str(int(place == 7))
+    for index, row in enumerate(rows[:8]):
+        row["long_false"], row["short_false"] = str(2 * (index < 3)), str(int(index == 7))
     with path.open("w", encoding="utf-8-sig", newline="") as file:  # as a spreadsheet of another country saves it
         lines = csv.DictWriter(file, rows[0], delimiter=";")
         lines.writeheader()
@@ -217,8 +219,8 @@ def test_a_sheet_runs_no_formula_and_may_come_back_from_excel(tmp_path):
     Image.new("RGB", (32, 32)).save(buffer, "PNG")
     texts = ['=HYPERLINK("http://a.example")', "+1", "-1", "@a", "\ta", "\ra", "A caf\u00e9 = a house"]
     rows = [
-        {"id": f"{place}", "image": {"bytes": buffer.getvalue()}, "long_text": text, "short_text": "A road"}
-        for place, text in enumerate(texts)
+        {"id": f"{index}", "image": {"bytes": buffer.getvalue()}, "long_text": text, "short_text": "A road"}
+        for index, text in enumerate(texts)
     ]
     write_sheet(rows, len(rows), tmp_path, "test", "hash")
     path = tmp_path / "sheet.csv"
@@ -238,8 +240,8 @@ def test_the_interval_is_wilsons():
         z, share = 1.959964, false / rows
         middle = (share + z**2 / 2 / rows) / (1 + z**2 / rows)
         half = z / (1 + z**2 / rows) * (share * (1 - share) / rows + z**2 / 4 / rows**2) ** 0.5
-        told = wilson(false, rows)
-        assert (told["low"], told["high"]) == pytest.approx((max(0, middle - half), middle + half), abs=1e-6)
+        interval = wilson(false, rows)
+        assert (interval["low"], interval["high"]) == pytest.approx((max(0, middle - half), middle + half), abs=1e-6)
 
 
 def test_what_is_in_a_folder_is_not_overwritten(whole, tmp_path, capsys):

@@ -42,7 +42,7 @@ class Prompt:
 
     def fill(self, values: dict[str, str]) -> str:
         """The user's words with `values` in their places."""
-        return self.user.format(**{place: values[place] for place in self.places})
+        return self.user.format(**{name: values[name] for name in self.places})
 
 
 Prompts = dict[str, dict[str, Prompt]]  # by source and text ("long", "short")

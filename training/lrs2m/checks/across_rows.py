@@ -57,15 +57,15 @@ def drop_repeats(output: Output, checks: ChecksConfig) -> None:
     first_ids: dict[int, str] = {}  # of the rows that are equal to a later one
     firsts = set(repeats.equal_to[equal].tolist())
 
-    def changed(place: int, row: Row) -> Row | None:
-        if place in firsts:
-            first_ids[place] = row["id"]
+    def changed(index: int, row: Row) -> Row | None:
+        if index in firsts:
+            first_ids[index] = row["id"]
         faults = []
-        if equal[place]:
-            detail = f"image and texts of {first_ids[int(repeats.equal_to[place])]}"
+        if equal[index]:
+            detail = f"image and texts of {first_ids[int(repeats.equal_to[index])]}"
             faults.append(("repeated_row", "duplicates", detail))
-        if answers[place]:
-            faults.append(("repeated_answer", "failed", f"one answer for {repeats.images[place]} images"))
+        if answers[index]:
+            faults.append(("repeated_answer", "failed", f"one answer for {repeats.images[index]} images"))
         for name, listed, detail in faults:
             if getattr(checks, name) == "on":
                 if listed == "failed":

@@ -223,11 +223,11 @@ def _sorted_files(folder: Path) -> Iterator[Path]:
 
 def _check_columns(read: ReadConfig, row: TableRow) -> None:
     asked = [(column, f"columns.{name}") for name, column in read.columns.items()]
-    for column, place in asked + [(column, "where") for column in read.where]:
+    for column, option in asked + [(column, "where") for column in read.where]:
         for one in _TEMPLATE.findall(column) or [column]:
             if one not in row and one.split(".")[0] not in row:
                 there = ", ".join(map(str, row))
-                raise ValueError(f"{read.path} has no column {one}, which {place} names; it has {there}.")
+                raise ValueError(f"{read.path} has no column {one}, which {option} names; it has {there}.")
 
 
 def _plan(read: ReadConfig, row: TableRow) -> Plan:
@@ -254,7 +254,7 @@ def _get(row: TableRow, column: str) -> Any:
         return row[column]
     if "{" in column:
         parts = {one: _get(row, one) for one in _TEMPLATE.findall(column)}
-        return None if None in parts.values() else _TEMPLATE.sub(lambda place: str(parts[place[1]]), column)
+        return None if None in parts.values() else _TEMPLATE.sub(lambda match: str(parts[match[1]]), column)
     value: Any = row
     for part in column.split("."):
         value = value.get(part) if isinstance(value, dict) else None

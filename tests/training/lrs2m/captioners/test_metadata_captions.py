@@ -52,8 +52,8 @@ def test_a_caption_says_what_is_known():
         "This is an overhead image of baseball field. Each pixel covers 31 cm on the ground. It was taken in July 2017. "
         "On the southern hemisphere this was in winter. Its centre lies at 35.28° S, 149.13° E, in UTM zone 55 south."
     )
-    own = "{class_name} in {country}[, {month}]"
-    assert metadata_caption(FIELDS | {"country": "Australia"}, own) == "baseball field in Australia, July"
+    template = "{class_name} in {country}[, {month}]"
+    assert metadata_caption(FIELDS | {"country": "Australia"}, template) == "baseball field in Australia, July"
 
 
 def test_what_is_unknown_is_left_out():

@@ -20,31 +20,31 @@ CANNED = (
 )
 
 
-def row(place: int, image: int, long_text: str, **more) -> dict:
+def row(position: int, image: int, long_text: str, **more) -> dict:
     digest = hashlib.sha256(str(image).encode()).hexdigest()
-    known = {"id": f"a-{place:08d}", "source": "a", "image_key": str(image), "image_sha256": digest}
+    known = {"id": f"a-{position:08d}", "source": "a", "image_key": str(image), "image_sha256": digest}
     return known | {"long_text": long_text, "short_text": "A road.", "long_captioner": "m"} | more
 
 
 def some_rows() -> list[dict]:
     rng = random.Random(0)
     words = [f"word{number}" for number in range(300)]
-    rows = [row(place, place, " ".join(rng.choices(words, k=60))) for place in range(40)]  # unlike each other
-    rows += [row(40 + place, 40 + place, CANNED) for place in range(6)]
+    rows = [row(number, number, " ".join(rng.choices(words, k=60))) for number in range(40)]  # unlike each other
+    rows += [row(40 + number, 40 + number, CANNED) for number in range(6)]
     rows += [
-        row(46 + place, 46 + place, CANNED.replace("cars", f"{words[place]} cars")) for place in range(4)
+        row(46 + number, 46 + number, CANNED.replace("cars", f"{words[number]} cars")) for number in range(4)
     ]  # nearly
-    rows += [row(50 + place, 90, " ".join(words[:50])) for place in range(5)]  # one image, so one answer
-    rows += [row(55 + place, 100 + place, " ".join(words[100:150])) for place in range(MOST_IMAGES)]  # few
-    rows += [row(60 + place, 200 + place, " ".join(words[:50]), long_captioner="given") for place in range(5)]
+    rows += [row(50 + number, 90, " ".join(words[:50])) for number in range(5)]  # one image, so one answer
+    rows += [row(55 + number, 100 + number, " ".join(words[100:150])) for number in range(MOST_IMAGES)]  # few
+    rows += [row(60 + number, 200 + number, " ".join(words[:50]), long_captioner="given") for number in range(5)]
     return rows
 
 
 def test_answers_of_many_images_in_any_order(tmp_path):
     rows = some_rows()
     wanted = {one["id"]: 10 if 40 <= int(one["id"][2:]) < 50 else 1 for one in rows}
-    wanted |= {f"a-{55 + place:08d}": MOST_IMAGES for place in range(MOST_IMAGES)}
-    wanted |= {f"a-{60 + place:08d}": 0 for place in range(5)}
+    wanted |= {f"a-{55 + number:08d}": MOST_IMAGES for number in range(MOST_IMAGES)}
+    wanted |= {f"a-{60 + number:08d}": 0 for number in range(5)}
     for seed in range(3):
         random.Random(seed).shuffle(rows)
         repeats = find_repeats(iter(rows), len(rows), tmp_path)
@@ -58,7 +58,8 @@ def test_likeness_is_that_of_the_texts(tmp_path):
     texts = []
     for changed in [0, 1, 2, 3, 5, 8, 12, 20, 30, 50]:
         other = [
-            f"x{rng.random()}" if place in rng.sample(range(100), changed) else word for place, word in enumerate(base)
+            f"x{rng.random()}" if number in rng.sample(range(100), changed) else word
+            for number, word in enumerate(base)
         ]
         texts.append(" ".join(other))
 

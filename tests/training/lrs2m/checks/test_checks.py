@@ -375,11 +375,11 @@ def test_true_captions_of_drawn_scenes_pass():
 
 def test_planted_falsehoods_are_found():
     """All kinds, but for those that only the image tells (claims are asked for them) and unlucky choices of another caption."""
-    seen = {kind: int(found) for kind, _, found, *_ in falsehoods(drawn_examples(5), 5)}
+    seen = {kind: int(count) for kind, _, count, *_ in falsehoods(drawn_examples(5), 5)}
     blind = ("a wrong colour", "left and right exchanged")
     assert {*LONG_PLANTS, *SHORT_PLANTS} == set(seen) and [seen[kind] for kind in blind] == [0, 0]
     chance = ("a sentence repeated", "a short caption of another image")
-    assert {kind: found for kind, found in seen.items() if found < 100} == {
+    assert {kind: count for kind, count in seen.items() if count < 100} == {
         kind: seen[kind] for kind in (*blind, *chance) if seen[kind] < 100
     }
     assert all(seen[kind] >= 40 for kind in chance)
@@ -390,13 +390,13 @@ def test_precision_and_recall_of_the_classes_named():
     assert label_scores("Three planes near a stadium.", LABELS, []) == (1 / 2, 1 / 3)
     assert label_scores("A road.", LABELS, []) == (None, 0)
     assert label_scores("A road.", [], ["road"]) == (None, None)
-    found = [
+    examples = [
         ("Two storage tanks and a bus.", "storage tanks"),
         ("A baseball diamond.", "baseballdiamond"),
         ("Lorries wait.", "lorry"),
         ("Airplanes.", "air plane"),
     ]
-    assert [label_scores(text, [Label(name)], [])[1] for text, name in found] == [1, 1, 1, 1]
+    assert [label_scores(text, [Label(name)], [])[1] for text, name in examples] == [1, 1, 1, 1]
     assert label_scores("A scar in the ground, two green houses.", [Label("car"), Label("greenhouse")], [])[1] == 0
 
 

@@ -34,8 +34,8 @@ def crop(image: Image.Image, share: float, at: float) -> Image.Image:
 
 def test_hashes_are_those_of_imagehash(scenes):
     images = [*scenes, scenes[2].convert("L"), scenes[0].resize((50, 31)), jpeg(scenes[1], 20)]
-    own = hashes(coefficients(np.stack([thumbnail(image) for image in images]))[:, 0])
-    assert [f"{code:016x}" for code in own] == [str(imagehash.phash(image)) for image in images]
+    codes = hashes(coefficients(np.stack([thumbnail(image) for image in images]))[:, 0])
+    assert [f"{code:016x}" for code in codes] == [str(imagehash.phash(image)) for image in images]
 
 
 def test_stripes_and_mirror_axes_have_one_hash_on_every_processor(tmp_path):
@@ -74,9 +74,9 @@ def test_the_index_finds_what_looking_at_all_finds(looked_through, least):
     asked = known[::50] + 0.1 * rng.normal(size=(100, 64))
     query, entry, bits = index.search(hashes(asked), 10, 8)
     every = np.bitwise_count(hashes(asked)[:, None] ^ hashes(known)[None])
-    found = set(zip(query.tolist(), (entry // 3).tolist()))
+    pairs = set(zip(query.tolist(), (entry // 3).tolist()))
     near = set(zip(*(places.tolist() for places in np.nonzero(every <= 10))))
-    assert found <= near and len(found) >= least * len(near) >= 97
+    assert pairs <= near and len(pairs) >= least * len(near) >= 97
     assert (entry % 3 == 0).all() and (bits == every[query, entry // 3]).all()
 
 
@@ -164,23 +164,23 @@ def test_planted_copies_are_found(scenes, tmp_path, change, evaluation):
     else:
         finder = DuplicateFinder()
         assert [finder.check(f"scene-{index}", scene) for index, scene in enumerate(scenes)] == [None] * len(scenes)
-    found = [finder.check(f"copy-{index}", alter(scene)) for index, scene in enumerate(scenes)]
+    matches = [finder.check(f"copy-{index}", alter(scene)) for index, scene in enumerate(scenes)]
     names = [f"{index}.png" if evaluation else f"scene-{index}" for index in range(len(scenes))]
-    right = [match for match, name in zip(found, names) if match and match.match == name]
+    right = [match for match, name in zip(matches, names) if match and match.match == name]
     hard = kind == "crop" or change in HARD
     assert len(right) >= (0.9 if hard else 1) * len(scenes)
     kinds = (kind, "contains") if change.startswith("framed") else (kind,)  # a line of the frame may stay
     assert sum(match.kind in kinds and match.turn == turn for match in right) >= 0.75 * len(right)
     assert {match.against for match in right} == {str(tmp_path) if evaluation else ""}
-    assert not [match for match, name in zip(found, names) if match and match.match != name]
+    assert not [match for match, name in zip(matches, names) if match and match.match != name]
 
 
 def test_an_image_that_holds_an_earlier_one_is_found(scenes):
     finder = DuplicateFinder()
     for index, scene in enumerate(scenes):
         assert finder.check(f"part-{index}", jpeg(crop(scene, 0.87, 0.4), 70)) is None
-    found = [finder.check(f"scene-{index}", scene) for index, scene in enumerate(scenes)]
-    right = [match for index, match in enumerate(found) if match and match.match == f"part-{index}"]
+    matches = [finder.check(f"scene-{index}", scene) for index, scene in enumerate(scenes)]
+    right = [match for index, match in enumerate(matches) if match and match.match == f"part-{index}"]
     assert len(right) >= 0.9 * len(scenes)
     assert sum(match.kind == "contains" for match in right) >= 0.9 * len(right)
 
