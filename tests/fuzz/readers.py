@@ -390,9 +390,9 @@ def _coco() -> Wholes:
 
 
 def _read_coco(path: Path) -> None:
-    from training.lrs2m.sources.labels import _CocoBoxes
+    from training.lrs2m.sources.labels import read_coco
 
-    _CocoBoxes(path)
+    read_coco(path)
 
 
 def _geojson() -> Wholes:

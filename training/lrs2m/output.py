@@ -90,20 +90,17 @@ class Output:
             what: the counter.
             times: is added.
         """
-        self._count(source, what, times)
-        if self.journal:
-            self._event["counts"].append([what, times])
-
-    def _count(self, source: str, what: str, times: int = 1) -> None:
-        counts = self.progress.counts.setdefault(source, {})
+        counts = self.counts.setdefault(source, {})
         counts[what] = counts.get(what, 0) + times
+        if self.journal and what not in SPLITS:  # the journal tells a row's split by itself
+            self._event["counts"].append([what, times])
 
     def add(self, row: Row, split: str) -> None:
         if split not in self._writers:
             number = len(self.progress.files[split])
             self._writers[split] = open_shard(self._work / f"{split}-{number:05d}{SUFFIXES[self.form]}")
         self._writers[split].add(row)
-        self._count(row["source"], split)
+        self.count(row["source"], split)
 
     def list_entry(self, name: str, entry: dict[str, Any]) -> None:
         self._write(name, entry)

@@ -252,30 +252,29 @@ def _describe_text(which: str, counts: Tally, rows: int) -> dict[str, Any]:
 def report(statistics: dict[str, Any]) -> str:
     """The statistics as Markdown."""
     head = ["source", "route", "rows", "long captions from", "mean tokens", "short captions from", "mean tokens"]
-    lines = [f"# {statistics['name']}", "", _row([*head, "paper: pairs", "long", "short"])]
-    lines.append(_row([":--", ":--", "--:", ":--", "--:", ":--", *["--:"] * 4]))
+    rows = []
     for one in statistics["sources"]:
         paper = one.get("paper")
         cells = [one["name"], one["route"], f"{one['rows']:,}", one["long_from"], f"{one['long_mean_tokens']:.2f}"]
         cells += [one["short_from"], f"{one['short_mean_tokens']:.2f}"]
         beside = ("pairs", "long_text_mean_tokens", "short_text_mean_tokens")
-        cells += [f"{paper[name]:,}" for name in beside] if paper else ["", "", ""]
-        lines.append(_row(cells))
+        rows.append(cells + ([f"{paper[name]:,}" for name in beside] if paper else ["", "", ""]))
     long, short, stated = statistics["long"], statistics["short"], paper_tables()["lrs2m"]["stated"]
     total = ["**all**", "", f"{statistics['rows']:,}"]
     total += ["", f"{long['mean_tokens']:.2f}", "", f"{short['mean_tokens']:.2f}"]
-    lines.append(_row([*total, *(f"{stated[name]:,}" for name in stated if name != "pairs_by_route")]))
+    rows.append([*total, *(f"{stated[name]:,}" for name in stated if name != "pairs_by_route")])
+    lines = [f"# {statistics['name']}", "", *_table([*head, "paper: pairs", "long", "short"], "llrlrlrrrr", rows)]
     lines += ["", "Paper: Table I as printed; its last row is what its text says.", ""]
-    lines += [_row(["", "long", "short"]), _row([":--", "--:", "--:"])]
-    for name, key, form in (
+    measures = (
         ("tokens, median", "median_tokens", "{:,}"),
         ("tokens, most", "longest", "{:,}"),
         ("words, mean", "mean_words", "{:.1f}"),
         ("over 77 tokens, which CLIP cuts", "over_77", "{:.1%}"),
         ("over 248 tokens, which LRSCLIP cuts", "over_248", "{:.1%}"),
         ("different words", "vocabulary", "{:,}"),
-    ):
-        lines.append(_row([name, form.format(long[key]), form.format(short[key])]))
+    )
+    rows = [[name, form.format(long[key]), form.format(short[key])] for name, key, form in measures]
+    lines += _table(["", "long", "short"], "lrr", rows)
     against = ", ".join(statistics["evaluation_sets"]) or "no evaluation set"
     splits, left_out = (
         ", ".join(f"{name} {count:,}" for name, count in statistics[counts].items())
@@ -292,14 +291,12 @@ def report(statistics: dict[str, Any]) -> str:
     if read := statistics["hand_read"]:
         lines.append(f"- Read by a person: {false_captions(read)}.")
     if statistics["scores"]:
-        lines += ["", _row(["mean", "rows", ""]), _row(["--:", "--:", ":--"])]
-        for name, one in statistics["scores"].items():
-            lines.append(_row([f"{one['mean']:.3f}", f"{one['rows']:,}", SCORES[name]]))
+        scores = statistics["scores"].items()
+        rows = [[f"{one['mean']:.3f}", f"{one['rows']:,}", SCORES[name]] for name, one in scores]
+        lines += ["", *_table(["mean", "rows", ""], "rrl", rows)]
     if statistics["checks"]:
-        lines += ["", _row(["check", "answers asked again", "rows left out", "rows warned of"])]
-        lines.append(_row([":--", "--:", "--:", "--:"]))
-        for name, one in statistics["checks"].items():
-            lines.append(_row([name, *(f"{times:,}" for times in one.values())]))
+        rows = [[name, *(f"{times:,}" for times in one.values())] for name, one in statistics["checks"].items()]
+        lines += ["", *_table(["check", "answers asked again", "rows left out", "rows warned of"], "lrrr", rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -313,8 +310,10 @@ def false_captions(read: dict[str, Any]) -> str:
     return f"of {read['rows']:,} rows, a false statement stands in {' and in '.join(rates)}"
 
 
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _table(head: Sequence[str], sides: str, rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table in Markdown, each column on the left (l) or the right (r) side."""
+    marks = [{"l": ":--", "r": "--:"}[side] for side in sides]
+    return [f"| {' | '.join(cells)} |" for cells in (head, marks, *rows)]
 
 
 def write(folder: Path) -> dict[str, Any]:

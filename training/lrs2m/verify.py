@@ -267,29 +267,6 @@ def unanswered(row: Row) -> bool:
     return row["claims_confirmed"] is None and bool(json.loads(row["claims"] or "[]"))
 
 
-def _sheet(folder: Path, count: int) -> str:
-    manifest = read_manifest(folder)
-    rows = (row for _, row in read_rows(folder, manifest))
-    drawn = write_sheet(
-        rows, count, folder / "sheet", f"{manifest['name']}: are the captions true?", data_hash(manifest)
-    )
-    return (
-        f"{drawn} rows in {folder / 'sheet' / SHEET}; sheet.html beside it shows them. Fill it in, then --read-sheet."
-    )
-
-
-def _read_sheet(folder: Path) -> str:
-    manifest = read_manifest(folder)
-    rates = read_sheet(folder / "sheet" / SHEET, data_hash(manifest))
-    replace_json(folder / HAND_READ, {"data_sha256": data_hash(manifest)} | rates)
-    lines = [
-        f"{which}: {one['false']} of {rates['rows']} with a false statement, {one['rate']:.1%} ({one['low']:.1%} to {one['high']:.1%})"
-        for which, one in rates.items()
-        if which != "rows"
-    ]
-    return "\n".join(lines)
-
-
 @command(interrupted="interrupted; run the same command again to go on.")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; what goes wrong is one sentence on standard error and exit status 2."""
@@ -305,19 +282,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(options: argparse.Namespace) -> str:
-    if options.read_sheet:
-        return _read_sheet(options.folder)
-    if options.sheet is not None:
-        if options.sheet < 1:
+    folder, sheet = options.folder, options.folder / "sheet" / SHEET
+    if options.read_sheet or options.sheet is not None:
+        if options.sheet is not None and options.sheet < 1 and not options.read_sheet:
             raise ValueError(f"--sheet {options.sheet} asks for no rows; give a number from 1.")
-        return _sheet(options.folder, options.sheet)
+        manifest = read_manifest(folder)
+        identity = data_hash(manifest)
+    if options.read_sheet:
+        rates = read_sheet(sheet, identity)
+        replace_json(folder / HAND_READ, {"data_sha256": identity} | rates)
+        count = rates.pop("rows")
+        return "\n".join(
+            f"{which}: {one['false']} of {count} with a false statement, {one['rate']:.1%} ({one['low']:.1%} to "
+            f"{one['high']:.1%})"
+            for which, one in rates.items()
+        )
+    if options.sheet is not None:
+        rows, title = (row for _, row in read_rows(folder, manifest)), f"{manifest['name']}: are the captions true?"
+        drawn = write_sheet(rows, options.sheet, sheet.parent, title, identity)
+        return f"{drawn} rows in {sheet}; sheet.html beside it shows them. Fill it in, then --read-sheet."
     if not (options.config and options.output):
         raise ValueError("give --config RECIPE and --output DIR2 to score the rows, or --sheet ROWS, or --read-sheet.")
     recipe = read_recipe(options.config, options.set)
-    if options.output.resolve() == options.folder.resolve():
+    if options.output.resolve() == folder.resolve():
         raise ValueError(f"--output {options.output} is the data set that is read; take another folder.")
     with only_builder(options.output, "verify"):
-        manifest = asyncio.run(Verification(options.folder, recipe, options.output).run())
+        manifest = asyncio.run(Verification(folder, recipe, options.output).run())
     unanswered_rows = manifest["totals"].get("unanswered", 0)
     without = f", {unanswered_rows:,} without any answer to their claims" if unanswered_rows else ""
     return f"{count_rows(manifest):,} rows with scores in {options.output}{without}"

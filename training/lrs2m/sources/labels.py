@@ -36,7 +36,7 @@ class LabelReader:
             raise ValueError(f"labels.path {config.path} does not exist; labels of kind {config.kind} need it.")
         if config.kind == "masks" and not config.names:
             raise ValueError("labels of kind masks need labels.names: mask value or #rrggbb -> name.")
-        self._coco = _CocoBoxes(self.path) if config.kind == "coco" else None
+        self._coco = read_coco(self.path) if config.kind == "coco" else {}
         self._whole = None  # one vector file for all images, read once
         if config.kind in ("geojson", "shapefile") and self.path.is_file():
             self._whole = read_vectors(self.path, config)
@@ -89,8 +89,10 @@ class LabelReader:
         return labels
 
     def _boxes(self, record: Record, size: tuple[int, int]) -> list[Label]:
-        assert self._coco is not None
-        return [Label(name, _scaled(box, size)) for name, box in self._coco.of(record.image_key)]
+        key = record.image_key if record.image_key in self._coco else record.image_key.rpartition("/")[2]
+        if key not in self._coco:
+            raise Skip("labels missing", f"the COCO file has no image {record.image_key}")
+        return [Label(name, _scaled(box, size)) for name, box in self._coco[key]]
 
     def _mask(self, record: Record, size: tuple[int, int]) -> list[Label]:
         path = _own_file(self.path, record, (".png", ".tif", ".tiff", ".bmp"))
@@ -119,27 +121,25 @@ class LabelReader:
         return vectors.within(bounds or (0, size[1], size[0], 0), crs)
 
 
-class _CocoBoxes:
-    """Category name and pixel box (x0, y0, x1, y1) of every annotation, by image file name."""
+def read_coco(path: Path) -> dict[str, list[tuple[str, Box]]]:
+    """
+    Read category name and pixel box (x0, y0, x1, y1) of every annotation, by image file name.
 
-    def __init__(self, path: Path):
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            names = {category["id"]: category["name"] for category in document["categories"]}
-            files = {image["id"]: image["file_name"] for image in document["images"]}
-            self._boxes: dict[str, list[tuple[str, Box]]] = {name: [] for name in files.values()}
-            for annotation in document["annotations"]:
-                x, y, width, height = annotation["bbox"]
-                named_box = (names[annotation["category_id"]], (x, y, x + width, y + height))
-                self._boxes[files[annotation["image_id"]]].append(named_box)
-        except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not a COCO file with images, categories and boxes: {error!r:.200}") from error
-
-    def of(self, image_key: str) -> list[tuple[str, Box]]:
-        for name in (image_key, image_key.rpartition("/")[2]):
-            if name in self._boxes:
-                return self._boxes[name]
-        raise Skip("labels missing", f"the COCO file has no image {image_key}")
+    Raises:
+        `ValueError`: for a file that is no COCO file.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        names = {category["id"]: category["name"] for category in document["categories"]}
+        files = {image["id"]: image["file_name"] for image in document["images"]}
+        boxes: dict[str, list[tuple[str, Box]]] = {name: [] for name in files.values()}
+        for annotation in document["annotations"]:
+            x, y, width, height = annotation["bbox"]
+            named_box = (names[annotation["category_id"]], (x, y, x + width, y + height))
+            boxes[files[annotation["image_id"]]].append(named_box)
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a COCO file with images, categories and boxes: {error!r:.200}") from error
+    return boxes
 
 
 def mask_labels(mask: np.ndarray, names: dict[str, str], min_share: float) -> list[Label]:
