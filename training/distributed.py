@@ -110,15 +110,6 @@ def average_gradient(parameter: torch.nn.Parameter) -> None:
 _kept: list[dist.ProcessGroup] = []
 
 
-def keep_until_exit() -> None:
-    """
-    Keep the process group from being taken apart while the process lives: that waits for gloo's threads with the
-    interpreter's lock held, and such a thread may be waiting for the lock to let go of a tensor. Neither would go on.
-    """
-    if dist.is_initialized():
-        _kept.append(dist.group.WORLD)
-
-
 def cpu_group() -> dist.ProcessGroup | None:
     """Make a group of all processes whose CPUs talk, past any GPU; None with one process. All must call it."""
     if is_alone():
@@ -251,7 +242,10 @@ def start_processes(precision: str, seed: int, folder: Path, trackers: Sequence[
         log_with=list(trackers) or None,
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard")),
     )
-    keep_until_exit()
+    # Taking the process group apart waits for gloo's threads with the interpreter's lock held, and such a thread may be
+    # waiting for the lock to let go of a tensor: neither would go on. So it is kept while the process lives.
+    if dist.is_initialized():
+        _kept.append(dist.group.WORLD)
     use_all_cores(accelerator)
     set_seed(seed)
     return accelerator

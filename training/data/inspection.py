@@ -119,10 +119,8 @@ def data_warnings(
         )
     for kind, name in columns.items():
         texts = [text for row in rows if filled(getattr(row, kind)) for text in text_list(getattr(row, kind))]
-        tagged = [text for text in texts if re.search(r"</?[a-zA-Z][^<>]*>", text)]
-        if tagged:
-            tag = re.search(r"</?[a-zA-Z][^<>]*>", tagged[0])[0]
-            warnings.append(f"{len(tagged)} of {len(texts)} texts of {name} looked at hold HTML tags, such as {tag}")
+        if tags := [tag[0] for text in texts if (tag := re.search(r"</?[a-zA-Z][^<>]*>", text))]:
+            warnings.append(f"{len(tags)} of {len(texts)} texts of {name} looked at hold HTML tags, such as {tags[0]}")
         if len(texts) >= FEW_ROWS and len(set(texts)) == 1:
             warnings.append(f"all {len(texts)} texts of {name} looked at are equal: {texts[0][:60]!r}")
     common = Counter(image_hashes).most_common(1)[0][1] if image_hashes else 0

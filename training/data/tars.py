@@ -96,8 +96,10 @@ class TarRows(FileRows):
         return [self._row(number, self.columns) for number in numbers]
 
     def _row(self, number: int, columns: Mapping[str, str]) -> Row:
-        row = Row(f"{self.name}:{self._key(number)}")
-        fields = None
+        # The sample's name as its first member's header has it (its first 100 bytes).
+        self.file.seek(min(offset for offset, _ in self.index[number].item() if offset) - _BLOCK)
+        key = tarfile.nts(self.file.read(100), "utf-8", "replace").rpartition("/")[2].partition(".")[0]
+        row, fields = Row(f"{self.name}:{key}"), None
         try:
             for kind, column in columns.items():
                 if kind == "image":
@@ -113,18 +115,9 @@ class TarRows(FileRows):
         return row
 
     def _image(self, number: int, column: str) -> bytes | None:
-        for suffix in (column, *(TAR_IMAGES if column == "image" else ())):
-            if suffix in self.suffixes:
-                stored = self._member(number, suffix)
-                if stored is not None:
-                    return stored
-        return None
-
-    def _key(self, number: int) -> str:
-        """The sample's name as its first member's header has it (its first 100 bytes)."""
-        first = min(offset for offset, _ in self.index[number].item() if offset)
-        self.file.seek(first - _BLOCK)
-        return tarfile.nts(self.file.read(100), "utf-8", "replace").rpartition("/")[2].partition(".")[0]
+        wanted = (column, *TAR_IMAGES) if column == "image" else (column,)
+        members = (self._member(number, suffix) for suffix in wanted if suffix in self.suffixes)
+        return next((member for member in members if member is not None), None)
 
     def texts(self, kind: str) -> Iterator[Stored]:
         for number in range(len(self.index)):

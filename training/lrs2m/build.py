@@ -34,7 +34,7 @@ from training.run_folder import git_state, versions
 from .captioners.captioner import AnswerStore, Captioner, Gate
 from .captioners.prompts import load_prompts
 from .checks.across_rows import drop_repeats
-from .data_row import Record, split_of
+from .data_row import SPLITS, Record, split_of
 from .output import (
     BATCH,
     DATA,
@@ -304,24 +304,21 @@ def build_captioner(config: CaptionerConfig, gate: Gate) -> Captioner:
 
 def forget(folder: Path) -> None:
     """Takes a build back to its first row; the captioners' answers and the evaluation images' hashes stay."""
-    for name in (MANIFEST, *(f"{name}.jsonl" for name in (*LISTS, JOURNAL))):
-        (folder / name).unlink(missing_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)  # first: it tells that the rest is complete
     for name in (DATA, f"{WORK}/parts"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for index in (folder / WORK).glob("join-*.sqlite"):
-        index.unlink()
-    for name in ("duplicates.sqlite", PROGRESS):  # the latter last: it tells that the data are a build's
-        (folder / WORK / name).unlink(missing_ok=True)
+    lists = [folder / f"{name}.jsonl" for name in (*LISTS, JOURNAL)]
+    indices = [*(folder / WORK).glob("join-*.sqlite"), folder / WORK / "duplicates.sqlite"]
+    for path in (*lists, *indices, folder / WORK / PROGRESS):  # last: it tells that the data are a build's
+        path.unlink(missing_ok=True)
 
 
 def report(manifest: dict[str, Any]) -> str:
     """Summary of a build, a line a source."""
     lines = []
     for source, counts in manifest["counts"].items():
-        kept = counts.get("train", 0) + counts.get("validation", 0)
-        left = ", ".join(
-            f"{name} {times}" for name, times in sorted(counts.items()) if name not in ("train", "validation")
-        )
+        kept = sum(counts.get(split, 0) for split in SPLITS)
+        left = ", ".join(f"{name} {times}" for name, times in sorted(counts.items()) if name not in SPLITS)
         lines.append(f"{source}: {kept:,} rows of {rows_seen(counts):,}{f'; {left}' if left else ''}")
     return "\n".join(lines)
 

@@ -82,12 +82,6 @@ def build_card(statistics: dict[str, Any], manifest: dict[str, Any], figures: Se
     return str(card)
 
 
-def build_licences(statistics: dict[str, Any]) -> str:
-    """Text of `LICENSE.md`: the terms of every source."""
-    lines = ["# Licences of the sources", "", "Each row names its source and licence. No other licence is given.", ""]
-    return "\n".join([*lines, *(f"- {one['name']}: {_source(one)['licence']}" for one in statistics["sources"])])
-
-
 def _metadata(statistics: dict[str, Any], manifest: dict[str, Any]) -> DatasetCardData:
     fixed = DatasetCard.load(TEMPLATE).data.to_dict()
     size = next((name for most, name in SIZES if statistics["rows"] < most), "n>10M")
@@ -141,7 +135,9 @@ def write_card(folder: Path, replace: bool = False) -> Path:
         statistics = write(folder)  # of another build, or before somebody read it
     figures = [name for name in PICTURES if (folder / name).is_file()]
     card = build_card(statistics, manifest, figures)
-    written = {folder / CARD: card, folder / LICENCES: build_licences(statistics)}
+    lines = ["# Licences of the sources", "", "Each row names its source and licence. No other licence is given.", ""]
+    licences = [*lines, *(f"- {one['name']}: {_source(one)['licence']}" for one in statistics["sources"])]
+    written = {folder / CARD: card, folder / LICENCES: "\n".join(licences)}
     for path, text in written.items():
         if path.is_file() and not replace and not is_own(path.read_text(encoding="utf-8")):
             if path.name == CARD:

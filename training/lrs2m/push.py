@@ -30,6 +30,7 @@ from .statistics import PICTURES, STATISTICS, TABLES
 
 
 KIND = "dataset"
+_SHARD = re.compile(rf"{DATA}/(?:train|validation)-\d+-of-\d+\.(?:parquet|tar)")
 # Files and bytes of one commit. upload_folder cuts large folders itself, but only where hf_xet is in use.
 COMMIT_FILES, COMMIT_BYTES = 50, 20 * 10**9
 FAILURES = (OSError, RuntimeError, ValueError, *HfHubHTTPError.__bases__)  # the last: what the HTTP client raises
@@ -104,7 +105,10 @@ def push(api: HfApi, folder: Path, repo_id: str, private: bool = False) -> str:
             done += len(batch)
             _say("uploaded", f"{done} of {len(shards)} shards")
         operations = [CommitOperationAdd(file.path, folder / file.path) for file in last]
-        stale = sorted(set(filter(_is_own, present)) - {file.path for file in (*shards, *last)})
+        # Of all that some push of a data set may have brought, what is no longer part of it.
+        beside = (*PICTURES, STATISTICS, TABLES, *(f"{name}.jsonl" for name in LISTS), MANIFEST)
+        pushed = {path for path in present if path in beside or _SHARD.fullmatch(path)}
+        stale = sorted(pushed - {file.path for file in (*shards, *last)})
         if stale:
             _say("deleting", f"{len(stale)} files of an earlier push, first: {stale[0]}")
         operations += [CommitOperationDelete(path) for path in stale if path != MANIFEST]
@@ -148,12 +152,6 @@ def _is_there(file: File, folder: Path, present: dict[str, RepoFile]) -> bool:
     if entry.lfs:
         return entry.lfs.sha256 == file.sha256
     return entry.blob_id == git_blob_id((folder / file.path).read_bytes())
-
-
-def _is_own(path: str) -> bool:
-    """A file that some push of a data set may have brought."""
-    shard = re.fullmatch(rf"{DATA}/(?:train|validation)-\d+-of-\d+\.(?:parquet|tar)", path)
-    return bool(shard) or path in (*PICTURES, STATISTICS, TABLES, *(f"{name}.jsonl" for name in LISTS), MANIFEST)
 
 
 def _batches(files: Sequence[File]) -> Iterator[list[File]]:

@@ -19,7 +19,7 @@ import pyarrow
 from datasets import Features, Image, List, Value
 from pyarrow import parquet
 
-from evaluation.benchmarks.retrieval_data import PUBLISHED_SPLITS, PublishedSplit
+from evaluation.benchmarks.retrieval_data import PUBLISHED_SPLITS
 from evaluation.benchmarks.tables import plain
 from modeling_lrsclip.commands import command, command_parser
 from modeling_lrsclip.files.atomic import replacing
@@ -99,14 +99,6 @@ def _write_json(path: Path, rows: Iterator[dict[str, Any]]) -> tuple[int, int]:
     return len(entries), sum(len(entry["sentences"]) for entry in entries)
 
 
-def published_split(name: str) -> PublishedSplit | None:
-    """The benchmark that a folder's name stands for."""
-    known = (
-        split for (key, column), split in PUBLISHED_SPLITS.items() if column == "long_text" and key in plain(name)
-    )
-    return next(known, None)
-
-
 @command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; what goes wrong is one sentence on standard error and exit status 2."""
@@ -118,7 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     images, texts = export(options.folder, options.output, options.source)
     print(f"{options.output}: {images:,} images with a long text each, {texts:,} short texts")
-    expected = published_split(options.output.name)
+    name = plain(options.output.name)
+    splits = [split for (key, column), split in PUBLISHED_SPLITS.items() if column == "long_text" and key in name]
+    expected = next(iter(splits), None)
     if expected and images != expected.images:
         print(
             f"note: the test split of {expected.name} has {expected.images:,} images; figures on this one do not compare "
