@@ -29,7 +29,7 @@ class Written:
     short: Text
 
     def remarks(self) -> list[str]:
-        """What is counted of its texts beside the row: answers asked again and warnings, each with the check's name."""
+        """List what is counted of its texts beside the row: answers asked again and warnings, each with the check's name."""
         refused = [f"asked again: {name}" for name in (*self.long.refused, *self.short.refused)]
         return refused + [f"warned: {name}" for name in (*self.long.warnings, *self.short.warnings)]
 
