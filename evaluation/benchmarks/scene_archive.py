@@ -30,10 +30,10 @@ from rasterio.enums import ColorInterp, Resampling
 from rasterio.windows import Window
 from tqdm import tqdm
 
-from evaluation.benchmarks.aerial_scenes.captions import write_long_text
-from evaluation.benchmarks.aerial_scenes.drawing import draw_ground, draw_scene
-from evaluation.benchmarks.aerial_scenes.layout import pick, plan_scene, scene_random
-from evaluation.benchmarks.aerial_scenes.sprites import GROUNDS
+from .aerial_scenes.captions import write_long_text
+from .aerial_scenes.drawing import draw_ground, draw_scene
+from .aerial_scenes.layout import pick, plan_scene, scene_random
+from .aerial_scenes.sprites import GROUNDS
 
 
 SPLIT = "archive"
@@ -117,9 +117,8 @@ def write_archive_scene(path: Path, picture: np.ndarray, number: int) -> None:
                 values = (black + gain * levels).astype(np.uint16)
                 values[nothing] = NODATA
                 dataset.write(values, band, window=Window(0, top, side, len(strip)))
-        dataset.build_overviews(
-            [2**power for power in range(2, 1 + int(math.log2(max(4, side // 256))))], Resampling.average
-        )
+        factors = [2**power for power in range(2, 1 + int(math.log2(max(4, side // 256))))]
+        dataset.build_overviews(factors, Resampling.average)
     os.replace(unfinished, path)
 
 
@@ -131,9 +130,7 @@ def _make(task: tuple[Path, int, int, int]) -> list[dict[str, Any]]:
     return [{"scene": name, **place} for place in places]
 
 
-def write_archive(
-    out: str | Path, scenes: int = 3, seed: int = 0, side: int = SIDE, workers: int | None = None
-) -> int:
+def write_archive(out: Path, scenes: int = 3, seed: int = 0, side: int = SIDE, workers: int | None = None) -> int:
     """
     Draws the archive into the folder `out`.
 
@@ -154,7 +151,6 @@ def write_archive(
         raise ValueError(f"--scenes is {scenes}; at least 1 is needed.")
     if side < SLOT:
         raise ValueError(f"--side is {side}; at least {SLOT} pixels are needed.")
-    out = Path(out)
     from modeling_lrsclip.files.atomic import make_folder  # slow to import; the workers do without
 
     make_folder(out / "scenes")
@@ -173,7 +169,7 @@ def write_archive(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m evaluation.benchmarks.scene_archive", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
@@ -181,16 +177,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--side", type=int, default=SIDE, help="of a GeoTIFF in pixels")
     parser.add_argument("--workers", type=int, help="processes; default: one per core")
-    arguments = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     try:
-        places = write_archive(**vars(arguments))
+        places = write_archive(**vars(options))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    side = arguments.side
-    print(
-        f"{arguments.scenes} GeoTIFFs of {side:,} x {side:,} pixels with {places:,} described places -> {arguments.out}"
-    )
+    side = options.side
+    print(f"{options.scenes} GeoTIFFs of {side:,} x {side:,} pixels with {places:,} described places -> {options.out}")
     return 0
 
 

@@ -25,9 +25,9 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from evaluation.benchmarks.aerial_scenes.canvas import District, Query, Scenes, draw_landscape, write_queries
-from evaluation.benchmarks.aerial_scenes.drawing import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
-from evaluation.benchmarks.aerial_scenes.layout import CLASS_NAMES, CLASS_OF, pick, plan_scene, scene_random
+from .aerial_scenes.canvas import District, Query, Scenes, draw_landscape, write_queries
+from .aerial_scenes.drawing import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
+from .aerial_scenes.layout import CLASS_NAMES, CLASS_OF, pick, plan_scene, scene_random
 
 
 TILES, TILE_PIXELS = 8, 256  # scenes along each side of a mosaic, and pixels along each side of a scene
@@ -88,9 +88,7 @@ def draw_mosaic(
     return image, districts, queries
 
 
-def write_mosaics(
-    out: str | Path, mosaics: int, seed: int = 0, tiles: int = TILES, tile_pixels: int = TILE_PIXELS
-) -> int:
+def write_mosaics(out: Path, mosaics: int, seed: int = 0, tiles: int = TILES, tile_pixels: int = TILE_PIXELS) -> int:
     """
     Draws the data set into the folder `out`; `localization.jsonl` is written last.
 
@@ -114,7 +112,6 @@ def write_mosaics(
     ):
         if value < low or (high and value > high):
             raise ValueError(f"{name} is {value}; it must be at least {low}" + (f", at most {high}." if high else "."))
-    out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; the data set needs a folder.")
     from modeling_lrsclip.files.atomic import make_folder  # slow to import; the workers do without
@@ -140,7 +137,7 @@ def write_mosaics(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m evaluation.benchmarks.scene_mosaics", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")

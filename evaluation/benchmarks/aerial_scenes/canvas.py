@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from evaluation.benchmarks.aerial_scenes.captions import sentence, true_facts, with_article, write_short_text
-from evaluation.benchmarks.aerial_scenes.drawing import draw_ground, draw_objects
-from evaluation.benchmarks.aerial_scenes.layout import CLASS_NAMES, LINES, ORIENTATIONS, Scene, pick, plan_scene
-from evaluation.benchmarks.aerial_scenes.sprites import BORDER_GRAIN, draw_line, smooth_noise
+from .captions import sentence, true_facts, with_article, write_short_text
+from .drawing import draw_ground, draw_objects
+from .layout import CLASS_NAMES, LINES, ORIENTATIONS, Scene, pick, plan_scene
+from .sprites import BORDER_GRAIN, draw_line, smooth_noise
 
 
 Polygon = list[list[int]]  # [[x, y], ...] in pixels
@@ -83,9 +83,7 @@ def _blended_ground(rng: random.Random, scenes: Scenes, tiles: int, side: int, w
     pixels = np.zeros((total, total, 3), np.float32)
     weights = np.full((total, total, 1), 1e-6, np.float32)
     for (row, column), scene in sorted(scenes.items()):
-        rows, columns = (
-            slice(max(cell * side - reach, 0), min((cell + 1) * side + reach, total)) for cell in (row, column)
-        )
+        rows, columns = (slice(max(at * side - reach, 0), min((at + 1) * side + reach, total)) for at in (row, column))
         middle_x, middle_y = (column + 0.5) * side, (row + 0.5) * side
         near_x, near_y = x[rows, columns], y[rows, columns]
         # the outer scenes reach beyond the landscape, so that its rim is covered as well

@@ -7,10 +7,10 @@ their meaning in any order. Each object's sentence carries facts that no other s
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evaluation.benchmarks.aerial_scenes.layout import Scene, SceneLine, SceneObject, pick, pick_number
+from .layout import Scene, SceneLine, SceneObject, pick, pick_number
 
 
 # (singular, plural) with room for the colour
@@ -206,20 +206,18 @@ def _single(rng: random.Random, scene: Scene, item: SceneObject) -> str:
     verb = pick(rng, VERBS[item.kind])[0]
     where = _in_place(rng, item.cell)
     relation = _relation(rng, scene, item) if rng.random() < 0.8 else ""
+    sentences = (
+        f"{thing} {verb} {where}{relation}.",
+        f"{where}, there is {thing}{relation}.",
+        f"{where} you can see {thing}{relation}.",
+        f"there is {thing} {where}{relation}.",
+        f"{thing} can be seen {where}{relation}.",
+    )
     pattern = pick_number(rng, 7)
-    if pattern == 0:
-        return f"{thing} {verb} {where}{relation}."
-    if pattern == 1:
-        return f"{where}, there is {thing}{relation}."
-    if pattern == 2:
-        return f"{where} you can see {thing}{relation}."
-    if pattern == 3:
-        return f"there is {thing} {where}{relation}."
-    if pattern == 4:
-        return f"{thing} can be seen {where}{relation}."
-    if pattern == 5:
-        return f"the {pick(rng, PLACES[item.cell])} holds {thing}{relation}."
-    return f"{thing} fills the {pick(rng, PLACES[item.cell])}{relation}."
+    if pattern < 5:
+        return sentences[pattern]
+    cell = pick(rng, PLACES[item.cell])
+    return f"the {cell} holds {thing}{relation}." if pattern == 5 else f"{thing} fills the {cell}{relation}."
 
 
 def _several(rng: random.Random, group: Sequence[SceneObject]) -> str:
@@ -232,16 +230,14 @@ def _several(rng: random.Random, group: Sequence[SceneObject]) -> str:
     phrases = [f"in the {pick(rng, PLACES[cell])}" for cell in cells]
     listed = ", ".join(phrases[:-1]) + f" and {phrases[-1]}"
     each = ", ".join(f"one {phrase}" for phrase in phrases[:-1]) + f" and one {phrases[-1]}"
-    return pick(
-        rng,
-        (
-            f"{things} {verb} here, {each}.",
-            f"{things} can be seen, {each}.",
-            f"there are {things} {listed}.",
-            f"{listed} there are {things}.",
-            f"{listed} you can see {things}.",
-        ),
+    sentences = (
+        f"{things} {verb} here, {each}.",
+        f"{things} can be seen, {each}.",
+        f"there are {things} {listed}.",
+        f"{listed} there are {things}.",
+        f"{listed} you can see {things}.",
     )
+    return pick(rng, sentences)
 
 
 def _line_sentence(rng: random.Random, line: SceneLine | None) -> str:
@@ -274,30 +270,24 @@ def write_long_text(rng: random.Random, scene: Scene) -> str:
 def write_short_text(rng: random.Random, scene: Scene) -> ShortText:
     """A short caption: the class, the main objects and one or two others; several scenes may share it."""
     groups = scene.groups()
-    main, others = groups[0], groups[1:]
-    named = rng.sample(others, 2 if rng.random() < 0.3 else 1)
+    others = rng.sample(groups[1:], 2 if rng.random() < 0.3 else 1)
+    # (kind, colour, number) of the main objects and of the others; the colour of the last of three is not named
+    named = [(group[0].kind, group[0].colour, len(group)) for group in (groups[0], others[0])]
+    named += [(group[0].kind, "", len(group)) for group in others[1:]]
     a_class = with_article(scene.class_name)
     in_class = f"{IN_CLASS.get(scene.class_name, 'in')} {a_class}"
-    things = noun_phrase(rng, main[0].kind, main[0].colour, len(main))
-    colours = [group[0].colour if index == 0 else "" for index, group in enumerate(named)]
-    extra = " and ".join(
-        noun_phrase(rng, group[0].kind, colour, len(group)) for group, colour in zip(named, colours, strict=True)
+    things, *extras = (noun_phrase(rng, *objects) for objects in named)
+    extra = " and ".join(extras)
+    joined = f"{things}, {extra}" if len(extras) > 1 else f"{things} and {extra}"
+    sentences = (
+        f"{a_class} with {joined}.",
+        f"{joined} {in_class}.",
+        f"{things} {in_class}, with {extra}.",
+        f"aerial view of {a_class} with {joined}.",
+        f"{a_class} from above, with {joined}.",
     )
-    joined = f"{things}, {extra}" if len(named) > 1 else f"{things} and {extra}"
-    text = pick(
-        rng,
-        (
-            f"{a_class} with {joined}.",
-            f"{joined} {in_class}.",
-            f"{things} {in_class}, with {extra}.",
-            f"aerial view of {a_class} with {joined}.",
-            f"{a_class} from above, with {joined}.",
-        ),
-    )
-    facts = [(scene.class_name, "class"), (main[0].kind, f"{main[0].colour} x{len(main)}")]
-    for group, colour in zip(named, colours, strict=True):
-        facts.append((group[0].kind, f"{colour} x{len(group)}"))
-    return ShortText(sentence(text), tuple(facts))
+    facts = ((scene.class_name, "class"), *((kind, f"{colour} x{count}") for kind, colour, count in named))
+    return ShortText(sentence(pick(rng, sentences)), facts)
 
 
 def true_facts(scene: Scene) -> set[tuple[str, str]]:
@@ -308,9 +298,7 @@ def true_facts(scene: Scene) -> set[tuple[str, str]]:
     return facts
 
 
-def short_text_ceiling(
-    scenes: Sequence[Scene], texts: Sequence[ShortText], ks: Iterable[int] = (1, 5, 10)
-) -> dict[str, float]:
+def short_text_ceiling(scenes: Sequence[Scene], texts: Sequence[ShortText]) -> dict[str, float]:
     """
     Best expected text-to-image recall (percent) of the short texts among these scenes.
 
@@ -320,14 +308,13 @@ def short_text_ceiling(
     Args:
         scenes: M plans.
         texts: their M short texts.
-        ks: places that count as a hit.
 
     Returns:
-        `text_to_image_R@k` for every k.
+        `R@1`, `R@5` and `R@10`.
     """
     holders: dict[tuple[str, str], set[int]] = {}
     for index, scene in enumerate(scenes):
         for fact in true_facts(scene):
             holders.setdefault(fact, set()).add(index)
     matches = [len(set.intersection(*(holders[fact] for fact in text.facts))) for text in texts]
-    return {f"R@{k}": 100 * sum(min(1.0, k / count) for count in matches) / len(matches) for k in ks}
+    return {f"R@{k}": 100 * sum(min(1.0, k / count) for count in matches) / len(matches) for k in (1, 5, 10)}

@@ -32,15 +32,10 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from evaluation.benchmarks.aerial_scenes.canvas import GRID, draw_canvas
-from evaluation.benchmarks.aerial_scenes.captions import (
-    ShortText,
-    short_text_ceiling,
-    write_long_text,
-    write_short_text,
-)
-from evaluation.benchmarks.aerial_scenes.drawing import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, draw_scene, encode_png
-from evaluation.benchmarks.aerial_scenes.layout import CLASS_NAMES, GENERATOR_VERSION, Scene, plan_scene, scene_random
+from .canvas import GRID, draw_canvas
+from .captions import ShortText, short_text_ceiling, write_long_text, write_short_text
+from .drawing import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, draw_scene, encode_png
+from .layout import CLASS_NAMES, GENERATOR_VERSION, Scene, plan_scene, scene_random
 
 
 if TYPE_CHECKING:
@@ -53,12 +48,7 @@ CHUNK = 250  # scenes that a worker draws at a time
 CANVAS_CHUNK = 2
 TOKENIZER_CAPTIONS = 8000  # of the training scenes; more change nothing in the tokenizer
 # The command's option for the number of each split's scenes (landscapes for localization).
-SPLITS = {
-    "train": "--scenes",
-    "validation": "--validation-scenes",
-    "test": "--test-scenes",
-    "localization": "--canvases",
-}
+SPLITS = {"train": "scenes", "validation": "validation-scenes", "test": "test-scenes", "localization": "canvases"}
 FILES = (*(f"{split}.parquet" for split in SPLITS), "tokenizer", "scenes.json")
 
 Row = dict[str, Any]
@@ -138,9 +128,7 @@ def _table(task: tuple[int, str, int, int, int, pyarrow.Schema]) -> pyarrow.Tabl
     return pyarrow.Table.from_pylist([make(seed, split, row, image_size) for row in range(start, stop)], schema=schema)
 
 
-def describe_texts(
-    tokenizer: PreTrainedTokenizerBase, seed: int, split: str, count: int
-) -> dict[str, dict[str, float]]:
+def describe_texts(tokenizer: PreTrainedTokenizerBase, seed: int, split: str, count: int) -> dict[str, Any]:
     """
     Mean tokens of the captions of a split (start and end included), and how well its short texts can be found.
 
@@ -153,14 +141,11 @@ def describe_texts(
         Figures by name for the long and the short captions.
     """
     plans = [plan_and_texts(seed, split, index) for index in range(count)]
-    lengths = {
-        "long_text": [len(ids) for ids in tokenizer([long_text for *_, long_text in plans])["input_ids"]],
-        "short_text": [len(ids) for ids in tokenizer([short.text for _, short, _ in plans])["input_ids"]],
-    }
-    return {
-        "mean_tokens": {name: round(sum(values) / count, 1) for name, values in lengths.items()},
-        "short_text_ceiling": short_text_ceiling([scene for scene, *_ in plans], [short for _, short, _ in plans]),
-    }
+    scenes, shorts, long_texts = zip(*plans, strict=True)
+    texts = {"long_text": list(long_texts), "short_text": [short.text for short in shorts]}
+    tokens = {name: sum(map(len, tokenizer(values)["input_ids"])) for name, values in texts.items()}
+    mean_tokens = {name: round(total / count, 1) for name, total in tokens.items()}
+    return {"mean_tokens": mean_tokens, "short_text_ceiling": short_text_ceiling(scenes, shorts)}
 
 
 def _schema(split: str) -> pyarrow.Schema:
@@ -196,7 +181,7 @@ def _check(counts: dict[str, int], image_size: int, workers: int | None) -> None
         raise ValueError(f"--scenes is {counts['train']}; at least 1 training scene is needed.")
     for split, option in SPLITS.items():
         if counts[split] < 0:
-            raise ValueError(f"{option} is {counts[split]}; it must be 0 (no file) or more.")
+            raise ValueError(f"--{option} is {counts[split]}; it must be 0 (no file) or more.")
     if not MIN_IMAGE_SIZE <= image_size <= MAX_IMAGE_SIZE:
         raise ValueError(
             f"--image-size is {image_size}; it must lie between {MIN_IMAGE_SIZE} "
@@ -218,10 +203,8 @@ def _draw_all(folder: Path, counts: dict[str, int], seed: int, image_size: int, 
                     continue
                 schema = _schema(split)
                 step = CANVAS_CHUNK if split == "localization" else CHUNK
-                tasks = [
-                    (seed, split, start, min(start + step, count), image_size, schema)
-                    for start in range(0, count, step)
-                ]
+                starts = range(0, count, step)
+                tasks = [(seed, split, start, min(start + step, count), image_size, schema) for start in starts]
                 tables = pool.map(_table, tasks) if pool else map(_table, tasks)
                 written = _write_parquet(folder / f"{split}.parquet", schema, tables, progress)
                 captions = written if split == "train" else captions
@@ -246,11 +229,7 @@ def _move_into(folder: Path, out: Path) -> None:
 
 
 def write_dataset(
-    out: str | os.PathLike[str],
-    counts: Mapping[str, int],
-    seed: int,
-    image_size: int = 64,
-    workers: int | None = None,
+    out: str | os.PathLike[str], counts: Mapping[str, int], seed: int, image_size: int = 64, workers: int | None = None
 ) -> dict[str, Any]:
     """Draw the data set into the folder `out` (earlier files of the same names are replaced).
 
@@ -305,22 +284,20 @@ def write_dataset(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m evaluation.benchmarks.aerial_scenes", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     parser.add_argument("--scenes", type=int, required=True, help="number of training scenes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--validation-scenes", type=int, default=512, help="number of scenes to choose settings by (512)"
-    )
+    parser.add_argument("--validation-scenes", type=int, default=512, help="scenes to choose settings by (512)")
     parser.add_argument("--test-scenes", type=int, default=2048, help="number of scenes to report on (2048)")
     parser.add_argument("--canvases", type=int, default=8, help="number of landscapes for localization")
     parser.add_argument("--image-size", type=int, default=64, help="side of a scene in pixels")
     parser.add_argument("--workers", type=int, help="processes; default: one per core")
     arguments = parser.parse_args(argv)
     started = time.perf_counter()
-    counts = {split: getattr(arguments, option[2:].replace("-", "_")) for split, option in SPLITS.items()}
+    counts = {split: getattr(arguments, option.replace("-", "_")) for split, option in SPLITS.items()}
     try:
         record = write_dataset(arguments.out, counts, arguments.seed, arguments.image_size, arguments.workers)
     except ValueError as error:
@@ -329,16 +306,13 @@ def main(argv: list[str] | None = None) -> int:
     seconds = time.perf_counter() - started
     print(
         f"{record['scenes']:,} training, {record['validation_scenes']:,} validation and {record['test_scenes']:,} test "
-        f"scenes of {len(CLASS_NAMES)} classes, "
-        f"{record['canvases']} canvases -> {arguments.out} in {seconds:.1f} s"
+        f"scenes of {len(CLASS_NAMES)} classes, {record['canvases']} canvases -> {arguments.out} in {seconds:.1f} s"
     )
     if arguments.test_scenes:
-        tokens, best = record["mean_tokens"], record["short_text_ceiling"]
+        tokens = record["mean_tokens"]
         print(f"mean tokens: long texts {tokens['long_text']:.0f}, short texts {tokens['short_text']:.0f}")
-        print(
-            "short texts are ambiguous on purpose: a perfect model finds the test scene with "
-            + ", ".join(f"{name} {value:.1f}" for name, value in best.items())
-        )
+        best = ", ".join(f"{name} {value:.1f}" for name, value in record["short_text_ceiling"].items())
+        print(f"short texts are ambiguous on purpose: a perfect model finds the test scene with {best}")
     return 0
 
 

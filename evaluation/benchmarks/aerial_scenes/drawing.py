@@ -9,15 +9,8 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from evaluation.benchmarks.aerial_scenes.layout import Scene, pick_number
-from evaluation.benchmarks.aerial_scenes.sprites import (
-    MARGIN,
-    SPRITE_UNITS,
-    UPRIGHT,
-    ground_texture,
-    line_stamp,
-    object_stamp,
-)
+from .layout import Scene, pick_number
+from .sprites import MARGIN, SPRITE_UNITS, UPRIGHT, ground_texture, line_stamp, object_stamp
 
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels; x1 and y1 are the first pixels outside
@@ -72,12 +65,8 @@ def draw_objects(image: Image.Image, scene: Scene, side: int, origin: tuple[int,
         x = round(origin[0] + (item.cell % 3 + 0.5) * side / 3 + item.shift[0] * scale - half)
         y = round(origin[1] + (item.cell // 3 + 0.5) * side / 3 + item.shift[1] * scale - half)
         image.paste(pixels, (x, y), opacity)
-        boxes[item.cell] = (
-            max(x + x0, origin[0]),
-            max(y + y0, origin[1]),
-            min(x + x1, origin[0] + side),
-            min(y + y1, origin[1] + side),
-        )
+        left, top = max(x + x0, origin[0]), max(y + y0, origin[1])
+        boxes[item.cell] = (left, top, min(x + x1, origin[0] + side), min(y + y1, origin[1] + side))
     return [boxes[item.cell] for item in scene.objects]
 
 
@@ -94,8 +83,7 @@ def draw_scene(rng: random.Random, scene: Scene, side: int) -> tuple[Image.Image
         The picture, and a box for each object in pixels.
     """
     image = Image.fromarray(draw_ground(rng, scene.ground, side, side / 64))
-    if scene.line is not None:
-        line = scene.line
+    if (line := scene.line) is not None:
         pixels, opacity = line_stamp(line.kind, line.orientation, line.gap, line.variant, side)
         image.paste(pixels, (0, 0), opacity)
     return image, draw_objects(image, scene, side, (0, 0))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from evaluation.benchmarks.aerial_scenes.layout import COLOURS, ORIENTATIONS, SIZES, TURNS
+from .layout import COLOURS, KINDS, ORIENTATIONS, SIZES, TURNS
 
 
 RGB = tuple[int, int, int]
@@ -171,11 +171,9 @@ def _court(pen: Pen) -> None:
 def _turbine(pen: Pen) -> None:
     for blade in range(3):
         angle = math.tau * blade / 3 - math.pi / 2
-        along, across = (math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))
+        cos, sin = math.cos(angle), math.sin(angle)
         profile = ((0.0, -0.14), (0.3, -0.24), (1.12, -0.06), (1.12, 0.1), (0.3, 0.16), (0.0, 0.14))
-        pen.shape(
-            [(a * along[0] + b * across[0], a * along[1] + b * across[1]) for a, b in profile], PLAIN + 8 * blade
-        )
+        pen.shape([(a * cos - b * sin, a * sin + b * cos) for a, b in profile], PLAIN + 8 * blade)
     pen.disc(0, 0, 0.27, 0.27, 100)
     pen.disc(0, 0, 0.12, 0.12, PLAIN, 200)
 
@@ -222,20 +220,8 @@ def _warehouse(pen: Pen) -> None:
     pen.shape([(-0.55, 0.55), (-0.15, 0.15), (0.95, 0.15), (0.95, 0.55)], pen.lit(0, -1))
 
 
-DRAWERS: dict[str, Callable[[Pen], None]] = {
-    "house": _house,
-    "tank": _tank,
-    "boat": _boat,
-    "plane": _plane,
-    "court": _court,
-    "turbine": _turbine,
-    "greenhouse": _greenhouse,
-    "tent": _tent,
-    "trees": _trees,
-    "cars": _cars,
-    "stadium": _stadium,
-    "warehouse": _warehouse,
-}
+_DRAWN = (_house, _tank, _boat, _plane, _court, _turbine, _greenhouse, _tent, _trees, _cars, _stadium, _warehouse)
+DRAWERS: dict[str, Callable[[Pen], None]] = dict(zip(KINDS, _DRAWN, strict=True))
 UPRIGHT = {"tank", "turbine", "tent", "trees", "plane"}  # drawn without a quarter turn
 
 
@@ -244,8 +230,7 @@ def _shape(kind: str, size: int, turn: int, quarter: int, scale: float) -> tuple
     """Coverage, shade and contrast of an object, (S, S) float32 each, coverage and contrast in 0..1."""
     assert 0 <= size < SIZES and 0 <= turn < TURNS
     side = round(SPRITE_UNITS * scale)
-    degrees = TURN_DEGREES[turn] + 90 * quarter
-    pen = Pen(side, DIAMETERS[size] / 2 * scale, degrees)
+    pen = Pen(side, DIAMETERS[size] / 2 * scale, TURN_DEGREES[turn] + 90 * quarter)
     DRAWERS[kind](pen)
     layers = np.asarray(pen.image.resize((side, side), Image.Resampling.BOX), np.float32) / 255  # (S, S, 3)
     coverage = layers[..., 0]
