@@ -28,7 +28,7 @@ from modeling_lrsclip.image_processing_lrsclip import to_rgb
 from modeling_lrsclip.published.registry import label_models, resolve
 
 from .figures.retrieval import GREY, INK, Sheet
-from .measure import check_device, default_device, prepare_output
+from .tasks import check_device, default_device, prepare_output
 
 
 SIDE = 384  # pixels of a picture's panel before it is drawn

@@ -43,9 +43,8 @@ class Sums:
         below = counts @ self.below  # (R, columns)
         with np.errstate(invalid="ignore"):
             ratios = np.where(below > 0, counts @ self.above / below, np.nan)
-        return np.stack(
-            [self.scale * np.nanmean(ratios[:, columns], axis=1) for columns in self.columns.values()], axis=1
-        )
+        means = [np.nanmean(ratios[:, columns], axis=1) for columns in self.columns.values()]
+        return self.scale * np.stack(means, axis=1)
 
 
 def sums_of(result: dict[str, Any]) -> Sums:
@@ -73,14 +72,10 @@ def sums_of(result: dict[str, Any]) -> Sums:
 def _retrieval_sums(result: dict[str, Any]) -> Sums:
     owners = np.array(result["image_of_text"])
     text_ranks, image_ranks = (np.array(result["ranks"][name]) for name in ("text_to_image", "image_to_text"))
-    images, above, below = len(image_ranks), [], []
-    texts = np.bincount(owners, minlength=images)
-    for k in KS:
-        above.append(np.bincount(owners, weights=text_ranks < k, minlength=images))
-        below.append(texts)
-    for k in KS:
-        above.append(image_ranks < k)
-        below.append(np.ones(images))
+    images = len(image_ranks)
+    above = [np.bincount(owners, weights=text_ranks < k, minlength=images) for k in KS]
+    above += [image_ranks < k for k in KS]
+    below = [np.bincount(owners, minlength=images)] * len(KS) + [np.ones(images)] * len(KS)
     names = [f"{direction}_R@{k}" for direction in ("text_to_image", "image_to_text") for k in KS]
     columns = {name: [index] for index, name in enumerate(names)} | {"mR": list(range(len(names)))}
     return Sums(np.stack(above, 1).astype(float), np.stack(below, 1).astype(float), columns)
@@ -178,9 +173,8 @@ def differences(
         )
     everything = np.ones((1, sums[0].items))
     measured = [model_sums.metrics(everything)[0] for model_sums in sums]
-    drawn = np.concatenate(
-        [sums[1].metrics(counts) - sums[0].metrics(counts) for counts in draws(sums[0].items, resamples, seed)]
-    )  # (R, metrics)
+    blocks = draws(sums[0].items, resamples, seed)
+    drawn = np.concatenate([sums[1].metrics(counts) - sums[0].metrics(counts) for counts in blocks])  # (R, metrics)
     low, high = _ends(drawn)
     rarer = np.minimum((drawn <= 0).sum(axis=0), (drawn >= 0).sum(axis=0))
     p_values = np.minimum(1, 2 * (rarer + 1) / (len(drawn) + 1))

@@ -155,40 +155,31 @@ class ClassificationTask:
         class_embeds, text_seconds = class_embeddings(encoder, names, templates)  # (C, D)
         predicted, correct = classify(image_embeds, class_embeds, data.labels)
         confusion = confusion_matrix(data.labels, predicted, len(names))
+        right, counts = confusion.diagonal().tolist(), confusion.sum(dim=1).tolist()
+        per_class = [
+            {"class": folder, "name": name, "images": count, "accuracy": 100 * hits / count if count else None}
+            for folder, name, count, hits in zip(dataset.folders, names, counts, right, strict=True)
+        ]
         prompts = [prompt for name in names for prompt in templates.fill(name)]
         lengths = token_lengths(encoder.processor, prompts)
+        worded = {"template_set": templates.name, "version": templates.version, "templates": list(templates.templates)}
         return {
             "metrics": classification_metrics(confusion),
             "images": len(data.images),
             "classes": len(names),
             "data": data.describe(),
             "class_names": dataset.describe(self.wording),
-            "prompts": {
-                "template_set": templates.name,
-                "version": templates.version,
-                "templates": list(templates.templates),
-                "first": prompts[0],
-                "sha256": json_sha256(prompts),
-            },
+            "prompts": worded | {"first": prompts[0], "sha256": json_sha256(prompts)},
             "share_truncated": share_truncated(lengths, encoder.positions),
             "seconds": {"images": image_seconds, "texts": text_seconds},
             "images_sha256": data.images.content_hash,
             "labels_sha256": data.labels_hash,
-            "per_class": _per_class(dataset.folders, names, confusion),
+            "per_class": per_class,
             "confusion": confusion.tolist(),
             "labels": data.labels,
             "predictions": predicted.tolist(),
             "correct": correct.int().tolist(),
         }
-
-
-def _per_class(folders: Sequence[str], names: Sequence[str], confusion: Tensor) -> list[dict[str, Any]]:
-    rows = []
-    for folder, name, counts, right in zip(folders, names, confusion, confusion.diagonal().tolist(), strict=True):
-        images = counts.sum().item()
-        accuracy = 100 * right / images if images else None
-        rows.append({"class": folder, "name": name, "images": images, "accuracy": accuracy})
-    return rows
 
 
 # --------------------------------------------------------------------------------------------------------------- table
@@ -206,29 +197,23 @@ def classification_table(title: str, results: Sequence[dict[str, Any]]) -> Table
     first = [dataset.name for dataset in known_datasets().values()]  # the columns of Table IV, in its order
     names = dict.fromkeys(result["dataset"] for result in results)
     datasets = sorted(names, key=lambda name: first.index(name) if name in first else len(first))
-    averaged = [name for name in _paper_names() if name in datasets]
-    averaged = averaged if len(averaged) == len(_paper_names()) else datasets
+    in_paper = [dataset.name for dataset in known_datasets().values() if dataset.in_paper]
+    averaged = in_paper if set(in_paper) <= set(datasets) else datasets
     columns = [Column("model"), *(Column(name, "", 1, True) for name in datasets)]
     columns.append(Column("mean" if len(datasets) > 1 else "per class", "" if len(datasets) > 1 else "mean", 1, True))
     table = Table(title + (f" · {datasets[0]}" if len(datasets) == 1 else ""), columns)
     for label in dict.fromkeys(result["model"] for result in results):
         by_dataset = {result["dataset"]: result for result in results if result["model"] == label}
         measured = {name: result["metrics"]["accuracy"] for name, result in by_dataset.items()}
-        cells = {
-            name: f"{value:.1f} {SEEN}" if "seen" in by_dataset[name] else value for name, value in measured.items()
-        }
-        row = [label, *(cells.get(name) for name in datasets)]
+        cells = measured | {name: f"{measured[name]:.1f} {SEEN}" for name in measured if "seen" in by_dataset[name]}
         if len(datasets) == 1:
-            table.rows.append([*row, by_dataset[datasets[0]]["metrics"]["mean_per_class_accuracy"]])
+            last = by_dataset[datasets[0]]["metrics"]["mean_per_class_accuracy"]
         else:
-            table.rows.append([*row, _mean([cells.get(name) for name in averaged])])
+            last = _mean([cells.get(name) for name in averaged])
+        table.rows.append([label, *(cells.get(name) for name in datasets), last])
         table.rows += _paper_rows(by_dataset, datasets, averaged)
     table.note = _note(results, datasets, averaged)
     return table
-
-
-def _paper_names() -> list[str]:
-    return [dataset.name for dataset in known_datasets().values() if dataset.in_paper]
 
 
 def _mean(cells: Sequence[Any]) -> float | None:
@@ -236,9 +221,7 @@ def _mean(cells: Sequence[Any]) -> float | None:
     return sum(cells) / len(cells) if all(isinstance(cell, float) for cell in cells) else None
 
 
-def _paper_rows(
-    by_dataset: dict[str, dict[str, Any]], datasets: Sequence[str], averaged: Sequence[str]
-) -> list[list[Any]]:
+def _paper_rows(by_dataset: dict[str, dict[str, Any]], datasets: Sequence[str], averaged: Sequence[str]) -> list[list]:
     """The paper's and others' figures of one model and the gaps to them; nothing where there are none."""
     beside: dict[tuple[str, type[Aside]], dict[str, Any]] = {}
     for dataset, result in by_dataset.items():
@@ -247,26 +230,22 @@ def _paper_rows(
             of = name if kind is Aside else of  # a gap is that to the row above it
             beside.setdefault((of, kind), {})[dataset] = kind(figures["accuracy"])
     rows = []
-    for (name, kind), cells in sorted(
-        beside.items(), key=lambda row: (row[0][0] != "paper", row[0][0], row[0][1] is Gap)
-    ):
+    for name, kind in sorted(beside, key=lambda key: (key[0] != "paper", key[0], key[1] is Gap)):
+        cells = beside[name, kind]
         mean = _mean([cells.get(dataset) for dataset in averaged]) if len(datasets) > 1 else None
-        label = name if kind is Aside else "gap"
-        shown = "" if mean is None else kind(mean)
+        label, shown = name if kind is Aside else "gap", "" if mean is None else kind(mean)
         rows.append([f"  {label}", *(cells.get(dataset, "") for dataset in datasets), shown])
     return rows
 
 
 def _note(results: Sequence[dict[str, Any]], datasets: Sequence[str], averaged: Sequence[str]) -> str:
     prompts, wording = results[0]["prompts"], results[0]["class_names"]["wording"]
-    words = (
-        "folders' names as class names" if wording == "folder" else "class names as in evaluation/benchmarks/classes"
-    )
-    lines = [f"Accuracy in % over all images. Templates {prompts['template_set']}, {words}: {prompts['first']!r}, …"]
+    names = {"folder": "folders' names as class names", "human": "class names as in evaluation/benchmarks/classes"}
+    lines = [
+        f"Accuracy in % over all images. Templates {prompts['template_set']}, {names[wording]}: {prompts['first']!r}, …"
+    ]
     if list(averaged) != list(datasets):
         lines.append(f"mean: of the paper's {len(averaged)} data sets.")
-    parts = [result["dataset"] for result in results if result["data"]["expected"] and not result["data"]["whole"]]
-    if parts:
+    if parts := [r["dataset"] for r in results if r["data"]["expected"] and not r["data"]["whole"]]:
         lines.append(f"Only a part of {', '.join(dict.fromkeys(parts))} was here.")
-    lines += paper_note(results)
-    return "\n".join([*lines, *seen_notes(results)])
+    return "\n".join([*lines, *paper_note(results), *seen_notes(results)])

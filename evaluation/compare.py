@@ -22,6 +22,7 @@ from .results import Column, Table, make_console, print_table
 
 # What says that two results measured the same data, with what it is about.
 HASHES = {"images_sha256": "images", "texts_sha256": "texts", "labels_sha256": "labels", "queries_sha256": "queries"}
+SEEDS_NOTE = "Each seed is a run by itself: other weights to begin with, and where data are drawn, other data."
 DIGITS = {"Rsu": 4, "Ras": 4, "Rda": 4, "Rmi": 4}  # others are percent
 
 
@@ -124,9 +125,7 @@ def spread_tables(paths: Sequence[str]) -> list[Table]:
             title = f"{key['task']} on {key['dataset']} · mean ± standard deviation of {len(runs)} seeds"
             columns = [Column(name) for name in ("model", *(short_name(metric) for metric in result["metrics"]))]
             table = tables.setdefault((key["task"], key["dataset"]), Table(title, columns))
-            table.note = (
-                "Each seed is a run by itself: other weights to begin with, and where data are drawn, other data."
-            )
+            table.note = SEEDS_NOTE
             cells = []
             for metric in result["metrics"]:
                 values, digits = [run["metrics"][metric] for run in runs], DIGITS.get(metric, 1)
@@ -209,8 +208,7 @@ def pair_results(
         has = [", ".join(" on ".join(key) for key in results) for results in keyed]
         raise ValueError(f"no task and data set in common: {label_a} has {has[0]}; {label_b} has {has[1]}.")
     for a, b in pairs:
-        other = [what for name, what in HASHES.items() if a.get(name) != b.get(name)]
-        if other:
+        if other := [what for name, what in HASHES.items() if a.get(name) != b.get(name)]:
             raise ValueError(
                 f"{a['task']} on {a['dataset']}: {label_a} and {label_b} were not measured on the same "
                 f"{' and '.join(other)}; measure both on the same data."
@@ -220,10 +218,8 @@ def pair_results(
 
 def _measured_otherwise(first: dict[str, Any], second: dict[str, Any]) -> str:
     """Names what differs between the two procedures; empty where nothing does."""
-    how = ("protocol", "window_sizes", "reference_io")
-    differ = [
-        f"{name} {first.get(name)} and {second.get(name)}" for name in how if first.get(name) != second.get(name)
-    ]
+    pairs = {name: (first.get(name), second.get(name)) for name in ("protocol", "window_sizes", "reference_io")}
+    differ = [f"{name} {a} and {b}" for name, (a, b) in pairs.items() if a != b]
     if first.get("prompts", {}).get("sha256") != second.get("prompts", {}).get("sha256"):
         differ.append("prompts")
     return ", ".join(differ)

@@ -26,7 +26,7 @@ from .benchmarks.tables import Unusable
 from .localization_maps import Locator, Protocol, choose_protocol, query_embeddings
 from .metrics.semantic_localization.measures import localization_metrics
 from .paper import ARXIV, dataset_key, paper_figures, paper_tables
-from .results import SEEN, Aside, Column, Gap, Table, seen_notes
+from .results import Aside, Column, Gap, Table, marked_name, seen_notes
 from .retrieval import spread_evenly
 
 
@@ -113,9 +113,8 @@ class LocalizationTask:
         protocol = choose_protocol(self.protocol)
         queries, text_seconds = query_embeddings(encoder, data.texts, protocol)  # (Q, D)
         lengths = token_lengths(encoder.processor, data.texts)
-        measured = self._measure(encoder, data, queries, self.reference_io)
         result = {
-            **measured,
+            **self._measure(encoder, data, queries, self.reference_io),
             "data": data.describe(),
             **data.counts,
             "protocol": protocol.name,
@@ -131,14 +130,11 @@ class LocalizationTask:
         if self.reference_io:
             plain = self._measure(encoder, data, queries, reference_io=False)
             result["without_reference_io"] = {name: plain[name] for name in ("metrics", "per_query")}
-            result["reference_io_difference"] = {
-                name: value - plain["metrics"][name] for name, value in measured["metrics"].items()
-            }
+            without = plain["metrics"]
+            result["reference_io_difference"] = {name: result["metrics"][name] - without[name] for name in without}
         return result
 
-    def _measure(
-        self, encoder: Encoder, data: LocalizationData, queries: Tensor, reference_io: bool
-    ) -> dict[str, Any]:
+    def _measure(self, encoder: Encoder, data: LocalizationData, queries: Tensor, reference_io: bool) -> dict:
         started = time.perf_counter()
         locator = Locator(encoder, choose_protocol(self.protocol), reference_io)
         queries_of = defaultdict(list)  # by scene
@@ -156,18 +152,14 @@ class LocalizationTask:
                 if query in shown:
                     small_maps[query] = _small(heat).tolist()
         per_query = {name: [measured[query][name] for query in range(len(data.texts))] for name in MEASURES}
+        asked = zip(data.texts, data.text_to_image, strict=True)
+        seconds = time.perf_counter() - started - locator.waited
         return {
             "metrics": {name: float(np.mean(values)) for name, values in per_query.items()},
             "per_query": per_query,
-            "queries": [
-                {"text": text, "image": data.images.names[image]}
-                for text, image in zip(data.texts, data.text_to_image, strict=True)
-            ],
+            "queries": [{"text": text, "image": data.images.names[image]} for text, image in asked],
             "windows": locator.windows,
-            "seconds": {
-                "windows": locator.seconds,
-                "maps_and_metrics": time.perf_counter() - started - locator.waited,
-            },
+            "seconds": {"windows": locator.seconds, "maps_and_metrics": seconds},
             "examples": [{"query": query, "map": small_maps[query]} for query in shown],
         }
 
@@ -192,8 +184,7 @@ def localization_table(title: str, results: Sequence[dict[str, Any]]) -> Table:
     counts = f"{first['images']:,} scenes, {first['texts']:,} queries"
     table = Table(f"{title} · {first['dataset']}: {counts}", columns)
     for result in results:
-        mark = f" {SEEN}" if "seen" in result else ""
-        table.rows.append([result["model"] + mark, *(result["metrics"][name] for name in MEASURES)])
+        table.rows.append([marked_name(result), *(result["metrics"][name] for name in MEASURES)])
         for name, kind in (("paper", Aside), ("gap", Gap)):
             if name in result:
                 table.rows.append([f"  {name}", *(kind(result[name][measure]) for measure in MEASURES)])

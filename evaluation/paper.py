@@ -135,16 +135,16 @@ def beside_paper(result: dict[str, Any]) -> dict[str, Any]:
     if figures and (other := _other_procedure(result) or _other_counts(result, dataset)):
         beside["remarks"] = [f"Not compared with the paper: {other}."]
     elif figures:
-        ours = result["metrics"]
-        beside["paper_model"] = model
-        beside["paper"] = figures
-        beside["gap"] = {name: round(ours[name] - value, 4) for name, value in figures.items() if name in ours}
+        beside |= {"paper_model": model, "paper": figures, "gap": _gap(result, figures)}
         beside["remarks"] = _remarks(model, task, dataset)
-    beside["others"] = [
-        _beside_other(result, dataset, source, figures)
-        for source, figures in other_figures(model, task, dataset).items()
-    ]
+    others = other_figures(model, task, dataset).items()
+    beside["others"] = [_beside_other(result, dataset, source, figures) for source, figures in others]
     return {name: value for name, value in beside.items() if value}
+
+
+def _gap(result: dict[str, Any], figures: dict[str, float]) -> dict[str, float]:
+    ours = result["metrics"]
+    return {name: round(ours[name] - value, 4) for name, value in figures.items() if name in ours}
 
 
 def _beside_other(result: dict[str, Any], dataset: str, source: str, figures: dict[str, float]) -> dict[str, Any]:
@@ -154,8 +154,7 @@ def _beside_other(result: dict[str, Any], dataset: str, source: str, figures: di
     same_counts = all(result.get(noun, known[noun]) == known[noun] for noun in ("images", "texts") if noun in known)
     templates = described.get("template_set")
     if same_counts and (templates is None or result.get("prompts", {}).get("template_set") == templates):
-        ours = result["metrics"]
-        beside["gap"] = {name: round(ours[name] - value, 4) for name, value in figures.items() if name in ours}
+        beside["gap"] = _gap(result, figures)
     else:
         beside["remark"] += "; not the same images or prompts as here, so no gap is shown"
     return beside

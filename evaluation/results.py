@@ -1,18 +1,22 @@
-"""Results as `results.json`, as tables on the terminal and in `results.md`, and as CSV."""
+"""Results as tables on the terminal and in `results.md`, as CSV, and as the pictures that tasks draw."""
 
 import csv
 import importlib.metadata
 import io
 import itertools
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
+
+from modeling_lrsclip.files.atomic import replace_text
 
 from .paper import paper_note
 
@@ -36,13 +40,8 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu_threads": torch.get_num_threads(),
-        "cuda_device": cuda,
-        "versions": versions,
-    }
+    machine = {"python": platform.python_version(), "platform": platform.platform()}
+    return machine | {"cpu_threads": torch.get_num_threads(), "cuda_device": cuda, "versions": versions}
 
 
 CSV_COLUMNS = ("model", "task", "dataset", "metric", "value", "low", "high", "paper", "gap", "seen")
@@ -121,6 +120,11 @@ def rows_beside(result: dict[str, Any]) -> list[tuple[str, type[Aside], dict[str
     return [(name if kind is Aside else "gap", kind, values) for name, kind, values in rows]
 
 
+def marked_name(result: dict[str, Any]) -> str:
+    """Name of a result's model, with a mark where it was trained on the data."""
+    return result["model"] + (f" {SEEN}" if "seen" in result else "")
+
+
 def seen_notes(results: Sequence[dict[str, Any]]) -> list[str]:
     """Lines below a table on what the marked models have seen, each once."""
     return list(dict.fromkeys(f"{SEEN} seen, not zero-shot: {each['seen']}." for each in results if "seen" in each))
@@ -149,19 +153,14 @@ def retrieval_table(title: str, results: Sequence[dict[str, Any]], models: Seque
     table = Table(f"{title} · {results[0]['dataset']}: {images:,} images, {texts:,} texts", columns)
     for result in results:
         values = [result["metrics"][key] for key in [*keys, "mR"]]
-        label = result["model"]
-        mark = f" {SEEN}" if "seen" in result else ""
-        table.rows.append([label + mark, positions[label], *values, 100 * result["share_truncated"]])
+        read, cut = positions[result["model"]], 100 * result["share_truncated"]
+        table.rows.append([marked_name(result), read, *values, cut])
         for name, kind, figures in rows_beside(result):
             row = [kind(figures[key]) if key in figures else None for key in [*keys, "mR"]]
             table.rows.append([f"  {name}", "", *row, ""])
-    tokens = results[0]["tokens"]
-    lines = [
-        f"Recall in %; guessing: R@1 {100 / images:.2g}. "
-        f"Tokens a text: {tokens['mean']:.0f} on average, {tokens['longest']} at most."
-    ]
-    lines += paper_note(results)
-    table.note = "\n".join([*lines, *seen_notes(results)])
+    tokens = "Tokens a text: {mean:.0f} on average, {longest} at most.".format(**results[0]["tokens"])
+    first = f"Recall in %; guessing: R@1 {100 / images:.2g}. {tokens}"
+    table.note = "\n".join([first, *paper_note(results), *seen_notes(results)])
     return table
 
 
@@ -220,3 +219,67 @@ def markdown(table: Table) -> str:
         cells = [f"**{text}**" if bold else text for text, bold in row]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join([*lines, "", table.note, ""])
+
+
+# ------------------------------------------------------------------------------------------------ of a whole evaluation
+
+
+def show(console: Console, benchmarks: Sequence[Any], document: dict[str, Any], output: Path) -> None:
+    """
+    Prints the tables, writes them and the figures, and names the files written.
+
+    Args:
+        console: where to print.
+        benchmarks: what was measured.
+        document: content of `results.json`, which is written already.
+        output: folder to write to.
+    """
+    for table in (tables := make_tables(benchmarks, document)):
+        print_table(console, table)
+    replace_text(output / "results.md", "\n".join(markdown(table) for table in tables))
+    replace_text(output / "results.csv", csv_lines(document["results"]))
+    written = [output / name for name in ("results.json", "results.md", "results.csv")]
+    console.print()
+    for path in [*written, *draw_figures(benchmarks, document, output)]:
+        console.print(str(path), soft_wrap=True, markup=False)
+
+
+def make_tables(benchmarks: Sequence[Any], document: dict[str, Any]) -> list[Table]:
+    """The tables of all tasks, in their order."""
+    tables = []
+    for task in dict.fromkeys(benchmark.task for benchmark in benchmarks):
+        results = [result for result in document["results"] if result["task"] == task.name]
+        names = dict.fromkeys(result["dataset"] for result in results)
+        groups = [[result for result in results if result["dataset"] == name] for name in names]
+        for group in [results] if task.one_table else groups:
+            tables += filter(None, task.tables(task.title, group, document["models"]))
+    return tables
+
+
+def draw_figures(benchmarks: Sequence[Any], document: dict[str, Any], output: Path) -> list[Path]:
+    """
+    Draw each task's pictures; their names tell the task and the data set where there are several.
+
+    Args:
+        benchmarks: what was measured.
+        document: content of `results.json`.
+        output: folder to write to.
+
+    Returns:
+        The files written.
+    """
+    paths: list[Path] = []
+    tasks = list(dict.fromkeys(benchmark.task for benchmark in benchmarks))
+    for benchmark in benchmarks:
+        task, name = benchmark.task, benchmark.data.name
+        keys = {"task": task.name, "dataset": name}.items()
+        results = [result for result in document["results"] if keys <= result.items()]
+        ending = f"-{name}" if sum(other.task == task for other in benchmarks) > 1 else ""
+        if any(task.figures is earlier.figures for earlier in tasks[: tasks.index(task)]):
+            ending += f"-{task.name}"
+
+        def path_of(figure: str, ending: str = ending) -> Path:
+            return output / re.sub(r"[^\w.-]", "_", f"{figure}{ending}.png")
+
+        paths += task.figures(results, benchmark.data, document["models"], path_of)
+    return paths

@@ -61,20 +61,19 @@ def retrieval_ranks(
         `ValueError`: for shapes that do not fit, values that are not finite, indices out of range, an image
             without a text.
     """
-    images, texts, own_image = _check(image_embeds, text_embeds, text_to_image)
+    images, texts = check_embeddings({"image_embeds": image_embeds, "text_embeds": text_embeds})
+    own_image = check_indices("text_to_image", text_to_image, len(texts), len(images), "text", "image")
+    bare = (torch.bincount(own_image, minlength=len(images)) == 0).nonzero().flatten()
+    if len(bare):
+        raise ValueError(f"{len(bare)} of {len(images)} images have no text in text_to_image, first: image {bare[0]}.")
     images, own_image = images.double(), own_image.to(images.device)
     size = max(1, block_bytes // (8 * len(images)))
-    right = torch.cat(
-        [
-            (texts[start : start + size].double() * images[own_image[start : start + size]]).sum(dim=1)
-            for start in range(0, len(texts), size)
-        ]
-    )  # (N,) score of each text with its image
+    blocks = [slice(start, start + size) for start in range(0, len(texts), size)]
+    right = torch.cat([(texts[rows].double() * images[own_image[rows]]).sum(dim=1) for rows in blocks])  # (N,)
     best_right = torch.full((len(images),), -math.inf, dtype=right.dtype, device=images.device)
     best_right.scatter_reduce_(0, own_image, right, "amax")  # (M,) score of each image with the best of its texts
     text_ranks, image_ranks = [], torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    for start in range(0, len(texts), size):
-        rows = slice(start, start + size)
+    for rows in blocks:
         scores = texts[rows].double() @ images.T  # (block, M)
         scores.scatter_(1, own_image[rows, None], -math.inf)  # the right pairs do not compete
         text_ranks.append((scores >= right[rows, None] - SCORE_TIE).sum(dim=1))  # (block,)
@@ -119,15 +118,6 @@ def retrieval_recall(
     return recall_from_ranks(retrieval_ranks(image_embeds, text_embeds, text_to_image), ks)
 
 
-def _check(image_embeds: Any, text_embeds: Any, text_to_image: Any) -> tuple[Tensor, Tensor, Tensor]:
-    images, texts = check_embeddings({"image_embeds": image_embeds, "text_embeds": text_embeds})
-    own_image = check_indices("text_to_image", text_to_image, len(texts), len(images), "text", "image")
-    bare = (torch.bincount(own_image, minlength=len(images)) == 0).nonzero().flatten()
-    if len(bare):
-        raise ValueError(f"{len(bare)} of {len(images)} images have no text in text_to_image, first: image {bare[0]}.")
-    return images, texts, own_image.to(images.device)
-
-
 def check_embeddings(embeds: dict[str, Any], least: Sequence[int] = (1, 1)) -> tuple[Tensor, ...]:
     """
     Return embeddings as tensors on the device of the first, after a look at their shapes and values.
@@ -149,9 +139,8 @@ def check_embeddings(embeds: dict[str, Any], least: Sequence[int] = (1, 1)) -> t
         if not value.isfinite().all():
             bad = (~value.isfinite().all(dim=1)).nonzero().flatten()
             raise ValueError(f"{name} has NaN or infinite values in {len(bad)} of {len(value)} rows, first: {bad[0]}.")
-    widths = [value.shape[1] for value in tensors]
+    names, widths = list(embeds), [value.shape[1] for value in tensors]
     if len(set(widths)) > 1:
-        names = list(embeds)
         raise ValueError(f"{names[0]} are {widths[0]} wide, {names[1]} {widths[1]}; must be equal.")
     return tuple(value.to(tensors[0].device) for value in tensors)
 
@@ -241,16 +230,13 @@ class RetrievalTask:
         text_embeds, text_seconds = encoder.texts(rows)  # (N, D)
         ranks = retrieval_ranks(image_embeds, text_embeds, data.text_to_image)
         lengths = token_lengths(encoder.processor, data.texts)
+        histogram = torch.bincount(torch.tensor(lengths).clamp(max=LAST_BAR) // TOKEN_BIN).tolist()
         result = {
             "metrics": recall_from_ranks(ranks),
             "images": len(data.images),
             "texts": len(data.texts),
             "data": data.describe(),
-            "tokens": {
-                "mean": sum(lengths) / len(lengths),
-                "longest": max(lengths),
-                "histogram": torch.bincount(torch.tensor(lengths).clamp(max=LAST_BAR) // TOKEN_BIN).tolist(),
-            },
+            "tokens": {"mean": sum(lengths) / len(lengths), "longest": max(lengths), "histogram": histogram},
             "share_truncated": share_truncated(lengths, encoder.positions),
             "seconds": {"images": image_seconds, "texts": text_seconds},
             "images_sha256": data.images.content_hash,
@@ -315,16 +301,9 @@ def _examples(
     nearest = [best_first(row)[:SHOWN_IMAGES] for row in scores]
     examples = []
     for position, index in enumerate(indices):
-        text = shorten(data.texts[index])
-        words = text.split()
-        lengths = [length - 2 for length in token_lengths(encoder.processor, words)]  # BPE never crosses white space
-        examples.append(
-            {
-                "text": text,
-                "word_tokens": list(itertools.accumulate(lengths)),  # tokens up to the end of each word
-                "image": data.text_to_image[index],
-                "rank": ranks.text_to_image[index].item(),
-                "found": nearest[position].tolist(),
-            }
-        )
+        text, rank = shorten(data.texts[index]), ranks.text_to_image[index].item()
+        lengths = [length - 2 for length in token_lengths(encoder.processor, text.split())]  # BPE keeps to words
+        up_to_word = list(itertools.accumulate(lengths))
+        example = {"text": text, "word_tokens": up_to_word, "image": data.text_to_image[index], "rank": rank}
+        examples.append(example | {"found": nearest[position].tolist()})
     return examples

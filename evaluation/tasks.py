@@ -1,15 +1,30 @@
-"""The tasks of `evaluation.run`: where each finds its data, how it measures, its tables and its pictures."""
+"""
+The tasks of `evaluation.run`, where each finds its data, how it measures, its tables and its pictures; and what the
+command does with them once its options are read.
+"""
 
 import argparse
+import contextlib
+import datetime
 import json
+import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modeling_lrsclip.encoding import Encoder
+import torch
+from accelerate import PartialState
+from transformers.utils import logging as transformers_logging
+
+from modeling_lrsclip.encoding import Encoder, load_encoder
 from modeling_lrsclip.encoding.imagery import survey_lines
+from modeling_lrsclip.files.atomic import make_folder, replace_json
 from modeling_lrsclip.files.configuration import choose_names
+from modeling_lrsclip.files.documents import first_line
+from modeling_lrsclip.files.locks import only_process
+from modeling_lrsclip.published.registry import ModelSource, label_models, resolve
 
 from .benchmarks.classification_data import find_sources as find_classification
 from .benchmarks.localization_data import find_sources as find_localization
@@ -23,10 +38,11 @@ from .figures.localization import draw_localization
 from .figures.retrieval import draw_recall_vs_tokens, draw_retrieval_gallery, draw_token_lengths
 from .localization import LocalizationTask, localization_table
 from .paper import beside_paper
-from .results import Table, retrieval_table, tokens_table
+from .results import SCHEMA_VERSION, Table, environment, make_console, retrieval_table, show, tokens_table
 from .retrieval import RetrievalTask
 
 
+DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 Results = Sequence[dict[str, Any]]
 HASH_DIGITS = 16  # hexadecimal, of an image's SHA-256 in run.json
 
@@ -76,11 +92,10 @@ def _draw_retrieval(results: Results, data: Any, models: Results, path: Callable
     """R@1 against tokens kept where it was measured, the lengths of the texts, and the gallery of the best model."""
     positions = {model["label"]: model["positions"] for model in models}
     paths = []
+    tokens, title = results[0]["tokens"], f"{data.name}, {len(data.texts):,} texts"
     if curves := {result["model"]: result["curve"] for result in results if result.get("curve")}:
-        title = f"{data.name}, {len(data.texts):,} texts"
-        longest = results[0]["tokens"]["longest"]
-        paths.append(draw_recall_vs_tokens(curves, path("recall_vs_tokens"), title, longest))
-    paths.append(draw_token_lengths(results[0]["tokens"]["histogram"], path("token_lengths"), data.name))
+        paths.append(draw_recall_vs_tokens(curves, path("recall_vs_tokens"), title, tokens["longest"]))
+    paths.append(draw_token_lengths(tokens["histogram"], path("token_lengths"), data.name))
     best, label = _best(results, "mR")
     gallery, read = path("retrieval_gallery"), positions[best["model"]]
     return [*paths, draw_retrieval_gallery(best["examples"], data.images, gallery, label, read)]
@@ -176,8 +191,7 @@ class Benchmark:
         result["intervals"] = intervals(result)
         result |= beside_paper(result)
         known = trained_images(encoder)
-        common = sum(digest[:HASH_DIGITS] in known for digest in self.data.images.digests)
-        if common:
+        if common := sum(digest[:HASH_DIGITS] in known for digest in self.data.images.digests):
             count = f"at least {common:,} of its {len(self.data.images):,} images"
             result["seen"] = f"{self.data.name}: the model was trained on {count} (its run.json), so this is no test"
         return result
@@ -243,8 +257,7 @@ def load_benchmarks(tasks: Sequence[Task], options: argparse.Namespace, say: Cal
             for line in survey_lines(benchmark.data.images.imagery, benchmark.data.name):
                 say(line)
         benchmarks += loaded
-    unused = [path for path in options.data if path not in used]
-    if unused:
+    if unused := [path for path in options.data if path not in used]:
         reason = "; ".join(f"{name}: {str(error).rstrip('.')}" for name, error in absent.items())
         raise ValueError(f"--data {unused[0]} holds nothing for {', '.join(task.name for task in tasks)} ({reason}).")
     measured = {benchmark.task.name for benchmark in benchmarks}
@@ -252,3 +265,117 @@ def load_benchmarks(tasks: Sequence[Task], options: argparse.Namespace, say: Cal
         if task.name not in measured:
             say(f"{task.name} is left out: {absent[task.name]}")
     return benchmarks
+
+
+# ------------------------------------------------------------------------------------------------------------ command
+
+
+def evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    """
+    Measure all models on all benchmarks, and write and print the results. Everything that can be wrong with the input is
+    checked before the first model is loaded. Under `accelerate launch` the processes share the encoding, and the first
+    one writes and prints.
+
+    Returns:
+        `dict`: content of `results.json`.
+
+    Raises:
+        `ValueError`: one sentence on what is wrong with the options, the data or a model.
+    """
+    transformers_logging.disable_progress_bar()
+    tasks = choose_tasks(options.tasks)
+    for name, least in (("batch_size", 1), ("workers", 0), ("allow_missing", 0)):
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least {least}.")
+    sources = [resolve(name_or_path) for name_or_path in options.model]
+    labels = label_models(sources)
+    wanted, world_size = options.device or default_device(), int(os.environ.get("WORLD_SIZE", "1"))
+    processes = PartialState(cpu=wanted == "cpu") if world_size > 1 else None  # of an `accelerate launch`
+    main_process = processes is None or processes.is_main_process
+    device = check_device(str(processes.device) if processes else wanted)
+    output = prepare_output(options.output)
+    busy = f"--output {output} is being written by another evaluation; wait for it, or name another folder."
+    with only_process(output / ".lock", busy) if main_process else contextlib.nullcontext():
+        return measure_all(options, tasks, dict(zip(labels, sources, strict=True)), device, processes)
+
+
+def measure_all(
+    options: argparse.Namespace,
+    tasks: Sequence[Task],
+    sources: dict[str, ModelSource],
+    device: str,
+    processes: PartialState | None,
+) -> dict[str, Any]:
+    """
+    Measure models as [`evaluate`] does, once their names and the output folder are known to be usable.
+
+    Args:
+        options: of the command line.
+        tasks: that `--tasks` names.
+        sources: of the models, by label.
+        device: that they run on.
+        processes: of an `accelerate launch`; None for one by itself.
+
+    Returns:
+        `dict`: content of `results.json`.
+    """
+    output, main_process = Path(options.output), processes is None or processes.is_main_process
+    console = make_console(quiet=not main_process)
+    benchmarks = load_benchmarks(tasks, options, lambda text: console.print(text, markup=False))
+    document: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": options.command,
+        "data": options.data,
+        "batch_size": options.batch_size,
+        "processes": processes.num_processes if processes else 1,
+        "environment": environment(),
+        "models": [],
+        "results": [],
+    }
+    as_given = ("tokenizer", "trust_remote_code", "batch_size", "workers", "compile")
+    encoding = {name: getattr(options, name) for name in as_given}
+    encoding |= {"dtype": DTYPES[options.dtype], "progress": True, "distributed": processes is not None}
+    encoding["cache_dir"] = None if options.cache == "none" else options.cache
+    for label, source in sources.items():
+        encoder = load_encoder(source, device, label, **encoding)
+        document["models"].append(encoder.describe() | {"revision": source.revision})
+        for benchmark in benchmarks:
+            started, task = time.perf_counter(), benchmark.task
+            result = benchmark.measure(encoder)
+            document["results"].append(result)
+            line = f"{label}: {task.name} on {benchmark.data.name} done in {time.perf_counter() - started:.1f} s, "
+            line += f"{task.headline} {result['metrics'][task.headline]:.{task.digits}f}"
+            console.print(line + (", seen in training" if "seen" in result else ""), markup=False)
+            if main_process:
+                replace_json(output / "results.json", document, allow_nan=False)  # after each: what is done stays done
+    if main_process:
+        show(console, benchmarks, document, output)
+    if processes:
+        processes.destroy_process_group()
+    return document
+
+
+def default_device() -> str:
+    """The graphics card where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(name: str) -> str:
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch raises either for what is not there
+        raise ValueError(f"--device {name} cannot be used here: {first_line(error)}") from error
+    return name
+
+
+def prepare_output(path: str) -> Path:
+    """Makes the folder and tries to write to it."""
+    output = make_folder(path)
+    try:
+        probe = output / f".probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--output {path} cannot be written: {error.strerror or error}") from error
+    return output

@@ -21,47 +21,40 @@ def add_index(commands: argparse._SubParsersAction) -> None:
         description="Encodes windows of georeferenced scenes. Run again after an interruption, it goes on where it was; "
         "with other scenes, it adds them. Under accelerate launch all processes share the work.",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "scenes",
         nargs="+",
         help="GeoTIFF, COG, VRT, JPEG 2000, PNG, JPEG; folders and patterns of them; STAC items, collections, item "
         "collections (.json); tables with a column of paths (.csv, .parquet)",
     )
-    parser.add_argument("--output", required=True, type=Path, help="folder of the index")
-    parser.add_argument("--model", help="model folder, Hub id, published name or checkpoint file (that of the index)")
-    parser.add_argument("--tokenizer", help="for checkpoint files: Hub id, folder or bpe_simple_vocab_16e6.txt.gz")
-    parser.add_argument(
+    add("--output", required=True, type=Path, help="folder of the index")
+    add("--model", help="model folder, Hub id, published name or checkpoint file (that of the index)")
+    add("--tokenizer", help="for checkpoint files: Hub id, folder or bpe_simple_vocab_16e6.txt.gz")
+    add(
         "--window",
         type=_windows,
         help="side of a window in pixels (224) or metres (500m); several scales with commas (the model's input, one pixel "
         "for one)",
     )
-    parser.add_argument("--stride", type=float, help="step between windows as a share of their side (0.5)")
-    parser.add_argument("--bands", type=_bands, help="red, green, blue as numbers or names: 4,3,2; one for grey")
-    parser.add_argument(
-        "--range",
-        type=_range,
-        help="values that become black and white: 0,3000 or 1%%,99%% (8 bits as stored, others 2%%,98%% of each scene)",
-    )
-    parser.add_argument("--nodata", type=float, help="value that stands for nothing (what the file declares)")
-    parser.add_argument(
-        "--max-empty", type=float, help="windows with a larger share of nothing than this are left out (0.5)"
-    )
-    parser.add_argument("--asset", help="asset to take from STAC items (visual, or the only image)")
-    parser.add_argument("--max-skipped", type=int, default=100, help="scenes that may be unreadable (100)")
-    parser.add_argument("--drop-missing", action="store_true", help="take out scenes that are no longer on disk")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the towers (float16 on a GPU, else float32)"
-    )
-    parser.add_argument("--batch-size", type=int, default=64, help="windows encoded at once, at most (64)")
-    parser.add_argument("--readers", type=int, help="threads that read ahead (by the number of cores)")
-    parser.add_argument(
-        "--shard", type=_shard, help="encode only this part, such as 3/16; geosearch merge unites them"
-    )
-    parser.add_argument("--on", choices=("ray",), help="run shards as tasks of a Ray cluster")
-    parser.add_argument("--ray-address", help="of a running cluster (a new one on this machine)")
-    parser.add_argument("--shards", type=int, help="with --on ray: into how many parts the work is cut")
+    add("--stride", type=float, help="step between windows as a share of their side (0.5)")
+    add("--bands", type=_bands, help="red, green, blue as numbers or names: 4,3,2; one for grey")
+    levels = "values that become black and white: 0,3000 or 1%%,99%% (8 bits as stored, others 2%%,98%% of each scene)"
+    add("--range", type=_range, help=levels)
+    add("--nodata", type=float, help="value that stands for nothing (what the file declares)")
+    add("--max-empty", type=float, help="windows with a larger share of nothing than this are left out (0.5)")
+    add("--asset", help="asset to take from STAC items (visual, or the only image)")
+    add("--max-skipped", type=int, default=100, help="scenes that may be unreadable (100)")
+    add("--drop-missing", action="store_true", help="take out scenes that are no longer on disk")
+    add("--device", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
+    dtypes = ("float32", "bfloat16", "float16")
+    add("--dtype", choices=dtypes, help="of the towers (float16 on a GPU, else float32)")
+    add("--batch-size", type=int, default=64, help="windows encoded at once, at most (64)")
+    add("--readers", type=int, help="threads that read ahead (by the number of cores)")
+    add("--shard", type=_shard, help="encode only this part, such as 3/16; geosearch merge unites them")
+    add("--on", choices=("ray",), help="run shards as tasks of a Ray cluster")
+    add("--ray-address", help="of a running cluster (a new one on this machine)")
+    add("--shards", type=int, help="with --on ray: into how many parts the work is cut")
     parser.set_defaults(run=run_index)
 
 
@@ -88,16 +81,11 @@ def run_index(options: argparse.Namespace) -> None:
         raise ValueError("--shard and --on exclude each other: Ray makes its own shards.")
     if options.on is None and (options.ray_address or options.shards):
         raise ValueError("--ray-address and --shards need --on ray.")
-    names = {"sizes": "window", "stride": "stride", "bands": "bands", "value_range": "range"}
-    names |= {"nodata": "nodata", "max_empty": "max_empty"}
-    job = IndexJob(
-        options.scenes,
-        options.output,
-        options.model,
-        {field: getattr(options, name) for field, name in names.items()},
-        **{name: getattr(options, name) for name in ("device", "dtype", "batch_size", "readers", "max_skipped")},
-        **{name: getattr(options, name) for name in ("drop_missing", "asset", "tokenizer")},
-    )
+    windows = {name: getattr(options, name) for name in ("stride", "bands", "nodata", "max_empty")}
+    windows |= {"sizes": options.window, "value_range": options.range}
+    names = ("device", "dtype", "batch_size", "readers", "max_skipped", "drop_missing", "asset", "tokenizer")
+    settings = {name: getattr(options, name) for name in names}
+    job = IndexJob(options.scenes, options.output, options.model, windows, **settings)
     if options.on == "ray":
         content = build_on_ray(job, options.ray_address, options.shards)
     elif launched_processes()[1] > 1:

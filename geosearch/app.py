@@ -50,11 +50,6 @@ class SearchPage:
         self._temporary = tempfile.TemporaryDirectory(prefix="geosearch-page-")  # goes with the page
         self.folder = Path(self._temporary.name)  # of downloads
 
-    @property
-    def scene_names(self) -> list[tuple[str, str]]:
-        """Name and path of every scene, for a list to choose from."""
-        return [(Path(scene).name, scene) for scene in self.pictures.scenes]
-
     def tokens(self, text: str) -> str:
         """Count the tokens of a text, and say, where it is longer than 77, what lies beyond."""
         if not text or not text.strip():
@@ -80,30 +75,23 @@ class SearchPage:
         """
         try:
             image = self.pictures.example(example) if example else None
-            hits = search(
-                self.index, text or None, encoder=self.encoder, image=image, exclude=exclude or None, top=int(top)
-            )
+            question = {"image": image, "exclude": exclude or None, "top": int(top)}
+            hits = search(self.index, text or None, encoder=self.encoder, **question)
         except ValueError as problem:
             raise gr.Error(str(problem), duration=None) from problem
         scene = hits.rows["scene"][0].as_py()
         drawing, heat_file = self.heat(hits, scene)
         folder = Path(tempfile.mkdtemp(dir=self.folder))
-        features = feature_table(hits)
-        files = [
-            str(write_features(features, folder / f"hits{suffix}", hits.coordinates))
-            for suffix in (".geojson", ".gpkg")
-        ]
+        paths, features = (folder / "hits.geojson", folder / "hits.gpkg"), feature_table(hits)
+        files = [str(write_features(features, path, hits.coordinates)) for path in paths]
         picture, words = self.look(hits, 1)
         remark = " ".join(html.escape(line) for line in summary(hits))
-        table = [[rank, *row] for rank, row in enumerate(self._table(hits), 1)]
-        return hits, drawing, remark, table, scene, *files, heat_file, picture, words
-
-    def _table(self, hits: Hits) -> list[list[str]]:
-        rows = hits.rows.to_pylist()
-        return [
-            [f"{hits.similarity[number]:.4f}", f"{hits.z_score[number]:.1f}", *hit_lines(hits, row)[:2]]
-            for number, row in enumerate(rows)
+        figures = zip(hits.similarity, hits.z_score, hits.rows.to_pylist(), strict=True)
+        table = [
+            [rank, f"{similarity:.4f}", f"{z_score:.1f}", *hit_lines(hits, row)[:2]]
+            for rank, (similarity, z_score, row) in enumerate(figures, 1)
         ]
+        return hits, drawing, remark, table, scene, *files, heat_file, picture, words
 
     def heat(self, hits: Hits | None, scene: str) -> tuple[str, str | None]:
         """The map with the similarity over a scene as a layer, and that layer as a GeoTIFF."""
@@ -143,9 +131,8 @@ def token_markup(read: ReadText) -> str:
     first, beyond = read.text[: read.clip_cut_at], read.text[read.clip_cut_at : read.cut_at]
     line += "; a CLIP of 77 tokens would not read what is marked" + ("; nobody reads the end" if read.cut else "")
     text = f'{html.escape(first)}<span class="beyond">{html.escape(beyond)}</span>'
-    return (
-        f'<div class="tokens">{line}<br>{text}<span class="cut">{html.escape(read.text[read.cut_at :])}</span></div>'
-    )
+    cut = html.escape(read.text[read.cut_at :])
+    return f'<div class="tokens">{line}<br>{text}<span class="cut">{cut}</span></div>'
 
 
 def heat_picture(heat: SimilarityMap) -> Image.Image:
@@ -162,24 +149,20 @@ def heat_picture(heat: SimilarityMap) -> Image.Image:
 def build_page(page: SearchPage) -> gr.Blocks:
     """The page's parts, and what happens when they are used."""
     with gr.Blocks(title="geosearch", analytics_enabled=False, fill_width=True) as blocks:
-        hits = gr.State(None)
-        gr.Markdown(
-            f"### Find a place by describing it · {len(page.index):,} windows of {len(page.pictures.scenes)} scenes"
-        )
+        hits, scenes = gr.State(None), page.pictures.scenes
+        gr.Markdown(f"### Find a place by describing it · {len(page.index):,} windows of {len(scenes)} scenes")
         with gr.Row():
             with gr.Column(scale=2, min_width=340):
                 text = gr.Textbox(label="What is to be seen", lines=5, max_lines=12, elem_id="text")
                 tokens = gr.HTML(page.tokens(""), elem_id="tokens")
                 with gr.Accordion("More", open=False):
-                    example = gr.File(
-                        label="What it is to look like (an image or GeoTIFF)", type="filepath", height=110
-                    )
+                    looks = "What it is to look like (an image or GeoTIFF)"
+                    example = gr.File(label=looks, type="filepath", height=110)
                     exclude = gr.Textbox(label="What is not to be seen", elem_id="exclude")
                     top = gr.Slider(1, MOST_PLACES, 12, step=1, label="Places")
                 ask = gr.Button("Search", variant="primary", elem_id="ask")
-                table = gr.Dataframe(
-                    headers=["rank", "similarity", "σ above", "place", "scene"], interactive=False, elem_id="hits"
-                )
+                headers = ["rank", "similarity", "σ above", "place", "scene"]
+                table = gr.Dataframe(headers=headers, interactive=False, elem_id="hits")
                 remark = gr.HTML()
                 with gr.Row():
                     files = [
@@ -188,19 +171,14 @@ def build_page(page: SearchPage) -> gr.Blocks:
                     ]
             with gr.Column(scale=3, min_width=420):
                 script = MAP_SCRIPT + "attachMap(element, rank => trigger('select', {rank}));"
-                drawing = gr.HTML(page.heat(None, page.pictures.scenes[0])[0], js_on_load=script, elem_id="map")
+                drawing = gr.HTML(page.heat(None, scenes[0])[0], js_on_load=script, elem_id="map")
                 with gr.Row():
-                    scene = gr.Dropdown(
-                        page.scene_names, value=page.pictures.scenes[0], label="Heat map over", scale=2
-                    )
+                    names = [(Path(path).name, path) for path in scenes]
+                    scene = gr.Dropdown(names, value=scenes[0], label="Heat map over", scale=2)
                     opacity = gr.Slider(0, 1, 0.6, step=0.05, label="Its opacity", elem_id="opacity")
                 words = gr.Markdown(elem_id="words")
-                picture = gr.Image(
-                    label="The scene around the hit, at full size",
-                    interactive=False,
-                    elem_id="around",
-                    buttons=["download", "fullscreen"],
-                )
+                buttons, around = ["download", "fullscreen"], "The scene around the hit, at full size"
+                picture = gr.Image(label=around, interactive=False, elem_id="around", buttons=buttons)
         text.change(page.tokens, text, tokens, show_progress="hidden", trigger_mode="always_last")
         outputs = [hits, drawing, remark, table, scene, *files, picture, words]
         ask.click(page.search, [text, example, exclude, top], outputs)

@@ -25,9 +25,7 @@ class SearchProblem(ValueError):
 class Area:
     """Windows that may be found, by area and time. The defaults leave none out."""
 
-    bbox: tuple[float, float, float, float] | None = (
-        None  # west, south, east, north in degrees; west > east: across 180
-    )
+    bbox: tuple[float, float, float, float] | None = None  # west, south, east, north in degrees; w > e: across 180
     near: tuple[float, float, float] | None = None  # longitude, latitude in degrees, kilometres to a window's middle
     after: datetime.datetime | None = None  # acquired then or later; without a time zone: UTC
     before: datetime.datetime | None = None  # acquired earlier
@@ -43,9 +41,8 @@ class Area:
         if self.near is not None:
             lon, lat, km = self.near
             if not (-180 <= lon <= 180 and -90 <= lat <= 90 and 0 < km < math.inf):
-                raise SearchProblem(
-                    f"near {self.near} is no circle: give longitude,latitude in degrees and kilometres above 0."
-                )
+                circle = "longitude,latitude in degrees and kilometres above 0"
+                raise SearchProblem(f"near {self.near} is no circle: give {circle}.")
         if self.after is not None and self.before is not None and _utc(self.after) >= _utc(self.before):
             raise SearchProblem(f"no time is after {self.after} and before {self.before}: exchange them.")
 
@@ -82,9 +79,8 @@ class Area:
         kept = np.zeros(len(index), dtype=bool)
         for low, high in strips:
             kept |= (x0 <= high) & (x1 >= low) & (y0 <= north) & (y1 >= south)
-        wide = np.flatnonzero(
-            kept & (x1 - x0 > 180)
-        )  # cut in two at the 180th meridian: their box goes around the Earth
+        # Windows cut in two at the 180th meridian: their box goes around the Earth.
+        wide = np.flatnonzero(kept & (x1 - x0 > 180))
         if len(wide):
             outlines = shapely.from_wkb(index.rows(["geometry"])["geometry"].take(wide).to_pylist())
             area = shapely.union_all([shapely.box(low, south, high, north) for low, high in strips])
@@ -96,9 +92,8 @@ class Area:
         rows = index.rows(["centre_lon", "centre_lat"])
         middle_lon, middle_lat = (rows[name].to_numpy().astype(np.float64) for name in rows.column_names)
         close = np.flatnonzero(np.abs(middle_lat - lat) <= km / DEGREE_KM)  # the rest need not be measured
-        _, _, metres = EARTH.inv(
-            np.full(len(close), lon), np.full(len(close), lat), middle_lon[close], middle_lat[close]
-        )
+        point = np.full(len(close), lon), np.full(len(close), lat)
+        _, _, metres = EARTH.inv(*point, middle_lon[close], middle_lat[close])
         kept = np.zeros(len(index), dtype=bool)
         kept[close] = np.asarray(metres) <= 1000 * km
         return kept
@@ -118,11 +113,10 @@ class Area:
             words.append("bbox {:g},{:g},{:g},{:g}".format(*self.bbox))
         if self.near is not None:
             words.append("{2:g} km of {0:g},{1:g} (of its middle)".format(*self.near))
-        words += [
-            f"the time {name} {time.date()}"
-            for name, time in (("from", self.after), ("before", self.before))
-            if time is not None
-        ]
+        if self.after is not None:
+            words.append(f"the time from {self.after.date()}")
+        if self.before is not None:
+            words.append(f"the time before {self.before.date()}")
         return " and ".join(words)
 
 

@@ -8,8 +8,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from modeling_lrsclip.files.atomic import replace_text, replacing
 from .block_reader import Block, BlockReader
 from .footprints import footprints
 from .index_store import row_schema, row_table
-from .plan import Plan, PlannedScene, WindowOptions
+from .plan import Blocks, Plan
 from .scenes import content_hash
 
 
@@ -36,7 +37,7 @@ LOG_SECONDS = 30.0  # between lines of progress where there is no terminal
 
 def encode_blocks(
     plan: Plan,
-    blocks: Sequence[tuple[PlannedScene, int]],
+    blocks: Blocks,
     encoder: Encoder,
     folder: Path,
     readers: int | None = None,
@@ -68,7 +69,7 @@ def encode_blocks(
     batch_size = image_batch_size(encoder.model, encoder.batch_size)
     reader = BlockReader(plan.options, encoder.processor.image_processor, batch_size, readers, pin=on_gpu)
     started, encoded = time.perf_counter(), 0
-    with Progress(blocks, missing, plan.options) as progress, _BlockWriter(plan, folder, max_skipped) as writer:
+    with Progress(blocks, missing) as progress, _BlockWriter(plan, folder, max_skipped) as writer:
 
         def finish(block: Block) -> None:
             if block.done and writer.write(block):
@@ -120,11 +121,8 @@ class _BlockWriter:
             check_skipped([*self.plan.skipped, *unreadable], self.max_skipped, None)
         while self._waiting:  # a kill loses the block in hand and at most the one before it
             self._waiting.pop(0).result()
-        self._waiting.append(self._submit(block))
+        self._waiting.append(self._pool.submit(write_block, block, self.plan.model["dimensions"], self.folder))
         return True
-
-    def _submit(self, block: Block) -> Future:
-        return self._pool.submit(write_block, block, self.plan.model["dimensions"], self.folder)
 
 
 def write_block(block: Block, dimensions: int, folder: Path) -> None:
@@ -145,27 +143,13 @@ def write_block(block: Block, dimensions: int, folder: Path) -> None:
         reason, unreadable = reason or f"{facts.path}: {error}.", unreadable + len(boxes)
         boxes, (outlines, middles) = boxes[:0], footprints(boxes[:0], facts.affine, facts.crs)
     vectors = np.concatenate([*block.embeddings, np.zeros((0, dimensions), np.float32)])[: len(boxes)]
-    time_taken = pa.scalar(facts.timestamp).cast(row_schema(1).field("timestamp").type) if facts.timestamp else None
-    table = row_table(
-        facts.path,
-        boxes,
-        np.full(len(boxes), block.scale),
-        outlines,
-        middles,
-        vectors,
-        gsd=facts.gsd,
-        crs=facts.crs,
-        timestamp=time_taken and time_taken.as_py(),
-    )
-    came = {
-        "scene": facts.path,
-        "rows": len(boxes),
-        "empty": block.empty,
-        "unreadable": unreadable,
-        "reason": reason,
-        "rendering": block.rendering.to_dict() if block.rendering else None,
-        "sha256": content_hash(facts.files) if block.number == 0 else None,
-    }
+    moment = row_schema(1).field("timestamp").type
+    taken = pa.scalar(facts.timestamp).cast(moment).as_py() if facts.timestamp else None
+    scene, scales = {"gsd": facts.gsd, "crs": facts.crs, "timestamp": taken}, np.full(len(boxes), block.scale)
+    table = row_table(facts.path, boxes, scales, outlines, middles, vectors, **scene)
+    came = {"scene": facts.path, "rows": len(boxes), "empty": block.empty, "unreadable": unreadable, "reason": reason}
+    came["rendering"] = block.rendering.to_dict() if block.rendering else None
+    came["sha256"] = content_hash(facts.files) if block.number == 0 else None
     with replacing(folder / block.scene.block_name(block.number)) as growing:
         pq.write_table(table.replace_schema_metadata({"block": json.dumps(came)}), growing, compression="none")
 
@@ -173,30 +157,20 @@ def write_block(block: Block, dimensions: int, folder: Path) -> None:
 class Progress:
     """Windows done, how many a second, and the time left: a bar on a terminal, a line now and then elsewhere."""
 
-    def __init__(
-        self,
-        blocks: Sequence[tuple[PlannedScene, int]],
-        missing: Sequence[tuple[PlannedScene, int]],
-        options: WindowOptions,
-    ):
-        total, before = self._count(blocks, options), 0
-        if len(missing) < len(blocks):
-            before = total - self._count(missing, options)
+    def __init__(self, blocks: Blocks, missing: Blocks):
+        total = self._count(blocks)
+        before = total - self._count(missing) if len(missing) < len(blocks) else 0
         self.total, self.before, self.done = total, before, before
         self._bar = tqdm(total=total, initial=before, desc="indexing", unit=" windows", disable=None, smoothing=0.05)
         self._started = self._told = time.monotonic()
 
     @staticmethod
-    def _count(blocks: Iterable[tuple[PlannedScene, int]], options: WindowOptions) -> int:
+    def _count(blocks: Blocks) -> int:
         """Windows of blocks; a whole scene's are counted without looking at its blocks."""
-        numbers: dict[str, tuple[PlannedScene, list[int]]] = {}
-        for scene, number in blocks:
-            numbers.setdefault(scene.key, (scene, []))[1].append(number)
-        count = 0
-        for scene, some in numbers.values():
-            # Blocks are of about one size; the estimate is made exact when all of a scene are meant.
-            count += scene.windows if len(some) == scene.blocks else round(scene.windows * len(some) / scene.blocks)
-        return count
+        scenes = {scene.key: scene for scene, _ in blocks}
+        counts = Counter(scene.key for scene, _ in blocks)
+        # Blocks are of about one size; the estimate is exact where all of a scene are meant.
+        return sum(round(scenes[key].windows * count / scenes[key].blocks) for key, count in counts.items())
 
     def __enter__(self) -> "Progress":
         return self

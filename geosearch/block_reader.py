@@ -6,7 +6,7 @@ Shapes: B windows of a batch, H, W the model's input.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from modeling_lrsclip.encoding.model_inputs import PixelBatcher
 from modeling_lrsclip.encoding.rasters import Raster, RasterError, Rendering, fill_nothing
 
-from .plan import PlannedScene, WindowOptions
+from .plan import Blocks, PlannedScene, WindowOptions
 from .windows import BLOCK_COLUMNS, block_of
 
 
@@ -66,18 +66,14 @@ class BlockReader:
         pin: in page-locked memory, from where a GPU fetches faster.
     """
 
-    def __init__(
-        self, options: WindowOptions, image_processor: Any, batch_size: int, threads: int = 2, pin: bool = False
-    ):
+    def __init__(self, options: WindowOptions, image_processor: Any, batch_size: int, threads: int, pin: bool):
         self.options, self.batch_size, self.threads, self.pin = options, batch_size, threads, pin
         self.prepare = PixelBatcher(image_processor)
         self._local = threading.local()
         self._rendering: tuple[str, Rendering] | None = None  # of the scene opened last, by its path
         self._lock = threading.Lock()
 
-    def batches(
-        self, blocks: Sequence[tuple[PlannedScene, int]], finish: Callable[[Block], None]
-    ) -> Iterator[tuple[Block, Tensor]]:
+    def batches(self, blocks: Blocks, finish: Callable[[Block], None]) -> Iterator[tuple[Block, Tensor]]:
         """
         Batches of all blocks, in order.
 
@@ -104,7 +100,7 @@ class BlockReader:
             if last:
                 finish(block)
 
-    def _read_ahead(self, blocks: Sequence[tuple[PlannedScene, int]]) -> Iterator[tuple[Block, bool, "_Line"]]:
+    def _read_ahead(self, blocks: Blocks) -> Iterator[tuple[Block, bool, "_Line"]]:
         """Lines of windows in order, read by threads; with each its block and whether it is the last one of it."""
         crop = self.prepare.processor.crop_size
         line_bytes = BLOCK_COLUMNS * 3 * 4 * crop["height"] * crop["width"]
@@ -124,7 +120,7 @@ class BlockReader:
                 for *_, future in waiting:
                     future.cancel()
 
-    def _lines(self, blocks: Sequence[tuple[PlannedScene, int]]) -> Iterator[tuple[Block, bool, np.ndarray]]:
+    def _lines(self, blocks: Blocks) -> Iterator[tuple[Block, bool, np.ndarray]]:
         grids, known = [], None
         for scene, number in blocks:
             if scene is not known:
@@ -157,7 +153,11 @@ class BlockReader:
         images = []
         for box in boxes:
             try:
-                rgb, valid = self._window(raster, box) if whole is None else _cut_out(whole, box, boxes[0])
+                if whole is None:
+                    rgb, valid = self._window(raster, box)
+                else:
+                    start, width = int(box[0] - boxes[0, 0]), int(box[2])
+                    rgb, valid = (np.ascontiguousarray(part[:, start : start + width]) for part in whole)
             except RasterError as error:
                 line.unreadable, line.reason = line.unreadable + 1, line.reason or str(error)
                 continue
@@ -172,8 +172,8 @@ class BlockReader:
 
     def _window(self, raster: Raster, box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         left, top, width, height = box.tolist()
-        factor = max(1.0, 2 * max(width, height) / LARGEST_SIDE) if max(width, height) > LARGEST_SIDE else 1.0
-        shape = None if factor == 1 else (max(1, round(height / factor)), max(1, round(width / factor)))
+        factor, large = 2 * max(width, height) / LARGEST_SIDE, max(width, height) > LARGEST_SIDE
+        shape = (max(1, round(height / factor)), max(1, round(width / factor))) if large else None
         return raster.read(left, top, width, height, shape)
 
     def _raster(self, scene: PlannedScene) -> Raster:
@@ -204,13 +204,6 @@ class _Line:
     unreadable: int = 0
     reason: str | None = None
     rendering: Rendering | None = None
-
-
-def _cut_out(
-    whole: tuple[np.ndarray, np.ndarray], box: np.ndarray, first: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    start, width = int(box[0] - first[0]), int(box[2])
-    return tuple(np.ascontiguousarray(part[:, start : start + width]) for part in whole)
 
 
 def _square(image: Image.Image) -> Image.Image:

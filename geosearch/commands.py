@@ -70,8 +70,8 @@ def run_search(options: argparse.Namespace) -> None:
     area.rows(index)
     image = ScenePictures(index).example(options.image) if options.image else None
     encoder = load_index_encoder(index, options.model, options.device)
-    question = {"image": image, "exclude": options.exclude}
-    hits = search(index, options.text, encoder=encoder, **question, area=area, top=options.top)
+    question = {"image": image, "exclude": options.exclude, "area": area, "top": options.top}
+    hits = search(index, options.text, encoder=encoder, **question)
     print_hits(hits)
     if options.output:
         print(f"-> {write_features(feature_table(hits), options.output, hits.coordinates)}")
@@ -97,9 +97,7 @@ def add_locate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--scene", help="which scene of the index: its path or the end of it")
     parser.add_argument("--output", metavar="FILE", help="write the map to a Cloud Optimized GeoTIFF (.tif)")
     parser.add_argument("--places", metavar="FILE", help="write the places to a .geojson, .gpkg or .parquet file")
-    parser.add_argument(
-        "--window", help="for a scene's file: windows in pixels (224) or metres (500m), commas between"
-    )
+    parser.add_argument("--window", help="for a scene's file: in pixels (224) or metres (500m), commas between")
     _add_model(parser)
     parser.set_defaults(run=run_locate)
 
@@ -154,9 +152,8 @@ def _locate(options: argparse.Namespace, folder: Path) -> None:
         table.add_row(str(row["rank"]), *numbers, place_name(lon, lat, heat.coordinates))
     Console().print(table)
     print(read_text(encoder, options.text).sentence())
-    print(
-        f"{heat.scene}: places exceed {heat.level:.4f}, {PLACE_LEVEL:.0%} of the way from the map's median to its peak."
-    )
+    level = f"{heat.level:.4f}, {PLACE_LEVEL:.0%} of the way from the map's median to its peak"
+    print(f"{heat.scene}: places exceed {level}.")
     if options.output:
         print(f"-> {write_map(heat, options.output)}")
     if options.places:
@@ -185,5 +182,5 @@ def run_serve(options: argparse.Namespace) -> None:
         raise ValueError("the page needs gradio: pip install '.[geosearch,map]' in the clone.") from error
     from .app import serve
 
-    browser = not options.no_browser
-    serve(options.index, options.model, options.device, options.host, options.port, inbrowser=browser)
+    where = {"host": options.host, "port": options.port, "inbrowser": not options.no_browser}
+    serve(options.index, options.model, options.device, **where)

@@ -77,19 +77,11 @@ def run(index_folder: Path, places_file: Path, output: Path) -> dict[str, int]:
         milliseconds = 1000 * (time.perf_counter() - started)
         ranks.append(rank_of(hits, place["scene"], place["pixel_box"]))
         shown = (place, hits) if ranks[-1] == 1 or shown is None else shown
-        table.add_row(
-            str(ranks[-1] or f"> {len(hits)}"),
-            f"{milliseconds:.0f}",
-            Path(place["scene"]).name,
-            f"{place['text'][:SHOWN]}…",
-        )
+        rank, name = str(ranks[-1] or f"> {len(hits)}"), Path(place["scene"]).name
+        table.add_row(rank, f"{milliseconds:.0f}", name, f"{place['text'][:SHOWN]}…")
     Console().print(table)
-    hit_ranks = [rank for rank in ranks if rank is not None]
-    counts = {
-        "asked": len(asked),
-        "first": sum(rank == 1 for rank in hit_ranks),
-        "among_five": sum(rank <= 5 for rank in hit_ranks),
-    }
+    among_five = sum(rank is not None and rank <= 5 for rank in ranks)
+    counts = {"asked": len(asked), "first": ranks.count(1), "among_five": among_five}
     print(
         f"Of {counts['asked']} descriptions, {counts['first']} were found at rank 1 and {counts['among_five']} within rank 5, "
         f"among {len(index):,} windows of {len(index.metadata['sources'])} scenes."

@@ -342,9 +342,8 @@ def nearest_places(
             try:
                 outlines = shapely.from_wkb(rows["geometry"].to_pylist())
             except shapely.GEOSException as error:
-                raise IndexProblem(
-                    f"{index.folder} holds a damaged outline ({error}): index the scenes again."
-                ) from error
+                damage = f"a damaged outline ({error})"
+                raise IndexProblem(f"{index.folder} holds {damage}: index the scenes again.") from error
             kept = distinct_places(outlines, _groups(index, rows), range(count))[:top]
             rows, numbers, values = rows.take(kept), numbers[kept], values[kept]
             if len(kept) == top:

@@ -2,6 +2,8 @@
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +36,10 @@ def feature_table(hits: Hits) -> pa.Table:
         Table of H rows, best first: `rank` from 1, `similarity` (cosine), `z_score` (standard deviations above the mean of
         the index), the columns of `exact_search.HIT_COLUMNS`, `geometry` (WKB of the window's four corners) last.
     """
-    rows = hits.rows
-    columns = {
-        "rank": pa.array(np.arange(1, len(hits) + 1, dtype=np.int32)),
-        "similarity": pa.array(np.round(hits.similarity, 6)),
-        "z_score": pa.array(np.round(hits.z_score, 3)),
-        **{name: rows[name] for name in rows.column_names if name != "geometry"},
-        "geometry": rows["geometry"],
-    }
-    return pa.table(columns)
+    columns = {"rank": np.arange(1, len(hits) + 1, dtype=np.int32), "similarity": np.round(hits.similarity, 6)}
+    columns |= {"z_score": np.round(hits.z_score, 3)}
+    columns |= {name: hits.rows[name] for name in hits.rows.column_names if name != "geometry"}
+    return pa.table(columns | {"geometry": hits.rows["geometry"]})
 
 
 def output_driver(path: str | Path) -> str:
@@ -74,28 +71,33 @@ def write_features(table: pa.Table, path: str | Path, coordinates: str = "wgs84"
         [`~geosearch.exact_search.SearchProblem`]: for another suffix, or a place that takes no file.
     """
     path, driver = Path(path), output_driver(path)
-    options: dict[str, Any] = {"COORDINATE_PRECISION": "9"} if driver == "GeoJSON" else {}
+    options: dict[str, Any] = {"driver": driver, "layer": path.stem, "crs": WGS84 if coordinates == "wgs84" else None}
+    options |= {"geometry_name": "geometry", "geometry_type": "Unknown"}  # across the 180th meridian: of two parts
+    options |= {"COORDINATE_PRECISION": "9"} if driver == "GeoJSON" else {}
+    with writing(path) as growing, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*'crs' was not provided")  # pixels have none
+        warnings.filterwarnings("ignore", ".*extension should be")  # the file gets its name when it is whole
+        if driver == "GeoParquet":
+            _write_parquet(table, growing, coordinates)
+        else:
+            pyogrio.write_arrow(table, growing, **options)
+    return path
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """
+    Make the folder of a file, and hand out a path to write to that takes the file's place when all is there.
+
+    Raises:
+        [`~geosearch.exact_search.SearchProblem`]: for a place that takes no file.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as growing, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*'crs' was not provided")  # pixels have none
-            warnings.filterwarnings("ignore", ".*extension should be")  # the file gets its name when it is whole
-            if driver == "GeoParquet":
-                _write_parquet(table, growing, coordinates)
-            else:
-                pyogrio.write_arrow(
-                    table,
-                    growing,
-                    driver=driver,
-                    geometry_name="geometry",
-                    geometry_type="Unknown",  # a window across the 180th meridian has two parts
-                    crs=WGS84 if coordinates == "wgs84" else None,
-                    layer=path.stem,
-                    **options,
-                )
+        with replacing(path) as growing:
+            yield growing
     except OSError as error:
         raise SearchProblem(f"{path} cannot be written: {error.strerror or error}.") from error
-    return path
 
 
 def _write_parquet(table: pa.Table, path: Path, coordinates: str) -> None:
@@ -135,14 +137,10 @@ def hit_table(hits: Hits) -> Table:
     table.add_column("scene", overflow="fold")
     table.add_column("time", no_wrap=True)
     for rank, row in enumerate(hits.rows.to_pylist()):
-        table.add_row(
-            str(rank + 1),
-            f"{hits.similarity[rank]:.4f}",
-            f"{hits.z_score[rank]:.1f} σ",
-            place_name(row["centre_lon"], row["centre_lat"], hits.coordinates),
-            Path(row["scene"]).name,
-            f"{row['timestamp']:%Y-%m-%d %H:%M}" if row["timestamp"] else "",
-        )
+        figures = f"{hits.similarity[rank]:.4f}", f"{hits.z_score[rank]:.1f} σ"
+        place = place_name(row["centre_lon"], row["centre_lat"], hits.coordinates)
+        time = f"{row['timestamp']:%Y-%m-%d %H:%M}" if row["timestamp"] else ""
+        table.add_row(str(rank + 1), *figures, place, Path(row["scene"]).name, time)
     return table
 
 

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -105,28 +105,28 @@ class IndexJob:
             named.setdefault("sizes", (WindowSize(encoder.model.config.vision_config.image_size),))
             return WindowOptions(**named)
         known = WindowOptions.from_dict(index["windows"])
-        asked = WindowOptions(**{**{name: getattr(known, name) for name in known.__dataclass_fields__}, **named})
+        asked = replace(known, **named)
         if asked != known:
             before, after = known.to_dict(), asked.to_dict()
             names = [name for name in before if before[name] != after[name]]
             differences = ", ".join(f"{name} {before[name]} and not {after[name]}" for name in names)
-            raise IndexProblem(
-                f"{self.output} was made with {differences}: leave the option out, or use another --output."
-            )
+            advice = "leave the option out, or use another --output"
+            raise IndexProblem(f"{self.output} was made with {differences}: {advice}.")
         return known
 
 
 def describe_model(encoder: Encoder, tokenizer: str | None = None) -> dict[str, Any]:
     """Return what identifies a model in `index.json`; `tokenizer`: the one that was named beside it."""
-    path = os.path.abspath(encoder.path) if os.path.exists(encoder.path) else encoder.path
     known = encoder.describe()
-    return {
-        "id": path,
-        "weights_sha256": known["weights_sha256"],
-        "dimensions": encoder.model.config.projection_dim,
-        **{name: known[name] for name in ("model_class", "image_processor", "dtype")},
-        **({"tokenizer": os.path.abspath(tokenizer) if os.path.exists(tokenizer) else tokenizer} if tokenizer else {}),
-    }
+    described = {"id": _absolute(encoder.path), "weights_sha256": known["weights_sha256"]}
+    described |= {"dimensions": encoder.model.config.projection_dim}
+    described |= {name: known[name] for name in ("model_class", "image_processor", "dtype")}
+    return described | ({"tokenizer": _absolute(tokenizer)} if tokenizer else {})
+
+
+def _absolute(name: str) -> str:
+    """A path that every folder understands; the name of something on the Hub as it is."""
+    return os.path.abspath(name) if os.path.exists(name) else name
 
 
 def build_index(job: IndexJob) -> dict[str, Any]:
@@ -173,25 +173,17 @@ def tell_plan(plan: Plan) -> None:
     """Print on standard error what was found."""
     windows = sum(scene.windows for scene in plan.scenes)
     new = len(plan.scenes) - len(plan.changed)
-    parts = [
-        f"{new} new scenes",
-        f"{len(plan.changed)} changed",
-        f"{len(plan.sources) - len(plan.changed)} in the index",
-    ]
-    tell(f"{', '.join(parts)}: {windows:,} windows to encode")
+    counts = f"{new} new scenes, {len(plan.changed)} changed, {len(plan.sources) - len(plan.changed)} in the index"
+    tell(f"{counts}: {windows:,} windows to encode")
     if plan.gone:
         fate = "are taken out" if plan.dropped else "stay in it (--drop-missing takes them out)"
-        tell(f"{len(plan.gone)} scenes of the index are no longer on disk and {fate}: {_few(plan.gone)}")
+        first = ", ".join(plan.gone[:3]) + (", ..." if len(plan.gone) > 3 else "")
+        tell(f"{len(plan.gone)} scenes of the index are no longer on disk and {fate}: {first}")
     if plan.skipped:
-        tell(
-            f"{len(plan.skipped)} cannot be indexed and are named in {SKIPPED}; the first: {plan.skipped[0]['reason']}"
-        )
+        first = plan.skipped[0]["reason"]
+        tell(f"{len(plan.skipped)} cannot be indexed and are named in {SKIPPED}; the first: {first}")
     if plan.coordinates == "pixels":
         tell("no scene has coordinates: places are told in pixels")
-
-
-def _few(names: Sequence[str], shown: int = 3) -> str:
-    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
 
 
 # -------------------------------------------------------------------------------------------------------- finishing
@@ -212,41 +204,31 @@ def finish_index(output: Path, plan: Plan, folders: Sequence[Path]) -> dict[str,
     Raises:
         `ValueError`: where no window came of any scene.
     """
-    files, missing = {}, 0
+    files = {}
     for scene, number in plan.blocks():
         name = scene.block_name(number)
-        path = next((folder / name for folder in folders if (folder / name).is_file()), None)
-        missing += path is None
-        files[name] = path
-    if missing:
+        files[name] = next((folder / name for folder in folders if (folder / name).is_file()), None)
+    if missing := list(files.values()).count(None):
         raise ValueError(f"{missing} of {len(files)} blocks of {output} are not encoded: run geosearch index again.")
     before = open_index(output).metadata if (output / METADATA).is_file() else {}
-    if before and (before["model"]["weights_sha256"], before["windows"]) != (
-        plan.model["weights_sha256"],
-        plan.options.to_dict(),
-    ):
+    form = plan.model["weights_sha256"], plan.options.to_dict()
+    if before and (before["model"]["weights_sha256"], before["windows"]) != form:
         raise IndexProblem(f"{output} holds windows of another model or form than these blocks: merge them elsewhere.")
-    kept = {
-        path: plan.sources.get(path, facts)
-        for path, facts in before.get("sources", {}).items()
-        if path not in plan.dropped
-    }
+    known = before.get("sources", {}).items()
+    kept = {path: plan.sources.get(path, facts) for path, facts in known if path not in plan.dropped}
     sources, skipped = _collect(plan, files.values(), kept)
     write_skipped(output, skipped)
     if before and sources == before["sources"]:
         content = before
     else:
         if not any(facts["windows"] for facts in sources.values()):
-            raise ValueError(
-                f"no window of {len(plan.scenes)} scenes can be indexed; the last: {skipped[-1]['reason']}"
-            )
-        content = publish(
-            output,
-            [*(output / PARTS / part["name"] for part in before.get("parts", [])), *files.values()],
-            {**_metadata(plan, before), "sources": dict(sorted(sources.items()))},
-            # Rows of scenes that were encoded come from their blocks alone.
-            replaced=[path for path, facts in sources.items() if facts is not kept.get(path)],
-        )
+            last = skipped[-1]["reason"]
+            raise ValueError(f"no window of {len(plan.scenes)} scenes can be indexed; the last: {last}")
+        parts = [output / PARTS / part["name"] for part in before.get("parts", [])]
+        metadata = {**_metadata(plan, before), "sources": dict(sorted(sources.items()))}
+        # Rows of scenes that were encoded come from their blocks alone.
+        encoded = [path for path, facts in sources.items() if facts is not kept.get(path)]
+        content = publish(output, [*parts, *files.values()], metadata, encoded)
     for folder in folders:
         if folder.is_relative_to(output):
             shutil.rmtree(folder, ignore_errors=True)
@@ -273,20 +255,12 @@ def _collect(plan: Plan, files: Iterable[Path], kept: dict[str, Any]) -> tuple[d
             if not result["windows"]:
                 continue  # tried again by the next run; of a scene that was fine before, the windows of then stay
         elif not result["windows"]:
-            reason = (
-                f"{facts.path} holds too little: more than {plan.options.max_empty:.0%} of every window is nothing."
-            )
+            empty = f"more than {plan.options.max_empty:.0%} of every window is nothing"
+            reason = f"{facts.path} holds too little: {empty}."
             skipped.append({"scene": facts.path, "reason": reason, "windows": result["empty"]})
-        sources[facts.path] = {
-            "files": [list(file) for file in facts.files],
-            "width": facts.width,
-            "height": facts.height,
-            "crs": facts.crs,
-            "transform": list(facts.transform),
-            "gsd": facts.gsd,
-            "timestamp": facts.timestamp,
-            **result,
-        }
+        known = {name: getattr(facts, name) for name in ("width", "height", "crs", "gsd", "timestamp")}
+        lists = {"files": [list(file) for file in facts.files], "transform": list(facts.transform)}
+        sources[facts.path] = known | lists | result
     return sources, skipped
 
 

@@ -67,8 +67,12 @@ def row_schema(dimensions: int) -> pa.Schema:
     )
 
 
+def _schema_without_vectors() -> pa.Schema:
+    return pa.schema([field for field in row_schema(1) if field.name != "embedding"])
+
+
 def row_names() -> list[str]:
-    return [name for name in row_schema(1).names if name != "embedding"]
+    return _schema_without_vectors().names
 
 
 def row_table(
@@ -233,13 +237,8 @@ class Index:
         return None
 
     def _write_rows(self) -> None:
-        fields = [field for field in row_schema(1) if field.name != "embedding"]
-        schema = pa.schema(fields, {"state": json.dumps(self._vectors_stamp)})
-        with (
-            replacing(self.folder / ROWS) as growing,
-            pa.OSFile(str(growing), "wb") as file,
-            pa.ipc.new_file(file, schema) as writer,
-        ):
+        schema = _schema_without_vectors().with_metadata({"state": json.dumps(self._vectors_stamp)})
+        with replacing(self.folder / ROWS) as growing, pa.ipc.new_file(str(growing), schema) as writer:
             for batch in self._parts_without_vectors():
                 writer.write_batch(batch.replace_schema_metadata(schema.metadata))
 
@@ -249,7 +248,7 @@ class Index:
                 table = pq.read_table(path, columns=row_names(), partitioning=None).combine_chunks()
                 if len(table) != part["rows"]:
                     raise ValueError(f"{len(table)} rows where {METADATA} says {part['rows']}")
-                table = table.cast(pa.schema([field for field in row_schema(1) if field.name != "embedding"]))
+                table = table.cast(_schema_without_vectors())
                 table.validate(full=True)
             yield from table.to_batches()
 
@@ -295,9 +294,8 @@ class Index:
                     vectors = vectors_of(batch.column("embedding"))
                     rows += len(vectors)
                     if vectors.shape[1:] != (self.dimensions,) or vectors.dtype != np.float16:
-                        raise ValueError(
-                            f"vectors of {vectors.shape[1:]} {vectors.dtype}, not of {self.dimensions} float16"
-                        )
+                        kind = f"{vectors.shape[1:]} {vectors.dtype}"
+                        raise ValueError(f"vectors of {kind}, not of {self.dimensions} float16")
                     yield vectors
                 if rows != part["rows"]:
                     raise ValueError(f"{rows} rows where {METADATA} says {part['rows']}")
@@ -331,9 +329,8 @@ def open_index(folder: str | Path) -> Index:
     if not path.is_file():
         if (folder / "blocks").is_dir() or (folder / "shards").is_dir() or (folder / NEXT_METADATA).is_file():
             raise IndexProblem(f"{folder} holds an unfinished index: run the same geosearch index (or merge) again.")
-        raise IndexProblem(
-            f"{folder} is no index (no {METADATA} in it); make one with geosearch index SCENES --output {folder}."
-        )
+        advice = f"make one with geosearch index SCENES --output {folder}"
+        raise IndexProblem(f"{folder} is no index (no {METADATA} in it); {advice}.")
     again = "index the scenes again into a new folder"
     try:
         metadata = read_json(path, again)
@@ -357,9 +354,8 @@ def open_index(folder: str | Path) -> Index:
                 f"interrupted or changed; run geosearch index with the same scenes again."
             )
     if not len(index):
-        raise IndexProblem(
-            f"{folder} is an index without windows: add scenes with geosearch index SCENES --output {folder}."
-        )
+        advice = f"add scenes with geosearch index SCENES --output {folder}"
+        raise IndexProblem(f"{folder} is an index without windows: {advice}.")
     return index
 
 

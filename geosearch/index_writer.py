@@ -21,16 +21,7 @@ from modeling_lrsclip.files.atomic import replace_text, sync
 from modeling_lrsclip.files.hashing import file_sha256
 
 from .footprints import hilbert_order
-from .index_store import (
-    METADATA,
-    NEXT_METADATA,
-    PARTS,
-    VECTORS,
-    VERSION,
-    row_names,
-    row_schema,
-    vectors_of,
-)
+from .index_store import METADATA, NEXT_METADATA, PARTS, VECTORS, VERSION, row_names, row_schema, vectors_of
 
 
 ROWS_PER_PART = 2**17  # 128 MB of vectors at 512 dimensions, one row group
@@ -39,9 +30,7 @@ WGS84_BOUNDS = (-180.0, -90.0, 180.0, 90.0)
 STAC_EXTENSION = "https://stac-extensions.github.io/embeddings/v0.0.1/schema.json"
 
 
-def publish(
-    folder: Path, files: Sequence[Path], metadata: dict[str, Any], replaced: Sequence[str] = ()
-) -> dict[str, Any]:
+def publish(folder: Path, files: Sequence[Path], metadata: dict[str, Any], replaced: Sequence[str] = ()) -> dict:
     """
     Unites parquet files into the parts of an index, in the order of a Hilbert curve, and puts them in the place of the
     parts before in one step: a kill at any moment leaves the index before or the one after ([`finish_publishing`]).
@@ -73,9 +62,8 @@ def publish(
             rows = rows.append_column("embedding", pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]))
             path = following / f"part-{number:05d}.parquet"
             _write_part(path, rows.select(row_schema(1).names), metadata)
-            parts.append(
-                {"name": path.name, "rows": len(rows), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
-            )
+            written = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            parts.append({"name": path.name, "rows": len(rows), **written})
         sync(following)
         content = {"format": "geosearch index", "version": VERSION, **metadata, "rows": len(order), "parts": parts}
         del vectors
@@ -162,10 +150,8 @@ class _Order:
 
 
 def _write_part(path: Path, rows: pa.Table, metadata: dict[str, Any]) -> None:
-    described = {
-        "geo": json.dumps(geo_metadata(rows, metadata["coordinates"])),
-        "emb": json.dumps(_emb(rows, metadata)),
-    }
+    described = {"geo": geo_metadata(rows, metadata["coordinates"]), "emb": _emb(rows, metadata)}
+    described = {name: json.dumps(value) for name, value in described.items()}
     pq.write_table(
         rows.replace_schema_metadata(described),
         path,

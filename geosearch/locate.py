@@ -17,10 +17,9 @@ from affine import Affine
 from rasterio.features import rasterize, shapes
 from rasterio.shutil import copy as copy_raster
 
-from modeling_lrsclip.files.atomic import replacing
-
 from .exact_search import SearchProblem
 from .footprints import cut_at_180, to_lon_lat
+from .hits import writing
 from .index_store import Index, vectors_of
 
 
@@ -77,9 +76,9 @@ def scene_windows(index: Index, scene: str | None = None) -> tuple[str, pa.Table
         [`~geosearch.exact_search.SearchProblem`]: for none or several such scenes.
     """
     known = sorted(index.metadata["sources"])
-    fitting = [path for path in known if scene is None or path == scene] or [
-        path for path in known if scene is not None and Path(path).as_posix().endswith(f"/{Path(scene).as_posix()}")
-    ]
+    fitting = [path for path in known if scene in (None, path)]
+    if not fitting and scene is not None:
+        fitting = [path for path in known if Path(path).as_posix().endswith(f"/{Path(scene).as_posix()}")]
     if len(fitting) != 1:
         shown = ", ".join((fitting or known)[:5]) + (", …" if len(fitting or known) > 5 else "")
         asked = f"{len(fitting) or 'no'} scenes are named {scene}" if scene else f"it has {len(known)} scenes"
@@ -170,16 +169,12 @@ def write_map(heat: SimilarityMap, path: str | Path) -> Path:
         raise SearchProblem(f"{path} is to be a GeoTIFF: let its name end in .tif.")
     height, width = heat.values.shape
     profile = {"driver": "GTiff", "dtype": "float32", "count": 1, "width": width, "height": height, "nodata": math.nan}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as growing, rasterio.MemoryFile() as memory:
-            with memory.open(**profile, crs=heat.crs, transform=heat.transform) as dataset:
-                dataset.write(heat.values, 1)
-                dataset.set_band_description(1, "cosine similarity")
-            with memory.open() as dataset:
-                copy_raster(dataset, growing, driver="COG", compress="deflate", predictor="yes")
-    except OSError as error:
-        raise SearchProblem(f"{path} cannot be written: {error.strerror or error}.") from error
+    with writing(path) as growing, rasterio.MemoryFile() as memory:
+        with memory.open(**profile, crs=heat.crs, transform=heat.transform) as dataset:
+            dataset.write(heat.values, 1)
+            dataset.set_band_description(1, "cosine similarity")
+        with memory.open() as dataset:
+            copy_raster(dataset, growing, driver="COG", compress="deflate", predictor="yes")
     return path
 
 

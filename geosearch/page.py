@@ -9,10 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from modeling_lrsclip.files.atomic import replace_text
-
-from .exact_search import Hits, SearchProblem
-from .hits import place_name, summary
+from .exact_search import Hits
+from .hits import place_name, summary, writing
 from .pictures import ScenePictures, data_uri
 
 
@@ -56,9 +54,7 @@ class MapFrame:
     def ring(self, scene: str, pixel_box: tuple[int, int, int, int] | None = None) -> Ring:
         """Corners of a part of a scene in the drawing."""
         corners = self.pictures.corners(scene, pixel_box)
-        if self.pixels:
-            return corners + [self.offsets[scene], 0.0]
-        return self.points(corners)
+        return corners + [self.offsets[scene], 0.0] if self.pixels else self.points(corners)
 
     def points(self, lon_lat: np.ndarray) -> np.ndarray:
         """Places in the drawing, in Mercator's projection, of `(K, 2)` longitudes and latitudes next to each other."""
@@ -107,9 +103,8 @@ def map_svg(
     frame = MapFrame(pictures, scenes)
     whole = frame.view(scenes)
     view = frame.view([focus]) if focus is not None else whole
-    parts = [
-        f'<svg class="map" xmlns="http://www.w3.org/2000/svg" viewBox="{_numbers(view)}" data-home="{_numbers(whole)}">'
-    ]
+    boxes = f'viewBox="{_numbers(view)}" data-home="{_numbers(whole)}"'
+    parts = [f'<svg class="map" xmlns="http://www.w3.org/2000/svg" {boxes}>']
     if not frame.pixels:
         parts += [_graticule(frame, area) for area in dict.fromkeys((whole, view))]
     for number, scene in enumerate(scenes):
@@ -158,10 +153,8 @@ def _graticule(frame: MapFrame, view: tuple[float, float, float, float]) -> str:
         return ""
     parts, step, scale = ['<g class="graticule">'], steps[0], width / MAP_PIXELS
     west, east = (edge / UNITS + frame.middle[0] for edge in (left, left + width))
-    south, north = (
-        float(np.degrees(np.arctan(np.sinh(np.radians(frame.middle[1] - edge / UNITS)))))
-        for edge in (top + height, top)
-    )
+    edges = (np.radians(frame.middle[1] - edge / UNITS) for edge in (top + height, top))
+    south, north = (float(np.degrees(np.arctan(np.sinh(edge)))) for edge in edges)
     for number in range(math.ceil(west / step), math.floor(east / step) + 1):
         x = (number * step - frame.middle[0]) * UNITS
         lon = (number * step + 180) % 360 - 180
@@ -350,11 +343,8 @@ def hits_page(pictures: ScenePictures, hits: Hits, title: str) -> str:
 def hit_lines(hits: Hits, row: dict) -> list[str]:
     """Place, scene, pixels and time of a hit, for people."""
     left, top, width, height = row["pixel_box"]
-    lines = [
-        place_name(row["centre_lon"], row["centre_lat"], hits.coordinates),
-        Path(row["scene"]).name,
-        f"{width} × {height} pixels at {left}, {top}",
-    ]
+    place = place_name(row["centre_lon"], row["centre_lat"], hits.coordinates)
+    lines = [place, Path(row["scene"]).name, f"{width} × {height} pixels at {left}, {top}"]
     return lines + ([f"{row['timestamp']:%Y-%m-%d %H:%M} UTC"] if row["timestamp"] else [])
 
 
@@ -380,9 +370,6 @@ def write_page(pictures: ScenePictures, hits: Hits, path: str | Path, title: str
         [`~geosearch.exact_search.SearchProblem`]: for a place that takes no file.
     """
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, hits_page(pictures, hits, title))
-    except OSError as error:
-        raise SearchProblem(f"{path} cannot be written: {error.strerror or error}.") from error
+    with writing(path) as growing:
+        growing.write_text(hits_page(pictures, hits, title), encoding="utf-8")
     return path

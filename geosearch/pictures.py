@@ -56,10 +56,8 @@ class ScenePictures:
         return raster
 
     def _rendering(self, scene: str) -> Rendering:
-        stored = self.facts(scene)["rendering"]
-        return Rendering(
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
-        )
+        stored = self.facts(scene)["rendering"].items()
+        return Rendering(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored})
 
     def picture(
         self, scene: str, pixel_box: tuple[int, int, int, int] | None = None, longest: int = 256

@@ -84,6 +84,9 @@ class PlannedScene:
         return f"{self.key}-{number:06d}.parquet"
 
 
+Blocks = Sequence[tuple[PlannedScene, int]]  # scene and number of each
+
+
 @dataclass
 class Plan:
     """Work of one command, the scenes that it has to encode; every shard of it makes the same plan."""
@@ -116,15 +119,13 @@ class Plan:
     def fingerprint(self) -> str:
         """Hash by which shards of one command know each other."""
         keys = [scene.key for scene in self.scenes]
-        return json_sha256(
-            [self.model["weights_sha256"], self.options.to_dict(), self.coordinates, keys, sorted(self.sources)]
-        )
+        windows = [self.options.to_dict(), self.coordinates]
+        return json_sha256([self.model["weights_sha256"], *windows, keys, sorted(self.sources)])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; [`Plan.from_dict`] reads them."""
-        return {**{name: getattr(self, name) for name in _PLAIN}, "options": self.options.to_dict()} | {
-            "scenes": [asdict(scene) for scene in self.scenes]
-        }
+        plain = {name: getattr(self, name) for name in _PLAIN}
+        return plain | {"options": self.options.to_dict(), "scenes": [asdict(scene) for scene in self.scenes]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Plan":
@@ -143,9 +144,7 @@ class Plan:
 _PLAIN = ("model", "coordinates", "skipped", "sources", "changed", "gone", "dropped", "renewed")
 
 
-def make_plan(
-    listed: SceneList, options: WindowOptions, model: dict[str, Any], index: dict[str, Any] | None = None
-) -> Plan:
+def make_plan(listed: SceneList, options: WindowOptions, model: dict[str, Any], index: dict | None = None) -> Plan:
     """
     Compares scenes with an index and opens those that are new or changed, their headers only.
 
@@ -177,16 +176,13 @@ def make_plan(
             continue
         if facts.path in plan.sources:
             plan.changed.append(facts.path)
-        key = json_sha256([facts.path, facts.files, options.to_dict(), model["weights_sha256"], model.get("dtype")])[
-            :16
-        ]
+        content = [facts.path, facts.files, options.to_dict(), model["weights_sha256"], model.get("dtype")]
         windows, blocks = sum(map(len, grids)), sum(grid.blocks for grid in grids)
-        plan.scenes.append(PlannedScene(facts, key, windows, blocks))
+        plan.scenes.append(PlannedScene(facts, json_sha256(content)[:16], windows, blocks))
     if not plan.scenes and not plan.sources:
         first = plan.skipped[0]["reason"] if plan.skipped else "none was named"
-        raise ValueError(
-            f"none of {len(listed.scenes) + len(listed.skipped)} scenes can be indexed; the first: {first}"
-        )
+        count = len(listed.scenes) + len(listed.skipped)
+        raise ValueError(f"none of {count} scenes can be indexed; the first: {first}")
     return plan
 
 
@@ -201,9 +197,9 @@ def _is_unchanged(scene: Scene, plan: Plan) -> bool:
         return False
     if [list(file) for file in files] == [list(file) for file in known["files"]]:
         return True
-    same_sizes = [file[:2] for file in files] == [tuple(file[:2]) for file in known["files"]]
+    same = [file[:2] for file in files] == [tuple(file[:2]) for file in known["files"]]
     try:
-        same = same_sizes and content_hash(files) == known["sha256"]
+        same = same and content_hash(files) == known["sha256"]
     except OSError:
         return False
     if same:
@@ -228,9 +224,8 @@ def _choose_coordinates(plan: Plan, facts: Sequence[SceneFacts]) -> None:
     elif facts and all((fact.crs is not None) != (plan.coordinates == "wgs84") for fact in facts):
         kinds = ("scenes on the Earth", "pictures without coordinates")
         has, named = kinds if plan.coordinates == "wgs84" else kinds[::-1]
-        raise IndexProblem(
-            f"the index holds {has}, and only {named} were named: index those into a folder of their own."
-        )
+        advice = "index those into a folder of their own"
+        raise IndexProblem(f"the index holds {has}, and only {named} were named: {advice}.")
 
 
 def _wrong_coordinates(facts: SceneFacts) -> str:

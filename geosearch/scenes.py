@@ -80,24 +80,16 @@ def find_scenes(arguments: Sequence[str | Path], asset: str | None = None) -> Sc
     scenes = SceneList()
     for argument in map(str, arguments):
         before = len(scenes.scenes) + len(scenes.skipped) + scenes.repeated
-        if os.path.isdir(argument):
-            for path in _files_below(argument):
-                scenes.add(path)
-        elif os.path.lexists(argument):
-            _add_file(Path(argument), scenes, asset)
+        if os.path.lexists(argument):
+            _add_path(argument, scenes, asset)
         elif glob.has_magic(argument):
             for path in sorted(glob.glob(argument, recursive=True)):
-                if os.path.isdir(path):
-                    for below in _files_below(path):
-                        scenes.add(below)
-                else:
-                    _add_file(Path(path), scenes, asset)
+                _add_path(path, scenes, asset)
         elif urlparse(argument).scheme in ("http", "https", "s3", "gs"):
             raise ValueError(f"{argument} is not on this machine: download it, or mount it as a folder.")
         else:
-            raise ValueError(
-                f"{argument} does not exist: give files, folders, patterns, STAC documents or tables of paths."
-            )
+            advice = "give files, folders, patterns, STAC documents or tables of paths"
+            raise ValueError(f"{argument} does not exist: {advice}.")
         if len(scenes.scenes) + len(scenes.skipped) + scenes.repeated == before:
             raise ValueError(f"{argument} holds no scenes: files ending in {', '.join(SCENE_SUFFIXES)} are taken.")
     return scenes
@@ -118,12 +110,15 @@ def _files_below(folder: str) -> Iterator[str]:
                 yield os.path.join(parent, name)
 
 
-def _add_file(path: Path, scenes: SceneList, asset: str | None) -> None:
-    suffix = path.suffix.lower()
-    if suffix in (".json", ".geojson"):
-        _add_stac(path, scenes, asset, set())
+def _add_path(path: str | Path, scenes: SceneList, asset: str | None) -> None:
+    suffix = Path(path).suffix.lower()
+    if os.path.isdir(path):
+        for file in _files_below(path):
+            scenes.add(file)
+    elif suffix in (".json", ".geojson"):
+        _add_stac(Path(path), scenes, asset, set())
     elif suffix in (".csv", ".tsv", ".parquet", ".geoparquet"):
-        _add_table(path, scenes, asset)
+        _add_table(Path(path), scenes, asset)
     else:
         scenes.add(path)
 
@@ -171,12 +166,11 @@ def _add_item(item: dict[str, Any], source: Path, scenes: SceneList, asset: str 
 def _add_asset(item: dict[str, Any], source: Path, scenes: SceneList, asset: str | None) -> None:
     name = f"{source}: item {item.get('id')}"
     assets = {key: value for key, value in (item.get("assets") or {}).items() if value and value.get("href")}
-    if asset is not None:
-        if asset not in assets:
-            scenes.skip(name, f"{name} has no asset {asset}; it has {', '.join(assets) or 'none'}.")
-            return
-        chosen = asset
-    else:
+    chosen = asset
+    if asset is not None and asset not in assets:
+        scenes.skip(name, f"{name} has no asset {asset}; it has {', '.join(assets) or 'none'}.")
+        return
+    if asset is None:
         images = [key for key, value in assets.items() if _is_image(value)]
         preferred = [key for key in images if key == "visual" or "visual" in (assets[key].get("roles") or [])]
         if not preferred and len(images) != 1:
@@ -312,22 +306,16 @@ def describe_scene(scene: Scene, raster: Raster) -> SceneFacts:
     else:
         if transform.is_degenerate:
             raise RasterError(f"{scene.path} has a transform without area ({tuple(transform)[:6]}).")
-        crs = _crs_name(crs)
+        code = crs.to_epsg()
+        crs = f"EPSG:{code}" if code and type(crs).from_epsg(code) == crs else crs.to_wkt()
         try:
             pixel_size = _pixel_size(crs, transform, raster.width, raster.height)
         except ValueError as error:
             raise RasterError(f"{scene.path} cannot be placed on the Earth: {error}.") from error
-    time = scene.timestamp or _acquired(dataset)
-    return SceneFacts(
-        scene.path,
-        stat_files(scene.path, [scene.path, *dataset.files]),
-        raster.width,
-        raster.height,
-        crs,
-        tuple(float(value) for value in tuple(transform)[:6]),
-        pixel_size,
-        time.isoformat() if time else None,
-    )
+    time, files = scene.timestamp or _acquired(dataset), stat_files(scene.path, [scene.path, *dataset.files])
+    numbers = tuple(float(value) for value in tuple(transform)[:6])
+    moment = time.isoformat() if time else None
+    return SceneFacts(scene.path, files, raster.width, raster.height, crs, numbers, pixel_size, moment)
 
 
 def stat_files(scene: str, files: Sequence[str]) -> tuple[tuple[str, int, int], ...]:
@@ -355,11 +343,6 @@ def content_hash(files: Sequence[tuple[str, int, int]]) -> str:
     return digests[0] if len(digests) == 1 else bytes_sha256("".join(digests))
 
 
-def _crs_name(crs: Any) -> str:
-    code = crs.to_epsg()
-    return f"EPSG:{code}" if code and type(crs).from_epsg(code) == crs else crs.to_wkt()
-
-
 def _pixel_size(crs: str, transform: Affine, width: int, height: int) -> tuple[float, float]:
     """Metres on the ellipsoid of a pixel in the middle, to the right and downwards."""
     columns, rows = np.array([0.0, 1.0, 0.0]) + width / 2, np.array([0.0, 0.0, 1.0]) + height / 2
@@ -378,7 +361,6 @@ def _acquired(dataset: Any) -> datetime.datetime | None:
     """Time at which a scene was taken, by its own tags."""
     tags = [dataset.tags(ns="IMAGERY").get("ACQUISITIONDATETIME")]
     general = dataset.tags()
-    tags += [
-        general.get(name) for name in ("EXIF_DateTimeOriginal", "ACQUISITIONDATETIME", "datetime", "TIFFTAG_DATETIME")
-    ]
+    names = ("EXIF_DateTimeOriginal", "ACQUISITIONDATETIME", "datetime", "TIFFTAG_DATETIME")
+    tags += [general.get(name) for name in names]
     return next((time for time in map(_time, tags) if time), None)

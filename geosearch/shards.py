@@ -52,9 +52,8 @@ def run_shard(job: IndexJob, shard: int, shards: int) -> dict[str, Any]:
         if shard == 1:
             tell_plan(plan)
         check_skipped(plan.skipped, job.max_skipped, folder)
-        encoded = encode_blocks(
-            plan, plan.blocks(shard, shards), encoder, folder / BLOCKS, job.readers, job.max_skipped
-        )
+        blocks = plan.blocks(shard, shards)
+        encoded = encode_blocks(plan, blocks, encoder, folder / BLOCKS, job.readers, job.max_skipped)
         marker = {"shard": shard, "shards": shards, "fingerprint": plan.fingerprint, "plan": plan.to_dict()}
         replace_text(folder / DONE, json.dumps(marker))
         return {**encoded, "fingerprint": plan.fingerprint}
@@ -78,13 +77,11 @@ def merge_shards(output: Path, others: Sequence[Path] = ()) -> dict[str, Any]:
         finish_publishing(output)
         finished = {}
         for folder in _shard_folders([output, *others]):
-            done = _read_done(folder)
-            if done is not None:
+            if (done := _read_done(folder)) is not None:
                 finished.setdefault((done["fingerprint"], done["shards"]), {})[done["shard"]] = folder, done["plan"]
         if not finished:
-            raise IndexProblem(
-                f"{output} has no finished shards: run geosearch index ... --shard i/n for each i first."
-            )
+            advice = "run geosearch index ... --shard i/n for each i first"
+            raise IndexProblem(f"{output} has no finished shards: {advice}.")
         complete = [key for key, shards in finished.items() if len(shards) == key[1]]
         if not complete:
             (_, count), shards = max(finished.items(), key=lambda item: len(item[1]))
@@ -123,9 +120,8 @@ def _read_done(folder: Path) -> dict[str, Any] | None:
 
 def launched_processes() -> tuple[int, int, int]:
     """Rank, number of processes and rank on this machine, as `accelerate launch` or `torchrun` tell; 0, 1, 0 without."""
-    return tuple(
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    return tuple(int(os.environ.get(name, default)) for name, default in alone.items())
 
 
 def build_by_processes(job: IndexJob, shard: tuple[int, int] = (1, 1)) -> dict[str, Any] | None:
@@ -149,20 +145,12 @@ def build_by_processes(job: IndexJob, shard: tuple[int, int] = (1, 1)) -> dict[s
     came = run_shard(job, (number - 1) * world + rank + 1, count * world)
     if rank or count > 1:
         return None
-    waiting = set(range(1, world + 1))
-    while waiting:
-        waiting = {
-            shard
-            for shard in waiting
-            if (_read_done(job.output / SHARDS / f"{shard}-of-{world}") or {}).get("fingerprint")
-            != came["fingerprint"]
-        }
+    waiting = [job.output / SHARDS / f"{number}-of-{world}" for number in range(1, world + 1)]
+    while waiting := [f for f in waiting if (_read_done(f) or {}).get("fingerprint") != came["fingerprint"]]:
         if os.getppid() != parent:
-            raise ValueError(
-                f"the launcher ended before all processes were done: run the same command again for {job.output}."
-            )
-        if waiting:
-            time.sleep(POLL_SECONDS)
+            advice = f"run the same command again for {job.output}"
+            raise ValueError(f"the launcher ended before all processes were done: {advice}.")
+        time.sleep(POLL_SECONDS)
     return {**merge_shards(job.output), "encoded": came["encoded"] * world, "seconds": came["seconds"]}
 
 
@@ -185,12 +173,9 @@ def build_on_ray(job: IndexJob, address: str | None = None, shards: int | None =
     Raises:
         `ValueError`: naming the shards that failed for good, after the others are done.
     """
-    here = dataclasses.replace(
-        job,
-        scenes=[os.path.abspath(scene) for scene in job.scenes],
-        output=job.output.absolute(),
-        model=os.path.abspath(job.model) if job.model and os.path.exists(job.model) else job.model,
-    )
+    model = os.path.abspath(job.model) if job.model and os.path.exists(job.model) else job.model
+    scenes = [os.path.abspath(scene) for scene in job.scenes]
+    here = dataclasses.replace(job, scenes=scenes, output=job.output.absolute(), model=model)
     begun = time.perf_counter()
     encoded = sum(came["encoded"] for came in run_on_ray(run_shard, here, address, shards, "shard"))
     return {**merge_shards(here.output), "encoded": encoded, "seconds": time.perf_counter() - begun}

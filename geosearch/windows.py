@@ -42,9 +42,8 @@ class WindowSize:
         try:
             length = float(number.removesuffix("m")) if metres else int(number)
         except ValueError as error:
-            raise ValueError(
-                f"window {text!r}: write pixels (224) or metres (500m), commas between several."
-            ) from error
+            sides = "pixels (224) or metres (500m), commas between several"
+            raise ValueError(f"window {text!r}: write {sides}.") from error
         if not (math.isfinite(length) and length > 0) or (not metres and length < MIN_SIDE):
             raise ValueError(f"window {text!r}: the side must be at least {MIN_SIDE} pixels, or more than 0 metres.")
         return cls(length, metres)
@@ -140,9 +139,8 @@ def scene_grids(
             `MIN_SIDE` pixels or more than `MAX_WINDOWS` of them.
     """
     if not 0 < stride <= 1:
-        raise ValueError(
-            f"stride {stride:g}: the step between windows is a share of their side, above 0 and at most 1."
-        )
+        share = "a share of their side, above 0 and at most 1"
+        raise ValueError(f"stride {stride:g}: the step between windows is {share}.")
     if min(width, height) < MIN_SIDE:
         raise ValueError(f"it has {width} x {height} pixels, and the short side needs {MIN_SIDE}")
     grids: dict[tuple[int, int], Grid] = {}
@@ -153,9 +151,8 @@ def scene_grids(
         shrink = min(1.0, width / across, height / down)
         sides = round(across * shrink), round(down * shrink)
         if min(sides) < MIN_SIDE:
-            raise ValueError(
-                f"windows of {size} would have {sides[0]} x {sides[1]} pixels, fewer than {MIN_SIDE} a side"
-            )
+            pixels = f"{sides[0]} x {sides[1]} pixels"
+            raise ValueError(f"windows of {size} would have {pixels}, fewer than {MIN_SIDE} a side")
         if sides in grids:
             continue
         steps = [max(1, round(side * stride)) for side in sides]

@@ -92,14 +92,15 @@ def build_card(
             raise ValueError("results belong to weights; give the checkpoint folder that was measured.")
         measured, model_results = select_model(results, facts.weights_sha256, checkpoint)
         for index, result in enumerate(model_results):
-            if any(_same_file(result.get("source"), data["name"]) for data in _trained_on(training)):
+            source, trained_on = result.get("source"), [data["name"] for data in _trained_on(training)]
+            # Of a folder, the evaluation and the training may have read different parts.
+            files = [os.path.abspath(name) for name in trained_on if Path(name).suffix]
+            if isinstance(source, str) and os.path.abspath(source) in files:
                 model_results[index] = result | {"seen": "it was trained on this very file"}
     address = repo_id or (_folder_name(checkpoint, address=True) if checkpoint else published)
     title = repo_id.split("/")[-1] if repo_id else _folder_name(checkpoint) if checkpoint else published
     data = card_data(title, model_results, training, description, license_id)
-    paper_model = published or next(
-        (result["paper_model"] for result in model_results if "paper_model" in result), None
-    )
+    paper_model = published or next((r["paper_model"] for r in model_results if "paper_model" in r), None)
     # What others wrote goes into the body as plain text; the metadata above are YAML, which quotes it.
     shown = without_markup(model_results)
     address = re.sub(r"[\s\"`]+", "-", address)  # it stands in lines of Python and of the shell
@@ -150,10 +151,8 @@ def card_data(
         base = training["init"]["name"]
     if training and training["data"]["kind"] == "hub":
         datasets = [data["name"] for data in _trained_on(training)]
-    metrics = dict.fromkeys(
-        "recall" if "R@" in name or name == "mR" else name for result in results for name in result["metrics"]
-    )
-    index = eval_results(results)
+    measured, index = [name for result in results for name in result["metrics"]], eval_results(results)
+    metrics = dict.fromkeys("recall" if "R@" in name or name == "mR" else name for name in measured)
     return ModelCardData(
         language="en",
         license=license_id,
@@ -209,13 +208,6 @@ def _trained_on(training: dict[str, Any] | None) -> list[dict[str, Any]]:
     return training["data"].get("sources", [training["data"]]) if training else []
 
 
-def _same_file(measured_on: Any, trained_on: str) -> bool:
-    """Whether the evaluation read the very file of the training; of a folder the two may read different parts."""
-    if not isinstance(measured_on, str) or not Path(trained_on).suffix:
-        return False
-    return os.path.abspath(measured_on) == os.path.abspath(trained_on)
-
-
 def _origin(
     description: dict[str, Any] | None, training: dict[str, Any] | None, whole_config: dict[str, Any] | None
 ) -> dict[str, Any]:
@@ -224,7 +216,7 @@ def _origin(
     if description:
         lrs2m, recipe = paper_tables()["lrs2m"], paper_tables()["recipe"]
         variables |= {
-            "base_name": f"[{description['base_model']}](https://huggingface.co/{description['base_model']})",
+            "base_name": _hub_link(description["base_model"]),
             "code_repo": CODE_REPO,
             "lrs2m": lrs2m,
             "pairs_of_table_1": sum(row[0] for row in lrs2m["rows"].values()),
@@ -233,11 +225,9 @@ def _origin(
         }
     elif training:
         config, init = training["config"], training["init"]
-        started_from = "random weights"
-        if init:
-            started_from = f"`{without_paths(init['name'])}`"
-            if init["kind"] == "hub":
-                started_from = f"[{init['name']}](https://huggingface.co/{init['name']})"
+        started_from = f"`{without_paths(init['name'])}`" if init else "random weights"
+        if init and init["kind"] == "hub":
+            started_from = _hub_link(init["name"])
         variables |= {
             "captions": " and ".join(f"`{name}`" for name in training["data"]["captions"]),
             "config": config,
@@ -250,6 +240,10 @@ def _origin(
     return variables
 
 
+def _hub_link(repo_id: str) -> str:
+    return f"[{repo_id}](https://huggingface.co/{repo_id})"
+
+
 def _fenced(code: str) -> str:
     """Code that does not end the fence it stands in."""
     return code.replace("```", "'''")
@@ -258,12 +252,10 @@ def _fenced(code: str) -> str:
 def _weights_of_losses(long_weight: float | dict[str, float]) -> str:
     """The weights of the two losses in words; of a curriculum from where to where."""
     if isinstance(long_weight, dict):
-        start, end = long_weight["start"], long_weight["end"]
-        shares = [f"{100 * long_weight[name]:g} %" for name in ("start_share", "end_share")]
-        return (
-            f"{start:g} for the long text (and the rest for the short one) in the first {shares[0]} of the steps, {end:g} "
-            f"in the last {shares[1]}, half a cosine between"
-        )
+        words = "{start:g} for the long text (and the rest for the short one) in the first {start_share:g} % of the "
+        words += "steps, {end:g} in the last {end_share:g} %, half a cosine between"
+        percent = {name: 100 * long_weight[name] for name in ("start_share", "end_share")}
+        return words.format(**long_weight | percent)
     return f"{long_weight} for the long and {round(1 - long_weight, 6)} for the short text"
 
 
@@ -302,17 +294,12 @@ def _versions(
     if training:
         lines.append(f"- Trained with {_listed(training['versions'])}.")
     if results:
-        environment = results["environment"]
-        versions = {"python": environment["python"]} | environment["versions"]
+        versions = {"python": results["environment"]["python"]} | results["environment"]["versions"]
         lines.append(f"- Measured with {_listed(versions)}, in {measured['dtype']} on {measured['device']}.")
     for result in model_results:
-        hashes = [
-            f"{noun} `{result[f'{noun}_sha256'][:16]}`"
-            for noun in ("images", "texts", "labels")
-            if f"{noun}_sha256" in result
-        ]
-        if hashes:
-            lines.append(f"- {result['dataset']} for {result['task']}, SHA-256: {', '.join(hashes)}.")
+        hashes = {noun: result.get(f"{noun}_sha256") for noun in ("images", "texts", "labels")}
+        if shown := [f"{noun} `{sha256[:16]}`" for noun, sha256 in hashes.items() if sha256]:
+            lines.append(f"- {result['dataset']} for {result['task']}, SHA-256: {', '.join(shown)}.")
     return "\n".join(dict.fromkeys(lines))
 
 
@@ -329,9 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_parser("python model_cards/build_card.py", "Builds a model card.")
     parser.add_argument("--checkpoint", type=Path, help="model folder as save_pretrained writes it")
     parser.add_argument("--results", type=Path, help="results.json of evaluation.run on this checkpoint")
-    parser.add_argument(
-        "--training", type=Path, help="run.json of training.train (default: the one beside the weights)"
-    )
+    parser.add_argument("--training", type=Path, help="run.json of training.train (the one beside the weights)")
     parser.add_argument("--repo", help="owner/name on the Hub, for the lines of use")
     parser.add_argument("--published", help="for weights converted from the authors' files, such as lrsclip-vit-b-16")
     parser.add_argument("--license", default=UNKNOWN, help="of the weights, as the Hub spells it (unknown)")

@@ -32,15 +32,9 @@ def main(folder: str, texts: str, image: str, output: str, code: str) -> None:
         inputs = processor(text=json.load(file), images=Image.open(image), **options)
     with torch.inference_mode():
         embeds = model(**inputs)
-    torch.save(
-        {
-            "token ids": inputs["input_ids"],
-            "pixel values": inputs["pixel_values"],
-            "text embeddings": embeds.text_embeds.clone(),
-            "image embeddings": embeds.image_embeds.clone(),
-        },
-        output,
-    )
+    outputs = {"token ids": inputs["input_ids"], "pixel values": inputs["pixel_values"]}
+    outputs |= {"text embeddings": embeds.text_embeds.clone(), "image embeddings": embeds.image_embeds.clone()}
+    torch.save(outputs, output)
 
 
 if __name__ == "__main__":

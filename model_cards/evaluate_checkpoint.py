@@ -126,8 +126,7 @@ def check_files(folder: Path) -> str:
         return f"there is no {SUMS} to compare them with"
     lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     listed = {name: known for known, name in (line.split("  ", 1) for line in lines)}
-    bad = [name for name, known in listed.items() if file_sha256(folder / name) != known]
-    if bad:
+    if bad := [name for name, known in listed.items() if file_sha256(folder / name) != known]:
         raise Differs(
             f"{len(bad)} of {len(listed)} files are missing or not those of {SUMS}: {', '.join(bad[:5])}; download "
             "them again, and do not run the code beside them until they are equal."
@@ -173,10 +172,7 @@ def choose(stored: dict[str, Any], pairs_of: dict[str, "Pairs"], data: Path) -> 
             print(f"skipped  {name}: this script recomputes retrieval, evaluation.run all of it")
         elif task not in pairs_of:
             print(f"skipped  {name}: {data} has no {TASKS[task][0]}")
-        elif (pairs_of[task].texts_sha256, pairs_of[task].images_sha256) != (
-            result["texts_sha256"],
-            result["images_sha256"],
-        ):
+        elif any(getattr(pairs_of[task], name) != result[name] for name in ("texts_sha256", "images_sha256")):
             print(f"skipped  {name}: {data} holds other images or texts")
         else:
             chosen.append((task, result))
@@ -226,9 +222,8 @@ def read_pairs(source: Path, task: str) -> Pairs | None:
     """
     files = [source] if source.is_file() else _data_files(source)
     rows = [row for file in files for row in _rows(file)]
-    image_column, column = (
-        next((name for name in names if rows and name in rows[0]), None) for names in (IMAGE_COLUMNS, TASKS[task])
-    )
+    known, wanted = rows[0] if rows else (), (IMAGE_COLUMNS, TASKS[task])
+    image_column, column = (next((name for name in names if name in known), None) for names in wanted)
     if column is None or image_column is None:
         return None
     folder = _image_folder(files[0].parent, [row[image_column] for row in rows])
@@ -242,8 +237,7 @@ def read_pairs(source: Path, task: str) -> Pairs | None:
         captions = row[column] if isinstance(row[column], list) else [row[column]]
         texts += [text["raw"] if isinstance(text, dict) else text for text in captions]
         text_to_image += [index_of[key]] * len(captions)
-    missing = [image for image in images if isinstance(image, Path) and not image.is_file()]
-    if missing:
+    if missing := [image for image in images if isinstance(image, Path) and not image.is_file()]:
         raise ValueError(f"{len(missing)} of {len(images)} images of {files[0]} are missing, first: {missing[0]}")
     return Pairs(images, texts, text_to_image)
 
@@ -293,9 +287,8 @@ def _image_folder(folder: Path, values: list[Any]) -> Path:
 
 def _image(value: Any, folder: Path) -> tuple[Any, Path | bytes]:
     """A key that tells one image from another, and the file or its bytes."""
+    value = {"bytes": value} if isinstance(value, bytes) else value
     path, content = (value.get("path"), value.get("bytes")) if isinstance(value, dict) else (value, None)
-    if isinstance(path, bytes):
-        path, content = None, path
     if content is not None:
         return (path, hashlib.sha256(content).digest()), content
     if not isinstance(path, str) or not path:
@@ -370,10 +363,9 @@ class Encoder:
 
     def _pixels(self, sources: list[Path | bytes]) -> Iterator[torch.Tensor]:
         for start in range(0, len(sources), self.batch_size):
-            batch = [
-                ImageOps.exif_transpose(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
-                for source in sources[start : start + self.batch_size]
-            ]
+            batch = sources[start : start + self.batch_size]
+            files = (io.BytesIO(source) if isinstance(source, bytes) else source for source in batch)
+            batch = [ImageOps.exif_transpose(Image.open(file)) for file in files]
             yield self.processor(images=batch, return_tensors="pt")["pixel_values"]  # (B, 3, H, W)
 
     def _unit(self, tower: Callable, inputs: torch.Tensor) -> torch.Tensor:
@@ -400,9 +392,8 @@ def recall(images: torch.Tensor, texts: torch.Tensor, text_to_image: Sequence[in
     image_of_text = torch.tensor(text_to_image)
     scores = texts.double() @ images.double().T  # (N, M)
     right = scores.gather(1, image_of_text[:, None])  # (N, 1)
-    best = (
-        torch.full((len(images),), -torch.inf).double().scatter_reduce_(0, image_of_text, right[:, 0], "amax")
-    )  # (M,)
+    best = torch.full((len(images),), -torch.inf, dtype=torch.float64)
+    best.scatter_reduce_(0, image_of_text, right[:, 0], "amax")  # (M,)
     scores.scatter_(1, image_of_text[:, None], -torch.inf)  # right pairs do not compete
     ranks = {"text_to_image": (scores >= right - TIE).sum(1), "image_to_text": (scores >= best - TIE).sum(0)}
     figures = {f"{way}_R@{k}": 100 * (each < k).sum().item() / len(each) for way, each in ranks.items() for k in KS}

@@ -34,18 +34,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--training", type=Path, help=f"{RECORD} of training.train (default: the one in --checkpoint)")
     parser.add_argument("--published", help="for weights converted from the authors' files, such as lrsclip-vit-b-16")
     parser.add_argument("--license", default=UNKNOWN, help=f"of the weights, as the Hub spells it ({UNKNOWN})")
-    parser.add_argument(
-        "--plain-clip", metavar="REPO", help="owner/name for the same weights as a stock CLIP, without remote code"
-    )
+    plain_clip = "owner/name for the same weights as a stock CLIP, without remote code"
+    parser.add_argument("--plain-clip", metavar="REPO", help=plain_clip)
     parser.add_argument("--private", action="store_true", help="if the repository is made now")
     parser.add_argument("--create-pr", action="store_true", help="propose it as a pull request")
     parser.add_argument("--revision", metavar="TAG", help="tag for the commit; an existing one is refused")
     parser.add_argument("--message", default=MESSAGE, help=f"of the commit ({MESSAGE})")
-    parser.add_argument(
-        "--trust-checkpoint-code",
-        action="store_true",
-        help="stage and run the code beside the weights also where it is not this package's",
-    )
+    trust = "stage and run the code beside the weights also where it is not this package's"
+    parser.add_argument("--trust-checkpoint-code", action="store_true", help=trust)
     parser.add_argument("--dry-run", action="store_true", help="show files, sizes and the card; contact nothing")
     return parser.parse_args(arguments)
 

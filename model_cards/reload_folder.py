@@ -16,9 +16,8 @@ scenes = load_dataset("parquet", data_files=scenes, split="train[:4]")
 inputs = processor(text=list(scenes["long_text"]), images=list(scenes["image"]), return_tensors="pt")
 probabilities = model(**inputs).logits_per_image.softmax(dim=-1)
 
-print(
-    f"{type(model).__module__}.{type(model).__name__} reads {model.config.text_config.max_position_embeddings} tokens."
-)
+positions = model.config.text_config.max_position_embeddings
+print(f"{type(model).__module__}.{type(model).__name__} reads {positions} tokens.")
 print("Four scenes (rows) against their four long captions (columns), in percent:")
 for row in probabilities.tolist():
     print("  " + " ".join(f"{100 * value:6.1f}" for value in row))

@@ -23,12 +23,8 @@ TASKS = {
     "zic": "Zero-shot classification (ZIC)",
     "selo": "Semantic localization (SeLo)",
 }
-HUB_TASKS = {
-    "zcrl": "image-text-retrieval",
-    "zcrs": "image-text-retrieval",
-    "zic": "zero-shot-image-classification",
-    "selo": "semantic-localization",
-}
+HUB_TASKS = {"zcrl": "image-text-retrieval", "zcrs": "image-text-retrieval", "selo": "semantic-localization"}
+HUB_TASKS["zic"] = "zero-shot-image-classification"
 DIGITS = {"selo": 4}  # the paper prints percent with 2
 LESS_IS_BETTER = "Ras"
 
@@ -47,9 +43,8 @@ def paper_rows(model: str | None, task: str) -> dict[str, dict[str, float]]:
         if table["task"] != task:
             continue
         if "columns" in table:
-            figures |= {
-                name: {metrics[0]: value} for name, value in zip(table["columns"], table["rows"].get(model, ()))
-            }
+            row = zip(table["columns"], table["rows"].get(model, ()))
+            figures |= {name: {metrics[0]: value} for name, value in row}
         else:
             rows = table["rows"].items()
             figures |= {name: dict(zip(metrics, models[model])) for name, models in rows if model in models}
@@ -73,13 +68,13 @@ def select_model(document: dict[str, Any], weights_sha256: str, folder: Path) ->
             which can be none.
     """
     if not isinstance(document, dict) or not {"models", "results", "environment"} <= document.keys():
-        raise ValueError(
-            "the results hold no models, results and environment; give the results.json of evaluation.run."
-        )
+        missing = "no models, results and environment"
+        raise ValueError(f"the results hold {missing}; give the results.json of evaluation.run.")
     for model in document["models"]:
         if model.get("weights_sha256") == weights_sha256:
             results = [result for result in document["results"] if result["model"] == model["label"]]
-            _check_metrics(results)
+            for result in results:
+                _check_metrics(result)
             return model, results
     hashes = [(model.get("label"), model.get("weights_sha256")) for model in document["models"]]
     measured = ", ".join(f"{label} ({sha256[:12] if sha256 else 'no hash'})" for label, sha256 in hashes)
@@ -89,16 +84,15 @@ def select_model(document: dict[str, Any], weights_sha256: str, folder: Path) ->
     )
 
 
-def _check_metrics(results: Sequence[dict[str, Any]]) -> None:
-    for result in results:
-        most = 1 if result["task"] == "selo" else 100
-        for name, value in result["metrics"].items():
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not 0 <= value <= most:  # NaN is neither
-                raise ValueError(
-                    f"the results say {name} = {value} for {result['task']} on {result['dataset']}, which lies between 0 and "
-                    f"{most}; give the results.json as evaluation.run wrote it."
-                )
+def _check_metrics(result: dict[str, Any]) -> None:
+    most = 1 if result["task"] == "selo" else 100
+    for name, value in result["metrics"].items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 <= value <= most:  # NaN is neither
+            raise ValueError(
+                f"the results say {name} = {value} for {result['task']} on {result['dataset']}, which lies between 0 and "
+                f"{most}; give the results.json as evaluation.run wrote it."
+            )
 
 
 # -------------------------------------------------------------------------------------------------------------- tables

@@ -211,9 +211,8 @@ def _check_link(checkpoint: Path, name: str) -> None:
     if checkpoint.resolve().parent.name == "snapshots":
         allowed.append(checkpoint.resolve().parents[1] / "blobs")
     if not any(target.is_relative_to(folder) for folder in allowed):
-        raise ValueError(
-            f"{checkpoint / name} is a link to {target}, outside of the folder; put the file itself there."
-        )
+        outside = f"{target}, outside of the folder"
+        raise ValueError(f"{checkpoint / name} is a link to {outside}; put the file itself there.")
 
 
 def _with_code(checkpoint: Path, folder: Path) -> Path:
@@ -289,11 +288,8 @@ def verify(checkpoint: Path, staged: Staged) -> dict[str, float]:
         raise NotVerified("the card that was written is read as another one; this is a fault of its template.")
     of_clip = _model_type(checkpoint) != LRSCLIPConfig.model_type  # modeling_lrsclip.convert has compared its weights
     plain = _model_type(staged.folder) != LRSCLIPConfig.model_type  # likewise
-    if (
-        not of_clip
-        and not plain
-        and read_checkpoint(staged.folder).weights_sha256 != read_checkpoint(checkpoint).weights_sha256
-    ):
+    weights = (staged.folder, checkpoint) if not of_clip and not plain else ()
+    if len({read_checkpoint(folder).weights_sha256 for folder in weights}) > 1:
         raise NotVerified(f"the staged weights are not those of {checkpoint}; was it written to meanwhile? Run again.")
     work = staged.folder.with_name(f"{staged.folder.name}-verified")
     work.mkdir()
@@ -301,11 +297,8 @@ def verify(checkpoint: Path, staged: Staged) -> dict[str, float]:
     Image.linear_gradient("L").resize((300, 260)).convert("RGB").rotate(30).save(work / "image.png")
     apart = ("PYTHONPATH", "HF_HOME", "HF_ENDPOINT", "HF_TOKEN")
     environment = {name: value for name, value in os.environ.items() if name not in apart}
-    environment |= {
-        "HF_MODULES_CACHE": str(work / "modules"),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    environment |= {"HF_MODULES_CACHE": str(work / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment["TOKENIZERS_PARALLELISM"] = "false"
     files = [str(work / name) for name in ("texts.json", "image.png", "outputs.pt")]
     code = "none" if plain else "remote"
     command = [sys.executable, str(CLEAN_PROCESS), str(staged.folder.resolve()), *files, code]

@@ -50,7 +50,7 @@ PROJECT = (
     "training.train",
     "training.run",
     "evaluation.run",
-    "evaluation.measure",
+    "evaluation.tasks",
     "geosearch.shards",
     "model_cards.push_to_hub",
 )

@@ -36,6 +36,7 @@ class Dataset:
     in_paper: bool = False  # a column of Table IV
     hub: str | None = None  # a copy on the Hub
     file_sha256: str | None = None
+    aliases: tuple[str, ...] = ()  # further names of the data set
 
     @property
     def folders(self) -> list[str]:
@@ -57,15 +58,10 @@ class Dataset:
 
     def find_class(self, label: str) -> int | None:
         """Index of the class that a folder or label means, whatever its case and separators; None for none."""
-        return self._spellings.get(plain(label))
-
-    @property
-    def _spellings(self) -> dict[str, int]:
-        spellings: dict[str, int] = {}
         for index, (folder, wording) in enumerate(self.classes.items()):
-            for spelling in (folder, wording, *self.also.get(folder, ())):
-                spellings.setdefault(plain(spelling), index)
-        return spellings
+            if plain(label) in map(plain, (folder, wording, *self.also.get(folder, ()))):
+                return index
+        return None
 
     def describe(self, wording: str) -> dict[str, Any]:
         """Return the fields that identify the names in `results.json`."""
@@ -86,26 +82,20 @@ def _read_dataset(path: Path) -> Dataset:
     content = path.read_bytes()
     fields = json.loads(content)
     also = {folder: tuple(spellings) for folder, spellings in fields["also"].items()}
-    as_written = ("name", "version", "classes", "images", "splits", "in_paper", "hub")
+    as_written = ("name", "version", "classes", "images", "splits", "in_paper", "hub", "aliases")
     plain_fields = {name: fields[name] for name in as_written}
     return Dataset(key=path.stem, also=also, file_sha256=bytes_sha256(content), **plain_fields)
 
 
 @cache
-def _aliases() -> dict[str, str]:
-    aliases = {}
-    for key in known_datasets():
-        fields = json.loads((FOLDER / f"{key}.json").read_bytes())
-        aliases |= {plain(alias): key for alias in (key, fields["name"], *fields["aliases"])}
-    return aliases
+def _datasets_by_name() -> dict[str, Dataset]:
+    datasets = known_datasets().items()
+    return {plain(name): known for key, known in datasets for name in (key, known.name, *known.aliases)}
 
 
 def find_dataset(*names: str) -> Dataset | None:
-    """The known data set that the first fitting name means, whatever its case and separators; None for none."""
-    for name in names:
-        if key := _aliases().get(plain(name)):
-            return known_datasets()[key]
-    return None
+    """Return the known data set that the first fitting name means, whatever its case and separators; None for none."""
+    return next((known for name in names if (known := _datasets_by_name().get(plain(name)))), None)
 
 
 def own_dataset(name: str, labels: Sequence[str]) -> Dataset:
@@ -152,10 +142,8 @@ def load_templates(name: str = "paper") -> Templates:
     path = Path(name).expanduser()
     if not path.is_file():
         near = difflib.get_close_matches(name, document["sets"], n=1)
-        raise ValueError(
-            f"templates {name!r} are neither a file nor one of {', '.join(document['sets'])}."
-            + (f" Did you mean {near[0]}?" if near else "")
-        )
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"templates {name!r} are neither a file nor one of {', '.join(document['sets'])}.{hint}")
     templates = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip())
     if not templates:
         raise ValueError(f"{path} holds no templates; write one a line, such as: a satellite photo of {{class_name}}")

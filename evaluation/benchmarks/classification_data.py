@@ -16,21 +16,9 @@ from modeling_lrsclip.encoding.imagery import IMAGE_SUFFIXES, ImageFiles, is_ima
 from modeling_lrsclip.files.hashing import json_sha256
 from modeling_lrsclip.files.tables import parquet_columns
 
+from . import tables
 from .class_names import Dataset, find_dataset, known_datasets, own_dataset
-from .tables import (
-    FORMATS,
-    SPLITS,
-    NotHere,
-    complain,
-    describe_data,
-    is_hub_id,
-    plain,
-    read_hub,
-    read_parquet,
-    read_table,
-    table_images,
-    usable_images,
-)
+from .tables import FORMATS, SPLITS, NotHere, plain
 
 
 LABEL_COLUMNS = ("label", "class_name", "labels", "class")
@@ -74,8 +62,8 @@ class ClassificationData:
         dataset = self.dataset
         parts = [f"{len(self.images):,} images, {len(dataset.classes)} classes"]
         if dataset.images:
-            whole = f"{dataset.images:,}: figures do not compare with published ones"
-            parts.append("the whole data set" if self.is_whole else f"the data set has {whole}")
+            other = f"the data set has {dataset.images:,}: {tables.NOT_COMPARABLE}"
+            parts.append("the whole data set" if self.is_whole else other)
         if not dataset.key:
             shown = [f"{folder} = {wording!r}" for folder, wording in dataset.classes.items() if folder != wording]
             parts.append(f"class names derived from the folders' names ({', '.join(shown[:3]) or 'as they are'})")
@@ -89,7 +77,7 @@ class ClassificationData:
         """Return what `results.json` says of the data."""
         dataset = self.dataset
         expected = {"images": dataset.images} if dataset.images else None
-        return describe_data(self, dataset.name if dataset.key else None, expected)
+        return tables.describe_data(self, dataset.name if dataset.key else None, expected)
 
 
 def find_sources(source: str | Path) -> list[str]:
@@ -116,8 +104,8 @@ def _is_dataset(folder: Path) -> bool:
             return True
     except ValueError:
         return True  # loading it says what is wrong
-    class_folders = _class_folders(folder) or _nested_class_folders(folder, _detect(folder))
-    return len({plain(class_folder.name) for class_folder in class_folders}) > 1
+    classes = _class_folders(folder) or _nested_class_folders(folder, _detect(folder))
+    return len({plain(class_folder.name) for class_folder in classes}) > 1
 
 
 def load_classification(source: str | Path, allow_missing: int = 0) -> ClassificationData:
@@ -157,12 +145,12 @@ def load_classification(source: str | Path, allow_missing: int = 0) -> Classific
     labels = _classes_of(content.labels, dataset, source)
     if len(dataset.classes) < 2:
         raise NotHere(f"{source} has one class only ({dataset.folders[0]}); two or more are needed to tell apart.")
-    kept, skipped = usable_images(content.images, allow_missing, source, content.beside)
+    kept, skipped = tables.usable_images(content.images, allow_missing, source, content.beside)
     images, labels = content.images.take(kept), [labels[index] for index in kept]
     return ClassificationData(dataset, images, labels, content.how, tuple(skipped), content.left_out)
 
 
-class _Found(NamedTuple):
+class _LabelledImages(NamedTuple):
     images: ImageFiles
     labels: list[str]  # folder names, or what the column says
     how: str
@@ -217,9 +205,7 @@ def _class_folders(path: Path) -> list[Path]:
     if folders and all(plain(folder.name) in SPLITS for folder in folders):
         return [folder for split in folders for folder in _class_folders(split)]
     with_images = [folder for folder in folders if any(_image_paths(folder))]
-    if not with_images and len(folders) == 1:
-        return _class_folders(folders[0])
-    return with_images
+    return _class_folders(folders[0]) if not with_images and len(folders) == 1 else with_images
 
 
 def _nested_class_folders(path: Path, dataset: Dataset | None) -> list[Path]:
@@ -230,22 +216,17 @@ def _nested_class_folders(path: Path, dataset: Dataset | None) -> list[Path]:
     if dataset is None:
         return []
     below = (Path(parent) / name for parent, names, _ in os.walk(path) for name in names)
-    return sorted(
-        folder for folder in below if dataset.find_class(folder.name) is not None and any(_image_paths(folder))
-    )
+    named = (folder for folder in below if dataset.find_class(folder.name) is not None)
+    return sorted(folder for folder in named if any(_image_paths(folder)))
 
 
-def _read_folders(path: Path, dataset: Dataset | None) -> _Found:
+def _read_folders(path: Path, dataset: Dataset | None) -> _LabelledImages:
     folders = _class_folders(path) or _nested_class_folders(path, dataset)
     if not folders:
         raise NotHere(f"{path} holds no class folders with images ({', '.join(IMAGE_SUFFIXES)}).")
     files = [(file, folder.name) for folder in folders for file in _image_paths(folder)]
-    others = Counter(
-        file.suffix or file.name
-        for folder in folders
-        for file in folder.iterdir()
-        if file.is_file() and not is_image_file(file) and file.name[0] != "."
-    )
+    beside = (file for folder in folders for file in folder.iterdir() if file.is_file() and file.name[0] != ".")
+    others = Counter(file.suffix or file.name for file in beside if not is_image_file(file))
     empty = [sibling.name for parent in {folder.parent for folder in folders} for sibling in _folders(parent)]
     empty = sorted(set(empty) - {folder.name for folder in folders})
     left_out = [f"{others.total()} files that are no images ({', '.join(sorted(others))})"] if others else []
@@ -253,7 +234,7 @@ def _read_folders(path: Path, dataset: Dataset | None) -> _Found:
     splits = sorted({folder.parent.name for folder in folders if plain(folder.parent.name) in SPLITS})
     how = f"{path.name}: class folders" + (f" of {' + '.join(splits)}" if splits else "")
     images = ImageFiles([file for file, _ in files], [str(file.relative_to(path)) for file, _ in files])
-    return _Found(images, [label for _, label in files], how, tuple(left_out))
+    return _LabelledImages(images, [label for _, label in files], how, tuple(left_out))
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
@@ -268,19 +249,21 @@ def _parquet_files(folder: Path, dataset: Dataset | None) -> list[Path]:
     return []
 
 
-def _read_rows(source: str, dataset: Dataset | None, parquet: list[Path]) -> _Found:
+def _read_rows(source: str, dataset: Dataset | None, parquet: list[Path]) -> _LabelledImages:
     path = Path(source).expanduser()
     if parquet:
-        table = read_parquet(parquet, LABEL_COLUMNS)
+        table = tables.read_parquet(parquet, LABEL_COLUMNS)
     elif path.is_file():
-        table = read_table(path, LABEL_COLUMNS)
-    elif path.suffix in FORMATS or not is_hub_id(source):
+        table = tables.read_table(path, LABEL_COLUMNS)
+    elif path.suffix in FORMATS or not tables.is_hub_id(source):
         raise NotHere(
             f"{source} does not exist; give a folder of class folders, a {', '.join(FORMATS)} file, a Hub id, or one "
             f"of {', '.join(key for key, known in known_datasets().items() if known.hub)}."
         )
     else:
-        table = read_hub(source, LABEL_COLUMNS, dataset.splits if dataset and dataset.splits == "test" else None)
+        table = tables.read_hub(
+            source, LABEL_COLUMNS, dataset.splits if dataset and dataset.splits == "test" else None
+        )
     if not len(table):
         raise ValueError(f"{table.origin} has no rows.")
     labels = [_label(value, table.label_names) for value in table.values]
@@ -288,14 +271,16 @@ def _read_rows(source: str, dataset: Dataset | None, parquet: list[Path]) -> _Fo
     numbered = any(isinstance(value, int) for value in table.values) and not table.label_names
     advice = " (labels are numbers without names; add a column class_name, or store them as a ClassLabel of datasets)"
     what = f"{table.row_name}s of {table.origin} have no class name"
-    complain(odd, len(table), what, advice if numbered else "")
-    images, owners, beside = table_images(table, merge_embedded=False)  # a copy of an image is an image of its own
+    tables.complain(odd, len(table), what, advice if numbered else "")
+    images, owners, beside = tables.table_images(
+        table, merge_embedded=False
+    )  # a copy of an image is an image of its own
     label_of: dict[int, str] = {}
     for image, label in zip(owners, labels, strict=True):
         if label_of.setdefault(image, label) != label:
             raise ValueError(f"{table.origin} gives {images.names[image]} two classes, {label_of[image]} and {label}.")
     how = f"{Path(table.origin).name}: {table.how}"
-    return _Found(images, [label_of[image] for image in range(len(images))], how, beside=beside)
+    return _LabelledImages(images, [label_of[image] for image in range(len(images))], how, beside=beside)
 
 
 def _label(value: Any, names: Sequence[str] | None) -> str | None:

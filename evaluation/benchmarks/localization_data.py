@@ -10,7 +10,7 @@ from modeling_lrsclip.files.hashing import json_sha256
 from modeling_lrsclip.files.tables import TableRow, iter_rows, json_list_name, parquet_columns, read_rows
 
 from ..metrics.semantic_localization.measures import check_regions
-from .tables import NotHere, describe_data, left_out, usable_images
+from .tables import NOT_COMPARABLE, NotHere, describe_data, left_out, usable_images
 
 
 AIR_SLT = "AIR-SLT"
@@ -37,16 +37,11 @@ class LocalizationData:
 
     @property
     def counts(self) -> dict[str, int]:
-        return {
-            "images": len(self.images),
-            "texts": len(self.texts),
-            "regions": sum(map(len, self.regions)),
-            "regions_over_the_edge": sum(
-                not all(0 <= x <= self.sizes[image][1] and 0 <= y <= self.sizes[image][0] for x, y in polygon)
-                for image, polygons in zip(self.text_to_image, self.regions, strict=True)
-                for polygon in polygons
-            ),
-        }
+        sizes = (self.sizes[image] for image in self.text_to_image)
+        in_scenes = [(polygon, size) for polygons, size in zip(self.regions, sizes) for polygon in polygons]
+        over_the_edge = [any(not (0 <= x <= w and 0 <= y <= h) for x, y in polygon) for polygon, (h, w) in in_scenes]
+        counts = {"images": len(self.images), "texts": len(self.texts), "regions": len(in_scenes)}
+        return counts | {"regions_over_the_edge": sum(over_the_edge)}
 
     @property
     def is_whole(self) -> bool:
@@ -61,10 +56,7 @@ class LocalizationData:
         if self.is_whole:
             line += ", all of it"
         elif self.expected:
-            line += (
-                f"; it has {self.expected['images']}, {self.expected['texts']} and {self.expected['regions']}: figures "
-                "do not compare with published ones"
-            )
+            line += "; it has {images}, {texts} and {regions}: ".format(**self.expected) + NOT_COMPARABLE
         if counts["regions_over_the_edge"]:
             line += f"; {counts['regions_over_the_edge']} regions reach over the edge of their scene"
         return f"{line}{left_out(self.skipped)} ({self.read_from})"
@@ -137,20 +129,13 @@ def load_localization(source: str | Path, allow_missing: int = 0) -> Localizatio
     images = images.take(kept)
     index_of = {source: index for index, source in enumerate(images.sources)}
     queries = [query for query in queries if query.image in index_of]
-    sizes = images.sizes
-    owners = [index_of[query.image] for query in queries]
-    published = path.suffix == ".json"
-    return LocalizationData(
-        AIR_SLT if published else _name(path),
-        images,
-        sizes,
-        [_text(query) for query in queries],
-        owners,
-        [_regions(query, sizes[owner]) for query, owner in zip(queries, owners, strict=True)],
-        str(path),
-        AIR_SLT_COUNTS if published else {},
-        skipped,
-    )
+    sizes, owners, texts = images.sizes, [index_of[query.image] for query in queries], list(map(_text, queries))
+    regions = [_regions(query, sizes[owner]) for query, owner in zip(queries, owners, strict=True)]
+    name = (
+        path.absolute().parent.name if path.stem == "localization" else path.stem
+    )  # scenes/localization.jsonl: scenes
+    name, expected = (AIR_SLT, AIR_SLT_COUNTS) if path.suffix == ".json" else (name, {})
+    return LocalizationData(name, images, sizes, texts, owners, regions, str(path), expected, skipped)
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -171,11 +156,6 @@ def _find(path: Path) -> Path:
     if path.suffix not in (".json", ".jsonl", ".parquet"):
         raise NotHere(f"{path}: {path.suffix or 'no suffix'} is not supported; use .json, .jsonl or .parquet.")
     return path
-
-
-def _name(path: Path) -> str:
-    """`scenes/localization.jsonl` is the data set `scenes`."""
-    return path.absolute().parent.name if path.stem == "localization" else path.stem
 
 
 def _read(path: Path) -> list[_Query]:

@@ -16,22 +16,8 @@ from modeling_lrsclip.encoding.imagery import ImageFiles
 from modeling_lrsclip.files.hashing import json_sha256
 from modeling_lrsclip.files.tables import USUAL_COLUMNS, json_list_name, read_rows, text_encoding
 
-from .tables import (
-    FORMATS,
-    MissingColumn,
-    NotHere,
-    Table,
-    complain,
-    describe_data,
-    is_hub_id,
-    left_out,
-    plain,
-    read_hub,
-    read_parquet,
-    read_table,
-    table_images,
-    usable_images,
-)
+from . import tables
+from .tables import FORMATS, MissingColumn, NotHere, Table, complain
 
 
 IN_A_FOLDER = (  # what is looked for, in this order
@@ -90,15 +76,12 @@ class RetrievalData:
     @property
     def summary(self) -> str:
         """Line on what was found, and what the published data would be."""
-        line = f"{self.name}: {len(self.images):,} images, {len(self.texts):,} texts"
-        if self.expected and not self.is_whole:
-            line += (
-                f"; its test split has {self.expected.images:,} and {self.expected.texts:,}: figures do not compare "
-                "with published ones"
-            )
-        elif self.expected:
+        line, expected = f"{self.name}: {len(self.images):,} images, {len(self.texts):,} texts", self.expected
+        if self.is_whole:
             line += ", the whole test split"
-        return f"{line}{left_out(self.skipped)} ({self.read_from})"
+        elif expected:
+            line += f"; its test split has {expected.images:,} and {expected.texts:,}: {tables.NOT_COMPARABLE}"
+        return f"{line}{tables.left_out(self.skipped)} ({self.read_from})"
 
     @property
     def is_whole(self) -> bool:
@@ -109,7 +92,7 @@ class RetrievalData:
         """Return what `results.json` says of the data."""
         expected = self.expected
         counts = {"images": expected.images, "texts": expected.texts} if expected else None
-        return describe_data(self, expected.name if expected else None, counts)
+        return tables.describe_data(self, expected.name if expected else None, counts)
 
 
 def find_sources(source: str | Path, text_column: str, columns: Mapping[str, str] | None = None) -> list[str]:
@@ -176,8 +159,8 @@ def load_retrieval(
     if not len(table):
         raise ValueError(f"{table.origin} has no rows.")
     captions = _captions(table, text_column)
-    images, owners, beside = table_images(table)
-    kept, skipped = usable_images(images, allow_missing, table.origin, beside)
+    images, owners, beside = tables.table_images(table)
+    kept, skipped = tables.usable_images(images, allow_missing, table.origin, beside)
     position_of = {image: position for position, image in enumerate(kept)}
     texts, text_to_image = [], []
     for captions_of_row, image in zip(captions, owners, strict=True):
@@ -203,7 +186,7 @@ def _published_split(source: str | Path, text_column: str) -> PublishedSplit | N
     path = Path(source)
     for part in (path.stem, path.absolute().parent.name if path.suffix else ""):
         for (benchmark, column), split in PUBLISHED_SPLITS.items():
-            if benchmark in plain(part) and column == text_column:
+            if benchmark in tables.plain(part) and column == text_column:
                 return split
     return None
 
@@ -220,9 +203,9 @@ def _read(source: str | Path, text_column: str, named: Mapping[str, str]) -> Tab
     if path.is_dir():
         if files := _caption_files(path):
             if files[0].suffix == ".parquet":
-                return read_parquet(files, columns, image_columns)
+                return tables.read_parquet(files, columns, image_columns)
             if files[0].suffix == ".tar":
-                return _joined([read_table(file, columns) for file in files])
+                return _joined([tables.read_table(file, columns) for file in files])
             if len(files) > 1:
                 names = ", ".join(file.name for file in files)
                 raise ValueError(f"{path} holds several caption files ({names}); name one of them.")
@@ -235,9 +218,9 @@ def _read(source: str | Path, text_column: str, named: Mapping[str, str]) -> Tab
         )
     if path.is_file():
         return _read_file(path, text_column, columns, image_columns)
-    if path.suffix in FORMATS or not is_hub_id(str(source)):
+    if path.suffix in FORMATS or not tables.is_hub_id(str(source)):
         raise NotHere(f"{path} does not exist; give a folder, a {', '.join(FORMATS)} file or a Hub id.")
-    return read_hub(str(source), columns, image_columns=image_columns)
+    return tables.read_hub(str(source), columns, image_columns=image_columns)
 
 
 def _caption_files(folder: Path, patterns: Sequence[str] = (*IN_A_FOLDER, *OTHERWISE)) -> list[Path]:
@@ -249,15 +232,14 @@ def _read_file(path: Path, text_column: str, columns: Sequence[str], image_colum
         return _read_line_pairs(path, text_column)
     if path.suffix == ".json" and json_list_name(path) == "images":
         return _read_karpathy(path, list(read_rows(path)), text_column)
-    return read_table(path, columns, image_columns)
+    return tables.read_table(path, columns, image_columns)
 
 
-def _joined(tables: list[Table]) -> Table:
+def _joined(shards: list[Table]) -> Table:
     """Shards of the same columns as one table."""
-    images, values, places = (
-        [*itertools.chain(*parts)] for parts in zip(*((t.images, t.values, t.places) for t in tables))
-    )
-    return dataclasses.replace(tables[0], images=images, values=values, places=places)
+    columns = zip(*((shard.images, shard.values, shard.places) for shard in shards), strict=True)
+    images, values, places = ([*itertools.chain(*parts)] for parts in columns)
+    return dataclasses.replace(shards[0], images=images, values=values, places=places)
 
 
 def _read_karpathy(path: Path, entries: list[Any], text_column: str) -> Table:
@@ -269,9 +251,8 @@ def _read_karpathy(path: Path, entries: list[Any], text_column: str) -> Table:
                 raise ValueError(f"{path}, image {number} has no {name}; each image needs filename, split, sentences.")
     chosen = [entry for entry in entries if entry["split"] == "test"]
     if not chosen:
-        splits = ", ".join(
-            f"{split}: {count}" for split, count in Counter(entry["split"] for entry in entries).items()
-        )
+        counts = Counter(entry["split"] for entry in entries)
+        splits = ", ".join(f"{split}: {count}" for split, count in counts.items())
         raise ValueError(f"{path} has no image of split test; it has {splits or 'no images'}.")
     lacking = [entry["filename"] for entry in chosen if column not in entry]
     if lacking and len(lacking) < len(chosen):
@@ -295,12 +276,11 @@ def _read_line_pairs(path: Path, text_column: str) -> Table:
     texts, names = (file.read_text(encoding=text_encoding(file)).rstrip("\n").split("\n") for file in (path, beside))
     each, rest = divmod(len(texts), max(len(names), 1))
     if not each or rest:
-        raise ValueError(
-            f"{path} has {len(texts)} captions, {beside.name} {len(names)} images: not a whole number each."
-        )
+        counts = f"{len(texts)} captions, {beside.name} {len(names)} images"
+        raise ValueError(f"{path} has {counts}: not a whole number each.")
     images = [name.strip() for name in names for _ in range(each)]
-    texts = [text.rstrip("\r") for text in texts]
-    return Table(str(path), images, texts, path.parent, "line", f"images of {beside.name}")
+    captions = [text.rstrip("\r") for text in texts]
+    return Table(str(path), images, captions, path.parent, "line", f"images of {beside.name}")
 
 
 # ------------------------------------------------------------------------------------------------------------ checking
@@ -309,14 +289,14 @@ def _read_line_pairs(path: Path, text_column: str) -> Table:
 def _captions(table: Table, text_column: str) -> list[list[str]]:
     captions, empty, numbers = [], [], []
     for row, value in enumerate(table.values):
-        own_texts = list(value) if isinstance(value, list | tuple) else [value]
+        texts = value if isinstance(value, list | tuple) else [value]
         # A sentence of Karpathy's files is an object.
-        own_texts = [text.get("raw") if isinstance(text, dict) else text for text in own_texts]
-        if any(isinstance(text, int | float) for text in own_texts):
-            numbers.append(f"{table.place(row)} ({own_texts[0]})")
-        elif not own_texts or not all(isinstance(text, str) and text.strip() for text in own_texts):
+        texts = [text.get("raw") if isinstance(text, dict) else text for text in texts]
+        if any(isinstance(text, int | float) for text in texts):
+            numbers.append(f"{table.place(row)} ({texts[0]})")
+        elif not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             empty.append(table.place(row))
-        captions.append(own_texts)
+        captions.append(texts)
     complain(numbers, len(table), f"{table.row_name}s of {table.origin} have a number as {text_column}, not a text")
     complain(empty, len(table), f"{table.row_name}s of {table.origin} have no {text_column}, or an empty one")
     return captions

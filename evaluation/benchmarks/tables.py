@@ -3,7 +3,7 @@
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,26 +12,15 @@ from typing import Any
 from tqdm import tqdm
 
 from modeling_lrsclip.encoding.imagery import IMAGE_SUFFIXES, ImageError, ImageFiles
+from modeling_lrsclip.files import tables as table_files
 from modeling_lrsclip.files.hashing import bytes_sha256
-from modeling_lrsclip.files.tables import (
-    ENCODINGS,
-    TABLE_SUFFIXES,
-    USUAL_COLUMNS,
-    TableRow,
-    iter_rows,
-    json_list_name,
-    load_hub,
-    parquet_columns,
-    read_rows,
-    tar_samples,
-    text_encoding,
-)
 
 
-IMAGE_COLUMNS = USUAL_COLUMNS["image"]  # the first that a table has is taken
-FORMATS = (*TABLE_SUFFIXES, ".tar")
+IMAGE_COLUMNS = table_files.USUAL_COLUMNS["image"]  # the first that a table has is taken
+FORMATS = (*table_files.TABLE_SUFFIXES, ".tar")
 TAR_IMAGES = (*(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES), "img_content")
 SHOWN = 3  # offenders an error names before it only counts
+NOT_COMPARABLE = "figures do not compare with published ones"
 SPLITS = ("train", "training", "validation", "valid", "val", "test", "testing")
 
 
@@ -87,14 +76,16 @@ def read_table(path: Path, columns: Sequence[str], image_columns: Sequence[str] 
         return read_parquet([path], columns, image_columns)
     if path.suffix not in FORMATS:
         raise NotHere(f"{path}: {path.suffix or 'no suffix'} is not a supported format; use {', '.join(FORMATS)}.")
-    if path.suffix == ".json" and json_list_name(path) != "":
+    if path.suffix == ".json" and table_files.json_list_name(path) != "":
         raise NotHere(f"{path} must hold a list of objects, one an image.")
     is_tar = path.suffix == ".tar"
-    encoding = ENCODINGS[0] if is_tar else text_encoding(path)
-    if is_tar:  # it holds its images: no paths of this machine
-        image_columns = IMAGE_COLUMNS[:1]
+    utf8 = table_files.ENCODINGS[0]
+    encoding = utf8 if is_tar else table_files.text_encoding(path)
+    image_columns = IMAGE_COLUMNS[:1] if is_tar else image_columns  # a tar holds its images: no paths of this machine
     images, values, places, image, column = [], [], [], image_columns[0], columns[0]
-    for row in _tar_rows(path) if is_tar else iter_rows(path, encoding):
+    samples = table_files.tar_samples(path, TAR_IMAGES) if is_tar else ()
+    tar_rows = (table_files.TableRow(f"sample {values['__key__']}", values) for values in samples)
+    for row in tar_rows if is_tar else table_files.iter_rows(path, encoding):
         origin = f"{path}, {row.where}"
         if row.fault:
             raise ValueError(f"{origin} {row.fault}.")
@@ -108,12 +99,8 @@ def read_table(path: Path, columns: Sequence[str], image_columns: Sequence[str] 
         values.append(row.values[column])
         places.append(row.where)
     row_name = {".jsonl": "line", ".json": "entry"}.get(path.suffix, "row")
-    how = _took(image, column) + ("" if encoding == ENCODINGS[0] else f", {encoding}")
+    how = f"columns {image} and {column}" + ("" if encoding == utf8 else f", {encoding}")
     return Table(str(path), images, values, path.parent, row_name, how, places=places)
-
-
-def _tar_rows(path: Path) -> Iterator[TableRow]:
-    return (TableRow(f"sample {values['__key__']}", values) for values in tar_samples(path, TAR_IMAGES))
 
 
 def read_parquet(paths: Sequence[Path], columns: Sequence[str], image_columns: Sequence[str] = IMAGE_COLUMNS) -> Table:
@@ -129,15 +116,16 @@ def read_parquet(paths: Sequence[Path], columns: Sequence[str], image_columns: S
     """
     images, values, names = [], [], None
     for path in paths:
-        known = parquet_columns(path)
+        known = table_files.parquet_columns(path)
         image = find_column(str(path), list(known), image_columns)
         column = find_column(str(path), list(known), columns)
-        for row in read_rows(path, columns=[image, column]):
+        for row in table_files.read_rows(path, columns=[image, column]):
             images.append(row[image])
             values.append(row[column])
         names = known[column]
     origin = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
-    return Table(origin, images, values, paths[0].parent, how=_took(image, column), label_names=names)
+    how = f"columns {image} and {column}"
+    return Table(origin, images, values, paths[0].parent, how=how, label_names=names)
 
 
 def read_hub(
@@ -162,13 +150,13 @@ def read_hub(
         `NotHere`: for a data set that cannot be read, or lacks such a column.
     """
     try:
-        data, splits = load_hub(name, split)
+        data, splits = table_files.load_hub(name, split)
     except ValueError as error:
         raise NotHere(str(error)) from error
     image = find_column(name, data.column_names, image_columns)
     column = find_column(name, data.column_names, columns)
     names = getattr(data.features[column], "names", None)
-    how = f"{_took(image, column)}, split {splits}"
+    how = f"columns {image} and {column}, split {splits}"
     return Table(name, list(data[image]), list(data[column]), how=how, label_names=names)
 
 
@@ -198,10 +186,6 @@ def find_column(origin: str, columns: Sequence[Any], wanted: Sequence[str]) -> s
     )
 
 
-def _took(image: str, column: str) -> str:
-    return f"columns {image} and {column}"
-
-
 # -------------------------------------------------------------------------------------------------------------- images
 
 
@@ -223,9 +207,8 @@ def table_images(table: Table, merge_embedded: bool = True) -> tuple[ImageFiles,
     index_of: dict[Any, int] = {}
     sources, names, owners, odd = [], [], [], []
     for row, value in enumerate(table.images):
+        value = {"bytes": value} if isinstance(value, bytes) else value
         path, content = (value.get("path"), value.get("bytes")) if isinstance(value, dict) else (value, None)
-        if isinstance(path, bytes):
-            path, content = None, path
         where = table.place(row)
         if content is not None:
             key, source = (path, bytes_sha256(content)) if merge_embedded else row, content
@@ -252,13 +235,9 @@ def _image_folder(table: Table) -> tuple[Path, str]:
     best = max([folder, *below], key=lambda candidate: sum((candidate / path).is_file() for path in paths))
     if not table.folder:
         return best, ""
-    some_exist = any((best / path).is_file() for path in paths)
-    return (
-        best,
-        f" (paths are taken from {best})"
-        if some_exist or not below
-        else f" (neither in {folder} nor in a folder below)",
-    )
+    if below and not any((best / path).is_file() for path in paths):
+        return best, f" (neither in {folder} nor in a folder below)"
+    return best, f" (paths are taken from {best})"
 
 
 def usable_images(
@@ -282,29 +261,21 @@ def usable_images(
     """
     if allow_missing < 0:
         raise ValueError(f"allow_missing={allow_missing} must be 0 or more: the images that may be left out.")
-    reasons = {
-        index: "missing"
-        for index, source in enumerate(images.sources)
-        if isinstance(source, Path) and not source.is_file()
-    }
+    files = ((index, source) for index, source in enumerate(images.sources) if isinstance(source, Path))
+    reasons = {index: "missing" for index, file in files if not file.is_file()}
     if len(reasons) <= allow_missing and allow_missing:
         reasons |= _unreadable(images, [index for index in range(len(images)) if index not in reasons])
+    unusable = [f"{images.names[index]} ({reasons[index]})" for index in sorted(reasons)]
     if len(reasons) > allow_missing or (reasons and len(reasons) == len(images)):
-        only_missing = set(reasons.values()) == {"missing"}
-        offenders = [
-            images.names[index] + ("" if only_missing else f" ({reasons[index]})") for index in sorted(reasons)
-        ]
-        what = f"images of {origin} are missing" + ("" if only_missing else " or cannot be read")
-        complain(offenders, len(images), what + beside, _advice(len(reasons), len(images), allow_missing))
-    kept = [index for index in range(len(images)) if index not in reasons]
-    return kept, [f"{images.names[index]} ({reasons[index]})" for index in sorted(reasons)]
-
-
-def _advice(bad: int, total: int, allow_missing: int) -> str:
-    if bad == total:
-        return ""
-    limit = f"--allow-missing {allow_missing} does not cover them; " if allow_missing else ""
-    return f" ({limit}--allow-missing {bad} would leave them out)"
+        what = f"images of {origin} are missing"
+        if set(reasons.values()) == {"missing"}:
+            unusable = [images.names[index] for index in sorted(reasons)]
+        else:
+            what += " or cannot be read"
+        limit = f"--allow-missing {allow_missing} does not cover them; " if allow_missing else ""
+        advice = f" ({limit}--allow-missing {len(reasons)} would leave them out)" if len(reasons) < len(images) else ""
+        complain(unusable, len(images), what + beside, advice)
+    return [index for index in range(len(images)) if index not in reasons], unusable
 
 
 def _unreadable(images: ImageFiles, indices: list[int]) -> dict[int, str]:
@@ -318,8 +289,8 @@ def _unreadable(images: ImageFiles, indices: list[int]) -> dict[int, str]:
         return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        progress = tqdm(pool.map(reason, indices), "checking images", len(indices), leave=False, disable=None)
-        return {index: fault for index, fault in zip(indices, progress, strict=True) if fault}
+        faults = tqdm(pool.map(reason, indices), "checking images", len(indices), leave=False, disable=None)
+        return {index: fault for index, fault in zip(indices, faults, strict=True) if fault}
 
 
 def complain(offenders: Sequence[str], total: int, what: str, advice: str = "") -> None:

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from evaluation import measure, run
+from evaluation import run
 from evaluation.benchmarks.aerial_scenes import data_set as aerial_scenes
 from evaluation.results import Column, Table, make_console, markdown, print_table
 from evaluation.retrieval import LAST_BAR, LONGEST_EXAMPLE, TOKEN_BIN, retrieval_recall
-from evaluation.tasks import TASKS
+from evaluation.tasks import TASKS, prepare_output
 from modeling_lrsclip.encoding import embed_images, embed_texts
 from modeling_lrsclip.files.atomic import replace_json
 from modeling_lrsclip.files.locks import only_process
@@ -307,7 +307,7 @@ def test_a_word_without_end_is_measured_and_drawn_as_far_as_it_is_read(tiny_chec
 
 def test_two_evaluations_do_not_write_one_folder(tiny_checkpoint, data, tmp_path, capsys):
     command = arguments([tiny_checkpoint], data, tmp_path / "out", "--tasks", "zcrs", "--tokens-kept", "none")
-    with only_process(measure.prepare_output(str(tmp_path / "out")) / ".lock", "busy"):
+    with only_process(prepare_output(str(tmp_path / "out")) / ".lock", "busy"):
         assert run.main(command) == 2
     assert f"--output {tmp_path / 'out'} is being written by another evaluation" in capsys.readouterr().err
     assert not (tmp_path / "out/results.json").exists() and run.main(command) == 0
