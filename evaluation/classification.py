@@ -241,9 +241,8 @@ def _paper_rows(by_dataset: dict[str, dict[str, Any]], datasets: Sequence[str], 
 def _note(results: Sequence[dict[str, Any]], datasets: Sequence[str], averaged: Sequence[str]) -> str:
     prompts, wording = results[0]["prompts"], results[0]["class_names"]["wording"]
     names = {"folder": "folders' names as class names", "human": "class names as in evaluation/benchmarks/classes"}
-    lines = [
-        f"Accuracy in % over all images. Templates {prompts['template_set']}, {names[wording]}: {prompts['first']!r}, …"
-    ]
+    templates = f"Templates {prompts['template_set']}, {names[wording]}: {prompts['first']!r}, …"
+    lines = [f"Accuracy in % over all images. {templates}"]
     if list(averaged) != list(datasets):
         lines.append(f"mean: of the paper's {len(averaged)} data sets.")
     if parts := [r["dataset"] for r in results if r["data"]["expected"] and not r["data"]["whole"]]:

@@ -312,9 +312,8 @@ class Locator:
         near_scores = self._scores(SceneWindows(scene, union, self.reference_io), queries)
         for query, (indices, close) in enumerate(zip(kept, near, strict=True)):
             seen = [windows[index] for index in indices] + close
-            values = np.concatenate(
-                [scores[query, indices], near_scores[query, [index_of[window] for window in close]]]
-            )
+            near_indices = [index_of[window] for window in close]
+            values = np.concatenate([scores[query, indices], near_scores[query, near_indices]])
             yield probability_map(height, width, seen, values, self.protocol, self.reference_io)
 
     def _scores(self, windows: SceneWindows, queries: Tensor) -> np.ndarray:

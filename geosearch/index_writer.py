@@ -152,15 +152,10 @@ class _Order:
 def _write_part(path: Path, rows: pa.Table, metadata: dict[str, Any]) -> None:
     described = {"geo": geo_metadata(rows, metadata["coordinates"]), "emb": _emb(rows, metadata)}
     described = {name: json.dumps(value) for name, value in described.items()}
-    pq.write_table(
-        rows.replace_schema_metadata(described),
-        path,
-        compression="zstd",
-        compression_level=3,
-        row_group_size=ROWS_PER_PART,
-        use_dictionary=["scene", "crs", "scale", "gsd", "timestamp"],
-        write_statistics=[name for name in rows.column_names if name != "embedding"],
-    )
+    options = {"compression": "zstd", "compression_level": 3, "row_group_size": ROWS_PER_PART}
+    options["use_dictionary"] = ["scene", "crs", "scale", "gsd", "timestamp"]
+    options["write_statistics"] = [name for name in rows.column_names if name != "embedding"]
+    pq.write_table(rows.replace_schema_metadata(described), path, **options)
     sync(path)
 
 

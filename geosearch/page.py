@@ -122,7 +122,7 @@ def map_svg(
     for rank in range(len(rows), 0, -1):  # the best on top
         row = rows[rank - 1]
         ring = frame.ring(row["scene"], row["pixel_box"])
-        label = _label(str(rank), ring.mean(axis=0), scale)
+        label = _label(f'<circle r="11"/><text dy="4.5">{rank}</text>', ring.mean(axis=0), scale)
         parts.append(f'<g class="hit" data-rank="{rank}"><polygon points="{_points(ring)}"/>{label}</g>')
     return "".join([*parts, "</svg>"])
 
@@ -135,9 +135,8 @@ def _image(picture: Image.Image, ring: Ring, quality: int | None) -> str:
     return f'<image width="1" height="1" preserveAspectRatio="none" transform="matrix({matrix})" href="{uri}"/>'
 
 
-def _label(text: str, point: np.ndarray, scale: float) -> str:
-    transform = f'transform="translate({_numbers(point)}) scale({scale:.6g})"'
-    return f'<g class="label" {transform}><circle r="11"/><text dy="4.5">{html.escape(text)}</text></g>'
+def _label(content: str, point: Sequence[float], scale: float) -> str:
+    return f'<g class="label" transform="translate({_numbers(point)}) scale({scale:.6g})">{content}</g>'
 
 
 def _mercator(lat: np.ndarray) -> np.ndarray:
@@ -169,8 +168,7 @@ def _graticule(frame: MapFrame, view: tuple[float, float, float, float]) -> str:
 
 
 def _degree(text: str, x: float, y: float, scale: float) -> str:
-    transform = f"translate({_numbers((x, y))}) scale({scale:.6g})"
-    return f'<g class="label" transform="{transform}"><text class="degree" x="4" y="-4">{text}</text></g>'
+    return _label(f'<text class="degree" x="4" y="-4">{text}</text>', (x, y), scale)
 
 
 def _numbers(values: Sequence[float]) -> str:

@@ -120,9 +120,8 @@ def push(api: HfApi, staged: Staged, target: Target, message: str, create_pr: bo
             oid, url = _commit(api, staged, repo_id, head, functools.partial(send, parent_commit=head))
     except FAILURES as error:
         left = "The repository was made and is empty" if made else "Nothing new is to be seen there"
-        raise HubError(
-            f"{repo_id}: {_explain(error, repo_id)} {left}; what was uploaded before is not sent twice."
-        ) from error
+        left += "; what was uploaded before is not sent twice."
+        raise HubError(f"{repo_id}: {_explain(error, repo_id)} {left}") from error
     if oid == head:
         _say("unchanged", "the repository holds these very files already")
     if target.tag:
@@ -267,9 +266,8 @@ def run(options: argparse.Namespace, api: HfApi) -> None:
     if options.plain_clip:
         validate_repo_id(options.plain_clip)
         if options.plain_clip.count("/") != 1 or options.plain_clip == options.repo:
-            raise ValueError(
-                f"--plain-clip {options.plain_clip} must be owner/name of another repository than --repo."
-            )
+            another = "owner/name of another repository than --repo"
+            raise ValueError(f"--plain-clip {options.plain_clip} must be {another}.")
     repos = [options.plain_clip, options.repo] if options.plain_clip else [options.repo]  # the linked one first
     advice = "give results.json of evaluation.run, run.json of training.train"
     results, training = (path and read_json(path, advice) for path in (options.results, options.training))

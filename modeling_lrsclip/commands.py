@@ -76,10 +76,8 @@ class _FirstRetry(logging.Filter):
         if self.said:
             return False
         self.said = True
-        record.msg, record.args = (
-            f"The Hub does not answer; trying again for half a minute ({text.split(' thrown')[0]}).",
-            (),
-        )
+        request = text.split(" thrown")[0]
+        record.msg, record.args = f"The Hub does not answer; trying again for half a minute ({request}).", ()
         return True
 
 
@@ -95,8 +93,7 @@ def evaluate() -> int | None:
 
 def _run(command: str, module: str) -> int | None:
     if not (CLONE / f"{module.replace('.', '/')}.py").is_file():
-        raise SystemExit(
-            f"error: {command} is run from a clone; install it there with pip install -e '.[train,eval]'."
-        )
+        advice = "install it there with pip install -e '.[train,eval]'"
+        raise SystemExit(f"error: {command} is run from a clone; {advice}.")
     sys.path.insert(0, str(CLONE))
     return importlib.import_module(module).main()

@@ -139,9 +139,8 @@ class LRSCLIPConfig(CLIPConfig):
                 "from_pretrained loads what was stretched before."
             )
         if model_type not in (CLIPConfig.model_type, cls.model_type):
-            raise ValueError(
-                f"This is a model of type {model_type}; LRSCLIPModel loads lrsclip, and from_clip takes a clip."
-            )
+            loaders = "LRSCLIPModel loads lrsclip, and from_clip takes a clip"
+            raise ValueError(f"This is a model of type {model_type}; {loaders}.")
         return super().from_dict(config_dict, **kwargs)
 
     def validate_long_weight(self):

@@ -199,12 +199,9 @@ def _folder_or_hub_id(source: str | Path) -> str:
     if os.path.isdir(source):
         if not os.path.isfile(os.path.join(source, "config.json")):
             raise ValueError(registry.no_model_in(Path(source)))
-    elif not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(source)) or str(source).endswith(
-        (".pt", ".pth", ".safetensors")
-    ):
-        raise OSError(
-            f"{source} does not exist; give a checkpoint file, a model folder or the id of a Hub repository."
-        )
+    elif not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(?<!\.pt)(?<!\.pth)(?<!\.safetensors)", str(source)):
+        kinds = "a checkpoint file, a model folder or the id of a Hub repository"
+        raise OSError(f"{source} does not exist; give {kinds}.")
     return str(source)
 
 
@@ -238,10 +235,8 @@ def _load_tokenizer(name: str | Path, model: LRSCLIPModel) -> PreTrainedTokenize
 def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     cast = tensor.to(dtype)
     if not torch.isfinite(cast).all() and torch.isfinite(tensor).all():
-        largest = tensor.abs().max().item()
-        raise ValueError(
-            f"{name} has values up to {largest:.3g}, more than {dtype} holds; leave --dtype out, or bf16."
-        )
+        values = f"values up to {tensor.abs().max().item():.3g}, more than {dtype} holds"
+        raise ValueError(f"{name} has {values}; leave --dtype out, or bf16.")
     return cast
 
 
@@ -255,13 +250,11 @@ def _check_output(output_dir: Path, source: str | Path, tokenizer: str | Path | 
         try:
             written = set(json.loads((output_dir / RECORD).read_text(encoding="utf-8"))["files"])
         except (OSError, ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"{output_dir} holds something else than an earlier conversion; give a new folder."
-            ) from None
+            other = "something else than an earlier conversion"
+            raise ValueError(f"{output_dir} holds {other}; give a new folder.") from None
         if others := sorted(path.name for path in output_dir.iterdir() if path.name not in written):
-            raise ValueError(
-                f"{output_dir} holds {others[0]} beside an earlier conversion; move it away, or give a new folder."
-            )
+            beside = f"{others[0]} beside an earlier conversion"
+            raise ValueError(f"{output_dir} holds {beside}; move it away, or give a new folder.")
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"{output_dir} is a file; give a folder to write.")
 
@@ -300,23 +293,15 @@ def carry_out(options: argparse.Namespace) -> None:
     for name in ("kept_positions", "stretch_ratio"):
         if getattr(options, name) is not None:
             stretching[name] = getattr(options, name)
+    reading = {name: getattr(options, name) for name in ("tokenizer", "preset", "activation", "heads")}
+    reading["dtype"] = DTYPES.get(options.dtype)
     say_once_that_the_hub_is_away()
     transformers_logging.disable_progress_bar()
     handler = logging.StreamHandler(sys.stderr)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        record = convert(
-            options.source,
-            options.output_dir,
-            options.layout or "lrsclip",
-            tokenizer=options.tokenizer,
-            dtype=DTYPES.get(options.dtype),
-            preset=options.preset,
-            activation=options.activation,
-            heads=options.heads,
-            **stretching,
-        )
+        record = convert(options.source, options.output_dir, options.layout or "lrsclip", **reading, **stretching)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     finally:

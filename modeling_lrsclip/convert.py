@@ -11,7 +11,7 @@ import argparse
 from importlib import import_module
 from typing import Any
 
-from .commands import DEFAULT_TOKENIZER
+from .commands import DEFAULT_TOKENIZER, command_parser
 
 
 def __getattr__(name: str) -> Any:
@@ -22,38 +22,26 @@ def __getattr__(name: str) -> Any:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m modeling_lrsclip.convert",
-        description="Writes a published CLIP checkpoint as an LRSCLIP folder for from_pretrained.",
-    )
-    parser.add_argument(
-        "source", nargs="?", help="checkpoint file (.pt, .safetensors), or folder or Hub id in HuggingFace format"
-    )
-    parser.add_argument("output_dir", nargs="?", help="folder to write; an earlier conversion there is replaced")
-    parser.add_argument(
-        "--tokenizer",
-        help=f"Hub id, folder, or bpe_simple_vocab_16e6.txt.gz (the source's own; for files {DEFAULT_TOKENIZER})",
-    )
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="of all weights (the source's)")
-    parser.add_argument(
-        "--preset", help="where a checkpoint file is from, such as openai, if it has 77 positions: activation, heads"
-    )
-    parser.add_argument(
-        "--activation", choices=("quick_gelu", "gelu"), help="of a checkpoint file, instead of the preset's"
-    )
-    parser.add_argument(
-        "--heads", type=int, nargs=2, metavar=("VISION", "TEXT"), help="of a checkpoint file, instead of the preset's"
-    )
+    description = "Writes a published CLIP checkpoint as an LRSCLIP folder for from_pretrained."
+    parser = command_parser("python -m modeling_lrsclip.convert", description)
+    add = parser.add_argument
+    add("source", nargs="?", help="checkpoint file (.pt, .safetensors), or folder or Hub id in HuggingFace format")
+    add("output_dir", nargs="?", help="folder to write; an earlier conversion there is replaced")
+    files = f"Hub id, folder, or bpe_simple_vocab_16e6.txt.gz (the source's own; for files {DEFAULT_TOKENIZER})"
+    add("--tokenizer", help=files)
+    add("--dtype", choices=("fp32", "fp16", "bf16"), help="of all weights (the source's)")
+    add("--preset", help="where a checkpoint file is from, such as openai, if it has 77 positions: activation, heads")
+    add("--activation", choices=("quick_gelu", "gelu"), help="of a checkpoint file, instead of the preset's")
+    towers = ("VISION", "TEXT")
+    add("--heads", type=int, nargs=2, metavar=towers, help="of a checkpoint file, instead of the preset's")
     form = parser.add_mutually_exclusive_group()
     store = {"dest": "layout", "action": "store_const"}
     form.add_argument("--plain-clip", const="plain-clip", help="a stock CLIP, without remote code", **store)
     form.add_argument("--open-clip", const="open-clip", help="a folder for open_clip's local-dir:", **store)
-    parser.add_argument("--stretch", action="store_true", help="stretch the text position table, 77 -> 248")
-    parser.add_argument("--kept-positions", type=int, help="with --stretch: first rows kept as they are (20)")
-    parser.add_argument("--stretch-ratio", type=int, help="with --stretch: rows that stand for each later one (4)")
-    parser.add_argument(
-        "--check-published", action="store_true", help="ask the Hub whether every published model is where it was"
-    )
+    add("--stretch", action="store_true", help="stretch the text position table, 77 -> 248")
+    add("--kept-positions", type=int, help="with --stretch: first rows kept as they are (20)")
+    add("--stretch-ratio", type=int, help="with --stretch: rows that stand for each later one (4)")
+    add("--check-published", action="store_true", help="ask the Hub whether every published model is where it was")
     options = parser.parse_args(argv)
     if not options.check_published and options.output_dir is None:
         parser.error("give SOURCE and OUTPUT_DIR, or --check-published.")

@@ -11,9 +11,10 @@ With `--int8` the files are `text_model_quantized.onnx` and `vision_model_quanti
 products in eight bits, a scale a channel, and their inputs by their range in each call.
 """
 
-import argparse
 from importlib import import_module
 from typing import Any
+
+from .commands import command_parser
 
 
 def __getattr__(name: str) -> Any:
@@ -25,9 +26,7 @@ def __getattr__(name: str) -> Any:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m modeling_lrsclip.export_onnx", description=__doc__.split("\n\n")[0]
-    )
+    parser = command_parser("python -m modeling_lrsclip.export_onnx", __doc__.split("\n\n")[0])
     parser.add_argument("source", help="model folder, Hub id or checkpoint file")
     parser.add_argument("output_dir", help="folder to write; an earlier export there is replaced")
     parser.add_argument("--int8", action="store_true", help="quantize both towers: smaller, faster, and less exact")

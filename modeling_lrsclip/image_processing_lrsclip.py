@@ -93,9 +93,8 @@ class LRSCLIPImageProcessor(CLIPImageProcessorPil):
     def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs) -> np.ndarray:
         """Crops `(C, H, W)` as torchvision does: the offset is rounded half to even (transformers' CLIP rounds down)."""
         if not size.height or not size.width:
-            raise ValueError(
-                f"crop_size={dict(size)} must give a height and a width in pixels, for example 224 and 224."
-            )
+            sides = "a height and a width in pixels, for example 224 and 224"
+            raise ValueError(f"crop_size={dict(size)} must give {sides}.")
         spare_height, spare_width = image.shape[1] - size.height, image.shape[2] - size.width
         if spare_height < 0 or spare_width < 0:  # only with a resize smaller than the crop: pad with zeros
             return super().center_crop(image, size, **kwargs)

@@ -154,17 +154,15 @@ class LRSCLIPModel(_CLIPInitialization, CLIPModel):
         clip = name_or_path_or_model
         if not isinstance(clip, CLIPModel):
             fields = PreTrainedConfig.get_config_dict(clip, **kwargs)[0]
-            check_layers(
-                *((fields.get(tower) or {}).get("num_hidden_layers") for tower in ("text_config", "vision_config"))
-            )
+            towers = (fields.get(name) or {} for name in ("text_config", "vision_config"))
+            check_layers(*(tower.get("num_hidden_layers") for tower in towers))
             if fields.get("model_type") not in (CLIPConfig.model_type, LRSCLIPConfig.model_type):
                 raise ValueError(
                     f"{clip} is {fields.get('model_type') or 'no'} model in HuggingFace format; from_clip takes a CLIP. A "
                     "checkpoint file or open_clip folder is made one by python -m modeling_lrsclip.convert FILE OUT."
                 )
-            clip = (cls if fields.get("model_type") == LRSCLIPConfig.model_type else CLIPModel).from_pretrained(
-                clip, **kwargs
-            )
+            loader = cls if fields.get("model_type") == LRSCLIPConfig.model_type else CLIPModel
+            clip = loader.from_pretrained(clip, **kwargs)
         already = getattr(clip.config.text_config, "stretch_ratio", 1)
         if already != 1 and stretch_ratio != 1:
             raise ValueError(
@@ -249,27 +247,17 @@ class LRSCLIPModel(_CLIPInitialization, CLIPModel):
         vision_output = text_output = short_text_output = None
         image_embeds = text_embeds = short_text_embeds = logits_per_text = None
         if pixel_values is not None:
-            vision_output = self.get_image_features(
-                pixel_values=pixel_values,
-                interpolate_pos_encoding=interpolate_pos_encoding,
-                return_dict=True,
-                **kwargs,
-            )
+            images = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
+            vision_output = self.get_image_features(**images, return_dict=True, **kwargs)
             image_embeds = _unit(vision_output.pooler_output)  # (B, P)
         if input_ids is not None:
-            text_output = self.get_text_features(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                return_dict=True,
-                **kwargs,
-            )
+            texts = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+            text_output = self.get_text_features(**texts, return_dict=True, **kwargs)
             text_embeds = _unit(text_output.pooler_output)  # (N, P)
         if short_input_ids is not None:
             _check_text(short_input_ids, self.config.text_config, "short_input_ids")
-            short_text_output = self.get_text_features(
-                input_ids=short_input_ids, attention_mask=short_attention_mask, return_dict=True, **kwargs
-            )
+            texts = {"input_ids": short_input_ids, "attention_mask": short_attention_mask}
+            short_text_output = self.get_text_features(**texts, return_dict=True, **kwargs)
             short_text_embeds = _unit(short_text_output.pooler_output)  # (N, P)
         if image_embeds is not None and text_embeds is not None:
             logits_per_text = self._logits(text_embeds, image_embeds)  # (N, B)
@@ -312,9 +300,8 @@ def _check_pairs(pixel_values, input_ids, short_input_ids) -> None:
         )
     if any(size != sizes["pixel_values"] for size in sizes.values()):  # a set would have every size compiled anew
         counts = ", ".join(f"{count} {name}" for name, count in sizes.items())
-        raise ValueError(
-            f"return_loss=True got {counts}; every image needs its own text, so give equally many of each."
-        )
+        advice = "every image needs its own text, so give equally many of each"
+        raise ValueError(f"return_loss=True got {counts}; {advice}.")
 
 
 class LRSCLIPTextModelWithProjection(_CLIPInitialization, CLIPTextModelWithProjection):

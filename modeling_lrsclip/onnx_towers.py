@@ -125,17 +125,9 @@ def _export(model: LRSCLIPModel, name: str, example: Tensor, path: Path) -> None
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            _Tower(model, METHODS[name]).eval(),
-            (example,),
-            path,
-            input_names=[INPUTS[name]],
-            output_names=[OUTPUTS[name]],
-            dynamic_shapes=(axes,),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+        names = {"input_names": [INPUTS[name]], "output_names": [OUTPUTS[name]], "dynamic_shapes": (axes,)}
+        options = {"dynamo": True, "external_data": False, "verbose": False}
+        torch.onnx.export(_Tower(model, METHODS[name]).eval(), (example,), path, **names, **options)
 
 
 def quantize(source: Path, target: Path) -> None:
@@ -160,11 +152,8 @@ def _compare(model: LRSCLIPModel, inputs: dict[str, Tensor], folder: Path) -> di
     with torch.no_grad():
         expected = {name: _Tower(model, METHODS[name])(inputs[INPUTS[name]]) for name in (TEXT, VISION)}
     computed = {TEXT: towers.text(inputs["input_ids"]), VISION: towers.image(inputs["pixel_values"])}
-    distances = {
-        name: 1 - torch.nn.functional.cosine_similarity(computed[name], expected[name]).min().item()
-        for name in expected
-    }
-    return {name: max(0.0, float(f"{value:.3g}")) for name, value in distances.items()}
+    similarity = {name: nn.functional.cosine_similarity(computed[name], expected[name]) for name in expected}
+    return {name: max(0.0, float(f"{1 - value.min().item():.3g}")) for name, value in similarity.items()}
 
 
 def tower_file(folder: str | Path, name: str) -> Path:
@@ -193,9 +182,8 @@ class OnnxTowers:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        options.add_session_config_entry(
-            "session.intra_op.allow_spinning", "0"
-        )  # idle threads leave the cores to others
+        # Idle threads leave the cores to others.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.sessions = {}
         for name in (TEXT, VISION):
             path = tower_file(folder, name)

@@ -23,10 +23,7 @@ _WITHOUT_FTFY = str.maketrans(
     {
         **dict.fromkeys("\u2018\u2019\u201a\u201b\u02bc", "'"),
         **dict.fromkeys("\u201c\u201d\u201e\u201f", '"'),
-        **{
-            ligature: unicodedata.normalize("NFKD", ligature)
-            for ligature in "\ufb00\ufb01\ufb02\ufb03\ufb04\ufb05\ufb06"
-        },
+        **{mark: unicodedata.normalize("NFKD", mark) for mark in "\ufb00\ufb01\ufb02\ufb03\ufb04\ufb05\ufb06"},
         **dict.fromkeys("\u2028\u2029\u0085", "\n"),
     }
 )
@@ -96,9 +93,8 @@ class LRSCLIPProcessor(ProcessorMixin):
         """
         if images is None and text is None and short_text is None:
             raise ValueError("Nothing to process: give at least one of images, text and short_text.")
-        merged = self._merge_kwargs(
-            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
-        )
+        known = {"tokenizer_init_kwargs": self.tokenizer.init_kwargs}
+        merged = self._merge_kwargs(self.valid_processor_kwargs, **known, **kwargs)
         text_kwargs = merged["text_kwargs"]
         inputs = {}
         captions = cut = 0
@@ -173,9 +169,8 @@ def _clean_all(texts: str | list[str], argument: str) -> str | list[str]:
         return clean_text(texts)
     for index, text in enumerate(texts):
         if not isinstance(text, str):
-            raise ValueError(
-                f"{argument}[{index}] is {text!r} ({type(text).__name__}); give one string or a list of strings."
-            )
+            got = f"{argument}[{index}] is {text!r} ({type(text).__name__})"
+            raise ValueError(f"{got}; give one string or a list of strings.")
     return [clean_text(text) for text in texts]
 
 

@@ -56,6 +56,5 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1000, model_max_leng
 
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     entries = [*alphabet, *endings, *("".join(merge) for merge in merges), START, END]
-    return CLIPTokenizer(
-        vocab={entry: index for index, entry in enumerate(entries)}, merges=merges, model_max_length=model_max_length
-    )
+    vocab = {entry: index for index, entry in enumerate(entries)}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=model_max_length)

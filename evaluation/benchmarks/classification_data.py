@@ -261,9 +261,8 @@ def _read_rows(source: str, dataset: Dataset | None, parquet: list[Path]) -> _La
             f"of {', '.join(key for key, known in known_datasets().items() if known.hub)}."
         )
     else:
-        table = tables.read_hub(
-            source, LABEL_COLUMNS, dataset.splits if dataset and dataset.splits == "test" else None
-        )
+        split = "test" if dataset and dataset.splits == "test" else None
+        table = tables.read_hub(source, LABEL_COLUMNS, split)
     if not len(table):
         raise ValueError(f"{table.origin} has no rows.")
     labels = [_label(value, table.label_names) for value in table.values]

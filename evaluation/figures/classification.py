@@ -93,10 +93,8 @@ def _head(figure: Figure, result: Mapping[str, Any], label: str, dataset: str) -
     heading = " · ".join(part for part in (dataset, label) if part) or "Zero-shot classification"
     x = 0.3 / figure.get_figwidth()
     figure.text(x, 1 - 0.38 / height, heading, fontsize=13, weight="bold", color=INK, parse_math=False)
-    says = (
-        f"{metrics['accuracy']:.1f} % of {result['images']:,} images right, "
-        f"{metrics['mean_per_class_accuracy']:.1f} % per class on average · rows in %"
-    )
+    accuracy, per_class = metrics["accuracy"], metrics["mean_per_class_accuracy"]
+    says = f"{accuracy:.1f} % of {result['images']:,} images right, {per_class:.1f} % per class on average · rows in %"
     prompt = f"“{result['prompts']['templates'][0]}”" + ("" if len(result["prompts"]["templates"]) == 1 else ", …")
     figure.text(x, 1 - 0.62 / height, says, fontsize=9.5, color=GREY)
     figure.text(x, 1 - 0.82 / height, f"prompt {prompt}", fontsize=9.5, color=GREY, parse_math=False)

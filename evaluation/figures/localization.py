@@ -48,9 +48,8 @@ def draw_localization(result: Mapping[str, Any], data: LocalizationData, path: P
     sheet.text(MARGIN, 0.45, f"Where {label or 'the model'} looks for a text", 14, INK, "bold")
     what = f"{data.name}, protocol {result['protocol']} · queries spread evenly, not picked"
     sheet.text(MARGIN, 0.73, what, 9.5)
-    sheet.text(
-        MARGIN, 0.97, "green: the annotated regions, where it should look · white cross: where it looks most", 9.5
-    )
+    marks = "green: the annotated regions, where it should look · white cross: where it looks most"
+    sheet.text(MARGIN, 0.97, marks, 9.5)
     measures = (
         "Rsu: attention within the regions · Ras: distance from their middles (lower is better)",
         "Rda: how concentrated it is there · Rmi: the three together; all from 0 to 1",

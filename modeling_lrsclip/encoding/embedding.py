@@ -149,9 +149,7 @@ def embed_images(
     return torch.cat(embeds)  # (M, D)
 
 
-def embed_batches(
-    model: Any, processor: Any, batches: Iterable[Any], dtype: torch.dtype | None = None
-) -> Iterator[Tensor]:
+def embed_batches(model: Any, processor: Any, batches: Iterable, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
     """
     Unit embeddings of batches of images, each as soon as it is there: for work without an end in memory.
 
@@ -169,8 +167,7 @@ def embed_batches(
         def encode(batch: Any) -> Tensor:
             _settle_thread(model.device, dtype)
             batch = batch() if callable(batch) else batch
-            if not isinstance(batch, Tensor):
-                batch = prepare(batch)  # (B, 3, H, W)
+            batch = batch if isinstance(batch, Tensor) else prepare(batch)  # (B, 3, H, W)
             return _unit(model.get_image_features(pixel_values=batch.to(model.device, non_blocking=True)))
 
         yield from in_threads(encode, batches, model.device)
@@ -325,15 +322,12 @@ def end_of_text_only(model: Any) -> Iterator[Callable[[Tensor, Tensor], Any]]:
     tower = getattr(model, "text_model", None)
     layers = tower.encoder.layers if isinstance(tower, CLIPTextModel) else None
     if not layers or not is_stock_layer(layers[-1]):
-        yield lambda input_ids, attention_mask: model.get_text_features(
-            input_ids=input_ids, attention_mask=attention_mask
-        )
+        yield lambda ids, mask: model.get_text_features(input_ids=ids, attention_mask=mask)
         return
     last = layers[-1]
 
     def features(input_ids: Tensor, attention_mask: Tensor) -> Any:
-        pooled = pooled_positions(input_ids, tower.eos_token_id)
-        return model.get_text_features(input_ids=input_ids, pooled=pooled)
+        return model.get_text_features(input_ids=input_ids, pooled=pooled_positions(input_ids, tower.eos_token_id))
 
     activations = [layer.mlp.activation_fn for layer in layers]
     layers[-1] = _LastLayer(last).train(last.training)
@@ -382,12 +376,10 @@ def text_batches(model: Any, lengths: Sequence[int], batch_size: int) -> list[ra
     Returns:
         Indices of each batch's texts.
     """
-    limit = None
-    if model.device.type == "cpu":
-        limit = TEXT_CACHE_BYTES // (4 * model.config.text_config.intermediate_size)  # tokens
-    batches, start = [], 0
+    on_cpu, batches, start = model.device.type == "cpu", [], 0
+    tokens = TEXT_CACHE_BYTES // (4 * model.config.text_config.intermediate_size)  # that the cache holds
     while start < len(lengths):
-        size = batch_size if limit is None else max(1, min(batch_size, limit // lengths[start]))
+        size = max(1, min(batch_size, tokens // lengths[start])) if on_cpu else batch_size
         batches.append(range(start, min(start + size, len(lengths))))
         start = batches[-1].stop
     return batches

@@ -163,8 +163,7 @@ def _gather(done: dict[int, tuple[Tensor, float]], problem: str | None) -> dict[
     """The parts of all processes by number, each once."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (done, problem))
-    problems = [problem for _, problem in gathered if problem]
-    if problems:
+    if problems := [problem for _, problem in gathered if problem]:
         raise ValueError(problems[0])
     return {number: part for parts, _ in gathered for number, part in parts.items()}
 
@@ -259,8 +258,7 @@ class Encoder:
 
     def _usable(self, embeds: Tensor, noun: str) -> Tensor:
         """Unit embeddings (N, D); those of a model whose weights are damaged are all zeros, or no numbers."""
-        lost = int((~(embeds.norm(dim=-1) > 0)).sum())  # NaN is not more than 0 either
-        if lost:
+        if lost := int((~(embeds.norm(dim=-1) > 0)).sum()):  # NaN is not more than 0 either
             raise ValueError(
                 f"{self.label} gives {lost} of {len(embeds)} {noun} no direction (zeros, or no numbers), so nothing can be "
                 "measured; look whether its weights and its projections are whole, and whether --dtype fits it."
@@ -278,15 +276,9 @@ class Encoder:
             return None
         where_saved = ("_name_or_path", "transformers_version")
         config = {name: value for name, value in self.model.config.to_dict().items() if name not in where_saved}
-        origin = {
-            "kind": kind,
-            "weights": self.weights_sha256,
-            "config": config,
-            "attention": self.model.config._attn_implementation,
-            "dtype": str(self.dtype or self.model.dtype),
-            "device": self.model.device.type,
-            "width": self.model.config.projection_dim,
-        }
+        origin = {"kind": kind, "weights": self.weights_sha256, "config": config, "device": self.model.device.type}
+        origin |= {"attention": self.model.config._attn_implementation, "width": self.model.config.projection_dim}
+        origin["dtype"] = str(self.dtype or self.model.dtype)
         if kind == "image":
             origin["image_processor"] = self.processor.image_processor.to_dict()
             # Its own name of itself is the same with torchvision, whose pixels differ.
@@ -302,13 +294,13 @@ class Encoder:
 
     def describe(self) -> dict[str, Any]:
         """Return the fields that identify the model in `results.json`."""
+        parameters = getattr(self.model, "parameter_count", None)
         return {
             "label": self.label,
             "path": self.path,
             "model_class": getattr(self.model, "name", type(self.model).__name__),
             "positions": self.positions,
-            "parameters": getattr(self.model, "parameter_count", None)
-            or sum(weight.numel() for weight in self.model.parameters()),
+            "parameters": parameters or sum(weight.numel() for weight in self.model.parameters()),
             "weights_sha256": self.weights_sha256,
             "dtype": str(self.dtype or self.model.dtype).removeprefix("torch."),
             "image_processor": type(self.processor.image_processor).__name__,

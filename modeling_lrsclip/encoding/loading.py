@@ -25,9 +25,9 @@ from .model_inputs import cut_tokens
 
 
 FIXED_LENGTH = {"siglip"}  # model types whose texts are always padded to the whole table: so they were trained
-BY_SEVERAL_INPUTS = {
-    "siglip2": "google/siglip2-base-patch16-224"
-}  # NaFlex: images of any shape; and a sibling without
+# NaFlex: images of any shape; and a sibling without
+BY_SEVERAL_INPUTS = {"siglip2": "google/siglip2-base-patch16-224"}
+CODE_OF_ITS_OWN = "brings code of its own, which runs with --trust-remote-code only; read it first"
 LONGEST_TEXT = 512  # tokens, where neither configuration nor tokenizer sets a limit
 
 
@@ -59,9 +59,8 @@ def load_model(source: ModelSource, tokenizer: str | None = None, trust_remote_c
         return model, processor
     for name in ("get_text_features", "get_image_features"):
         if not hasattr(model, name):
-            raise ValueError(
-                f"{source.path}: {type(model).__name__} has no {name}; a dual encoder, as CLIP is one, is needed here."
-            )
+            kind = "a dual encoder, as CLIP is one, is needed here"
+            raise ValueError(f"{source.path}: {type(model).__name__} has no {name}; {kind}.")
     for name in ("tokenizer", "image_processor"):
         if getattr(processor, name, None) is None:
             raise ValueError(f"{source.path}: its processor, {type(processor).__name__}, has no {name}.")
@@ -167,9 +166,8 @@ class ShellConfig:
     def __init__(self, inner: Any, positions: int):
         self.inner, self.projection_dim = inner, 0
         text, vision = getattr(inner, "text_config", None), getattr(inner, "vision_config", None)
-        self.text_config = SimpleNamespace(
-            max_position_embeddings=positions, intermediate_size=_number(text, "intermediate_size", 3072)
-        )
+        width = _number(text, "intermediate_size", 3072)
+        self.text_config = SimpleNamespace(max_position_embeddings=positions, intermediate_size=width)
         sizes = {"image_size": 224, "patch_size": 16, "intermediate_size": 3072}
         self.vision_config = SimpleNamespace(**{name: _number(vision, name, size) for name, size in sizes.items()})
         self._attn_implementation = getattr(inner, "_attn_implementation", None)
@@ -235,12 +233,11 @@ def _load_pretrained(source: ModelSource, trust_remote_code: bool) -> tuple[Any,
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
         reason = first_line(error)
         if "trust_remote_code" in str(error) and not trust_remote_code:
-            raise ValueError(
-                f"{path} brings code of its own, which runs with --trust-remote-code only; read it first."
-            ) from error
+            raise ValueError(f"{path} {CODE_OF_ITS_OWN}.") from error
         raise ValueError(f"{path}: not loadable with AutoModel and AutoProcessor ({reason})") from error
-    missing = sorted(report["missing_keys"])
-    if missing:  # transformers would evaluate them at random values, with no more than a warning
+    if missing := sorted(
+        report["missing_keys"]
+    ):  # transformers would evaluate them at random values, with no more than a warning
         raise ValueError(f"{path}: {len(missing)} weights are missing from the checkpoint, first: {missing[0]}")
     return model, processor
 
@@ -259,15 +256,14 @@ def _load_sentence_transformer(folder: Path, trust_remote_code: bool) -> tuple[A
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
-        raise ValueError(
-            f"{folder} is a sentence-transformers folder; `pip install sentence-transformers` to measure it."
-        ) from None
+        advice = "`pip install sentence-transformers` to measure it"
+        raise ValueError(f"{folder} is a sentence-transformers folder; {advice}.") from None
     try:
         modules = SentenceTransformer(str(folder), device="cpu", trust_remote_code=trust_remote_code).eval().float()
     except Exception as error:  # of any of its modules
         reason = first_line(error)
         if "trust_remote_code" in str(error) and not trust_remote_code:
-            reason = "it brings code of its own, which runs with --trust-remote-code only; read it first"
+            reason = f"it {CODE_OF_ITS_OWN}"
         raise ValueError(f"{folder}: {reason}.") from error
     processor = getattr(modules[0], "processor", None)
     if not {"text", "image"} <= set(getattr(modules[0], "modality_config", {})) or processor is None:

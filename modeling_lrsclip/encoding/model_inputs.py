@@ -5,7 +5,7 @@ prepared by worker processes where asked for.
 Shapes: N texts, B images of a batch.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -190,12 +190,8 @@ def pixel_batches(
     batches = _PixelBatches(prepare, images, size)
     if not workers:
         return [partial(_checked, batches, number) for number in range(len(batches))]
-    return _from_workers(DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=pin))
-
-
-def _from_workers(loader: DataLoader) -> Iterator[Callable[[], Tensor]]:
-    for batch in loader:
-        yield partial(_checked, [batch], 0)
+    loader = DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=pin)
+    return (partial(_checked, [batch], 0) for batch in loader)
 
 
 def _checked(batches: Any, number: int) -> Tensor:

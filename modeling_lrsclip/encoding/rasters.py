@@ -136,9 +136,8 @@ class Raster:
         self.nodata = self.dataset.nodatavals[self.bands[0] - 1] if nodata is None else nodata
         interpretations = self.dataset.colorinterp
         self._alpha = interpretations.index(ColorInterp.alpha) + 1 if ColorInterp.alpha in interpretations else None
-        self._has_mask = (
-            self._alpha is None and MaskFlags.per_dataset in self.dataset.mask_flag_enums[self.bands[0] - 1]
-        )
+        flags = self.dataset.mask_flag_enums[self.bands[0] - 1]
+        self._has_mask = self._alpha is None and MaskFlags.per_dataset in flags
 
     def __enter__(self) -> "Raster":
         return self
@@ -171,7 +170,7 @@ class Raster:
             stretch = "as stored"
         elif self.value_range is not None and not self.value_range.percent:
             stretch = "given"
-            low, high = (self.value_range.low,) * len(self.bands), (self.value_range.high,) * len(self.bands)
+            low, high = ((limit,) * len(self.bands) for limit in (self.value_range.low, self.value_range.high))
         else:
             limits = (self.value_range.low, self.value_range.high) if self.value_range else PERCENTILES
             stretch = f"percentiles {limits[0]:g}-{limits[1]:g}"
@@ -209,9 +208,10 @@ class Raster:
                 levels = np.take(self._tables[band], values.view(f"uint{values.dtype.itemsize * 8}"))
             elif rendering.low is not None:
                 levels = _to_levels(values, rendering.low[band], rendering.high[band])
-            rgb[..., band if len(data) == 3 else slice(None)] = (
-                levels if len(data) == 3 else levels[..., None]
-            )  # or grey
+            if len(data) == 3:
+                rgb[..., band] = levels
+            else:
+                rgb[:] = levels[..., None]  # grey
         return rgb, valid
 
     def _read(
@@ -280,10 +280,8 @@ class Raster:
             if None not in positions:
                 return tuple(position + 1 for position in positions), "descriptions"
         usable = [index + 1 for index, colour in enumerate(colours) if colour != ColorInterp.alpha]
-        if 1 <= len(usable) <= 2:
-            return (usable[0],), "order"
-        if 3 <= len(usable) <= 4:
-            return tuple(usable[:3]), "order"
+        if 1 <= len(usable) <= 4:
+            return tuple(usable[:3] if len(usable) > 2 else usable[:1]), "order"
         raise RasterError(
             f"{self.path} has {self.dataset.count} bands, and none is marked as red, green or blue: "
             f"{NAMING}mark them in the file (rio edit-info FILE --colorinterp undefined,blue,green,red: a name a band)."

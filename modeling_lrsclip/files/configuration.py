@@ -23,9 +23,8 @@ class ConfigurationError(ValueError):
     """A configuration with mistakes, each of them a sentence."""
 
     def __init__(self, mistakes: Sequence[str]):
-        short = (
-            one if len(one) <= _LONGEST else f"{one[: _LONGEST // 2]} … {one[-_LONGEST // 2 :]}" for one in mistakes
-        )
+        half = _LONGEST // 2
+        short = (one if len(one) <= _LONGEST else f"{one[:half]} … {one[-half:]}" for one in mistakes)
         self.mistakes = list(dict.fromkeys(short))
         super().__init__("The configuration has mistakes:\n" + "\n".join(f"  {mistake}" for mistake in self.mistakes))
 

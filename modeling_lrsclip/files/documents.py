@@ -67,7 +67,5 @@ def refuse_malformed(path: str | Path, advice: str, *also: type[Exception]) -> I
     try:
         yield
     except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, *also) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{path} does not hold what it should ({type(error).__name__}: {reason}); {advice}."
-        ) from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"{path} does not hold what it should ({reason}); {advice}.") from error

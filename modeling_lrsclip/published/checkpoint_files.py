@@ -72,9 +72,8 @@ def recognise(path: Path) -> str:
     if not head:
         raise ValueError(f"{path} is empty; {_AGAIN}.")
     if start.startswith(b"version https://git-lfs"):
-        raise ValueError(
-            f"{path} is a Git-LFS pointer of {size} bytes, not the checkpoint; `git lfs pull` in its clone fetches it."
-        )
+        advice = "`git lfs pull` in its clone fetches it"
+        raise ValueError(f"{path} is a Git-LFS pointer of {size} bytes, not the checkpoint; {advice}.")
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise ValueError(f"{path} is a web page, not a checkpoint; {_AGAIN}, from the link of the file itself.")
     if head.startswith(b"PK\x03\x04"):
@@ -117,10 +116,8 @@ def _recognise_safetensors(path: Path, length: int, size: int) -> str:
     end = 8 + length
     if len(header) == length:
         try:
-            entries = json.loads(header)
-            end += max(
-                (entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0
-            )
+            tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+            end += max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             raise ValueError(f"{path} begins like safetensors, but its header cannot be read; {_AGAIN}.") from None
     if size < end:

@@ -100,9 +100,8 @@ def read_published_checkpoint(
     file = read_published_file(path)
     tensors, architecture = rename_published(file.tensors, path)
     hidden_act, why_activation = _choose_activation(architecture, file.activation, preset, activation, path)
-    (vision_heads, text_heads), why_heads = _choose_heads(
-        architecture, file.activation is not None, preset, heads, path
-    )
+    is_archive = file.activation is not None
+    (vision_heads, text_heads), why_heads = _choose_heads(architecture, is_archive, preset, heads, path)
     config = _configure(architecture, hidden_act, vision_heads, text_heads)
     _check_tensors(config, tensors, path)
     notes = [
@@ -111,9 +110,8 @@ def read_published_checkpoint(
         f"heads {vision_heads} (vision) and {text_heads} (text): {why_heads}",
     ]
     if architecture.two_tables:
-        notes.append(
-            f"positions 0-{KEPT_BY_MASK - 1} from positional_embedding, the others from positional_embedding_res"
-        )
+        first = f"positions 0-{KEPT_BY_MASK - 1} from positional_embedding"
+        notes.append(f"{first}, the others from positional_embedding_res")
     return PublishedCheckpoint(config, tensors, notes)
 
 
@@ -132,9 +130,8 @@ def read_pretrained(source: str) -> PublishedCheckpoint:
         raise OSError(f"There is no model {source} here, and the Hub gives none ({reason}).") from None
     model_type, classes = fields.get("model_type"), {"clip": CLIPModel, "lrsclip": LRSCLIPModel}
     if model_type not in classes:
-        raise ValueError(
-            f"{source} holds a model of type {model_type}; convert takes clip and lrsclip, and checkpoint files."
-        )
+        taken = "clip and lrsclip, and checkpoint files"
+        raise ValueError(f"{source} holds a model of type {model_type}; convert takes {taken}.")
     check_layers(*((fields.get(tower) or {}).get("num_hidden_layers") for tower in ("text_config", "vision_config")))
     model, loaded = classes[model_type].from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True)
     unknown = loaded["unexpected_keys"]

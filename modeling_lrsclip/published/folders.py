@@ -13,15 +13,13 @@ from ..modeling_lrsclip import LRSCLIPModel
 from ..processing_lrsclip import LRSCLIPProcessor
 from .open_clip import write_open_clip
 from .plain_clip import write_plain_clip
-from .state_dict_keys import rename_published
+from .state_dict_keys import Tensors, rename_published
 
 
 _PROBE = "It\u2019s 2 white tanks &amp; a road."
 
 
-def write_lrsclip(
-    skeleton: LRSCLIPModel, tensors: dict[str, torch.Tensor], processor: LRSCLIPProcessor, folder: Path
-) -> None:
+def write_lrsclip(skeleton: LRSCLIPModel, tensors: Tensors, processor: LRSCLIPProcessor, folder: Path) -> None:
     """
     Writes weights, processor, tokenizer, and the code for `trust_remote_code=True`; arguments as the others'.
 
@@ -40,7 +38,7 @@ def write_lrsclip(
 WRITERS = {"lrsclip": write_lrsclip, "plain-clip": write_plain_clip, "open-clip": write_open_clip}
 
 
-def check_written(folder: Path, tensors: dict[str, torch.Tensor], processor: LRSCLIPProcessor, layout: str) -> None:
+def check_written(folder: Path, tensors: Tensors, processor: LRSCLIPProcessor, layout: str) -> None:
     """
     Reads back every weight, which must be equal to the bit, and the tokenizer by what it does.
 

@@ -5,13 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 from ..configuration_lrsclip import LRSCLIPConfig
 from ..modeling_lrsclip import LRSCLIPModel
 from ..processing_lrsclip import LRSCLIPProcessor
-from .state_dict_keys import restore_published
+from .state_dict_keys import Tensors, restore_published
 
 
 # mlfoundations/open_clip src/open_clip/constants.py
@@ -53,18 +52,12 @@ def open_clip_config(config: LRSCLIPConfig, processor: LRSCLIPProcessor) -> dict
             "layers": text.num_hidden_layers,
         },
     }
-    preprocess = {
-        "mean": image.image_mean,
-        "std": image.image_std,
-        "interpolation": "bicubic",
-        "resize_mode": "shortest",
-    }
+    preprocess = {"mean": image.image_mean, "std": image.image_std}
+    preprocess |= {"interpolation": "bicubic", "resize_mode": "shortest"}
     return {"model_cfg": model, "preprocess_cfg": preprocess}
 
 
-def write_open_clip(
-    skeleton: LRSCLIPModel, tensors: dict[str, torch.Tensor], processor: LRSCLIPProcessor, folder: Path
-) -> None:
+def write_open_clip(skeleton: LRSCLIPModel, tensors: Tensors, processor: LRSCLIPProcessor, folder: Path) -> None:
     """
     Writes weights under OpenAI's names and the configuration; open_clip brings the tokenizer, which cleans texts.
 

@@ -17,23 +17,14 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from ..configuration_lrsclip import LRSCLIPConfig
 from ..modeling_lrsclip import LRSCLIPModel
 from ..processing_lrsclip import LRSCLIPProcessor
+from .state_dict_keys import Tensors
 
 
-# UTF-8 that was read as Windows-1252, the commonest cases; ftfy mends others too.
-_GARBLED = {
-    "\u00e2\u20ac\u2122": "'",
-    "\u00e2\u20ac\u02dc": "'",
-    "\u00e2\u20ac\u0153": '"',
-    "\u00e2\u20ac\u009d": '"',
-    "\u00e2\u20ac\u201c": "\u2013",
-    "\u00e2\u20ac\u201d": "\u2014",
-    "\u00e2\u20ac\u00a6": "\u2026",
-    "\u00c2\u00b0": "\u00b0",
-    "\u00c2\u00b2": "\u00b2",
-    "\u00c3\u00a9": "\u00e9",
-    "\u00c3\u2014": "\u00d7",
-}
 _PLAIN = {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u00a0": " "}
+# UTF-8 that was read as Windows-1252, the commonest cases; ftfy mends others too.
+_MARKS = "\u2019\u2018\u201c\u2013\u2014\u2026\u00b0\u00b2\u00e9\u00d7"
+_GARBLED = {mark.encode().decode("cp1252"): _PLAIN.get(mark, mark) for mark in _MARKS}
+_GARBLED["\u00e2\u20ac\u009d"] = '"'  # from U+201D, whose last byte Windows-1252 does not know
 # `amp` last, so that one pass over them is one call of html.unescape.
 _ENTITY_NAMES = (
     "lt gt quot #34 apos #39 #x27 lsquo rsquo #8216 #8217 ldquo rdquo #8220 #8221 ndash mdash hellip deg times nbsp #160 "
@@ -77,22 +68,18 @@ def plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFa
     backend.no_padding()
     backend.no_truncation()
     backend.normalizer = normalizers.Sequence([*_cleaning(), backend.normalizer])
-    backend.decoder = decoders.Sequence(
-        [decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Strip(" ", 0, 1)]
-    )
-    names = ("bos_token", "eos_token", "pad_token", "unk_token")
-    special = {name: getattr(tokenizer, name) for name in names}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=tokenizer.model_max_length, **special, padding_side="right"
-    )
+    steps = [decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Strip(" ", 0, 1)]
+    backend.decoder = decoders.Sequence(steps)
+    names = ("bos_token", "eos_token", "pad_token", "unk_token", "model_max_length")
+    kept = {name: getattr(tokenizer, name) for name in names}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **kept, padding_side="right")
 
 
 def plain_processor(processor: LRSCLIPProcessor) -> CLIPProcessor:
     """The processor as a `CLIPProcessor`: [`plain_tokenizer`] and CLIP's own image processor with the same numbers."""
     fields = processor.image_processor.to_dict()
-    kept = {
-        name: fields[name] for name in ("size", "crop_size", "image_mean", "image_std", "resample") if name in fields
-    }
+    names = {"size", "crop_size", "image_mean", "image_std", "resample"}
+    kept = {name: value for name, value in fields.items() if name in names}
     return CLIPProcessor(CLIPImageProcessorPil(**kept), plain_tokenizer(processor.tokenizer))
 
 
@@ -100,17 +87,12 @@ def plain_config(config: LRSCLIPConfig) -> CLIPConfig:
     """`model_type: clip`, with the long position table."""
     fields = config.to_dict()
     ours = {"model_type", "kept_positions", "stretch_ratio", "long_weight", "auto_map", "architectures"}
-    towers = {
-        name: {key: value for key, value in fields[name].items() if key not in ours}
-        for name in ("text_config", "vision_config")
-    }
-    rest = {key: value for key, value in fields.items() if key not in ours | set(towers)}
-    return CLIPConfig(**rest, **towers)
+    for tower in ("text_config", "vision_config"):
+        fields[tower] = {key: value for key, value in fields[tower].items() if key not in ours}
+    return CLIPConfig(**{key: value for key, value in fields.items() if key not in ours})
 
 
-def write_plain_clip(
-    skeleton: LRSCLIPModel, tensors: dict[str, torch.Tensor], processor: LRSCLIPProcessor, folder: Path
-) -> None:
+def write_plain_clip(skeleton: LRSCLIPModel, tensors: Tensors, processor: LRSCLIPProcessor, folder: Path) -> None:
     """
     Writes a folder for `CLIPModel` and everything that reads it.
 

@@ -95,10 +95,9 @@ def _lrsclip(size: str, title: str, revision: str, source: str) -> PublishedMode
 
 def _skyclip(size: str, title: str, archive: str) -> PublishedModel:
     """A zip file with an epoch_20.pt."""
-    row = {"file": "epoch_20.pt", "preset": "skyclip", "url": f"{_SKYSCRIPT}/{archive}"}
-    return PublishedModel(
-        f"skyclip-{size}", f"SkyCLIP {title}", **row, source="wangzhecheng/SkyScript README.md", licence="MIT"
-    )
+    row = {"file": "epoch_20.pt", "preset": "skyclip", "url": f"{_SKYSCRIPT}/{archive}", "licence": "MIT"}
+    source = "wangzhecheng/SkyScript README.md"
+    return PublishedModel(f"skyclip-{size}", f"SkyCLIP {title}", **row, source=source)
 
 
 def _farslip(stage: int, size: str, title: str) -> PublishedModel:
@@ -191,9 +190,8 @@ def resolve(value: str) -> ModelSource:
     if value.lower() in MODELS:
         return fetch(MODELS[value.lower()])
     if value.lower() in PAPER_ONLY:
-        raise ValueError(
-            f"{value} ({PAPER_ONLY[value.lower()]}) is no CLIP; only the paper's figures of it are shown."
-        )
+        shown = "only the paper's figures of it are shown"
+        raise ValueError(f"{value} ({PAPER_ONLY[value.lower()]}) is no CLIP; {shown}.")
     if value.lower().endswith(WEIGHT_FILES):
         raise ValueError(f"checkpoint file {value} does not exist.")
     if value.count("/") == 1 and not value.startswith((".", "~", "/")) and not Path(value).parent.is_dir():
@@ -270,9 +268,8 @@ def fetch(model: PublishedModel) -> ModelSource:
             revision = _revision_in_history(model)
             path = Path(hf_hub_download(model.repo, file, revision=revision))
     except _hub_errors() as error:
-        raise ValueError(
-            f"{model.name}: {model.address} could not be fetched ({_reason(error)}); {model.by_hand}."
-        ) from error
+        address = f"{model.name}: {model.address}"
+        raise ValueError(f"{address} could not be fetched ({_reason(error)}); {model.by_hand}.") from error
     commit = path.relative_to(path.parents[file.count("/") + 1]).parts[0]
     return ModelSource(str(path) if model.file else model.repo, model, commit)
 
@@ -302,8 +299,7 @@ def _revision_in_history(model: PublishedModel) -> str:
     """
     from huggingface_hub import HfApi
 
-    api = HfApi()
-    file = model.file or "config.json"
+    api, file = HfApi(), model.file or "config.json"
     commits = [commit.commit_id for commit in api.list_repo_commits(model.repo)]
     for commit in commits:
         if api.file_exists(model.repo, file, revision=commit):

@@ -15,6 +15,8 @@ import torch
 from .checkpoint_files import list_some
 
 
+Tensors = dict[str, torch.Tensor]  # a state dict
+
 # openai/CLIP clip/model.py -> transformers models/clip/modeling_clip.py
 _TOWERS = {"transformer": "text_model", "visual.transformer": "vision_model"}
 _BLOCK = {
@@ -85,7 +87,7 @@ class Architecture:
         )
 
 
-def rename_published(tensors: dict[str, Any], path) -> tuple[dict[str, torch.Tensor], Architecture]:
+def rename_published(tensors: dict[str, Any], path) -> tuple[Tensors, Architecture]:
     """
     Every tensor under its name in `CLIPModel`: fused q, k, v rows apart, projections transposed, two position tables
     made one.
@@ -102,7 +104,7 @@ def rename_published(tensors: dict[str, Any], path) -> tuple[dict[str, torch.Ten
     if any(key.startswith(("visual.layer1.", "visual.attnpool.")) for key in tensors):
         raise ValueError(f"{path} is a CLIP with a ResNet image tower; LRSCLIP and CLIPModel have ViT towers only.")
     count, first = len(tensors), list_some(tensors)
-    targets: dict[str, torch.Tensor] = {}
+    targets: Tensors = {}
     statements: dict[str, int] = {}
     second_table, masks, unknown = None, {}, []
     for key in list(tensors):
@@ -143,7 +145,7 @@ def rename_published(tensors: dict[str, Any], path) -> tuple[dict[str, torch.Ten
     return targets, architecture
 
 
-def restore_published(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def restore_published(tensors: Tensors) -> Tensors:
     """
     The way back of [`rename_published`]: a state dict with OpenAI's names, which open_clip reads, and one position table.
 
@@ -154,7 +156,7 @@ def restore_published(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
         `dict`: contiguous tensors; q, k and v joined, projections as `x @ proj` takes them.
     """
     published = {}
-    for ours, theirs in ((ours, theirs) for theirs, ours in _OUTSIDE_BLOCKS.items()):
+    for theirs, ours in _OUTSIDE_BLOCKS.items():
         published[theirs] = (tensors[ours].t() if theirs in _TRANSPOSED else tensors[ours]).contiguous()
     for theirs, tower in _TOWERS.items():
         for number in range(_count_layers(tensors, tower)):
@@ -167,7 +169,7 @@ def restore_published(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     return published
 
 
-def _rename(name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+def _rename(name: str, value: torch.Tensor) -> Tensors:
     """The tensors that one becomes; none for an unknown name."""
     if name.startswith(("text_model.", "vision_model.", "text_projection.", "visual_projection.")):
         return {name: value}
@@ -190,7 +192,7 @@ def _rename(name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
     return {}
 
 
-def _count_layers(targets: dict[str, torch.Tensor], tower: str) -> int:
+def _count_layers(targets: Tensors, tower: str) -> int:
     numbers = {int(name.split(".")[3]) for name in targets if re.match(rf"{tower}\.encoder\.layers\.\d+\.", name)}
     return max(numbers, default=-1) + 1
 
@@ -207,7 +209,7 @@ def _expected_keys(layers: dict[str, int]) -> set[str]:
     return blocks | set(_OUTSIDE_BLOCKS.values())
 
 
-def _check_masks(masks: dict[str, torch.Tensor], path) -> None:
+def _check_masks(masks: Tensors, path) -> None:
     """The masks of the two tables must say what [`_one_table`] does."""
     for name, mask in masks.items():
         first = torch.arange(mask.numel()) < KEPT_BY_MASK
@@ -229,14 +231,11 @@ def _one_table(first: torch.Tensor, second: torch.Tensor, path) -> torch.Tensor:
     return torch.cat([first[:KEPT_BY_MASK], second[KEPT_BY_MASK:].to(first.dtype)])
 
 
-def _read_architecture(
-    targets: dict[str, torch.Tensor], layers: dict[str, int], two_tables: bool, path
-) -> Architecture:
+def _read_architecture(targets: Tensors, layers: dict[str, int], two_tables: bool, path) -> Architecture:
     def shape(name: str, dimensions: int) -> torch.Size:
         if targets[name].ndim != dimensions:
-            raise ValueError(
-                f"{path}: {name} has shape {tuple(targets[name].shape)}, not {dimensions} dimensions; it is damaged."
-            )
+            shapes = f"{name} has shape {tuple(targets[name].shape)}, not {dimensions} dimensions"
+            raise ValueError(f"{path}: {shapes}; it is damaged.")
         return targets[name].shape
 
     vocabulary, text_width = shape("text_model.embeddings.token_embedding.weight", 2)

@@ -37,9 +37,8 @@ def tokenizer_from_bpe(path: str | Path, model_max_length: int) -> CLIPTokenizer
     entries = [*alphabet, *(f"{byte}</w>" for byte in alphabet), *("".join(merge) for merge in merges), START, END]
     vocab = {entry: index for index, entry in enumerate(entries)}
     if len(vocab) != len(entries):
-        raise ValueError(
-            f"{path} repeats {len(entries) - len(vocab)} of its merges; it is not the published BPE file."
-        )
+        repeated = len(entries) - len(vocab)
+        raise ValueError(f"{path} repeats {repeated} of its merges; it is not the published BPE file.")
     try:
         return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=model_max_length)
     except Exception as error:  # tokenizers raises nothing more special
@@ -55,9 +54,8 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
     except (OSError, EOFError, zlib.error):
         raise ValueError(f"{path} is a damaged gzip file; download it again.") from None
     except UnicodeDecodeError:
-        raise ValueError(
-            f"{path} is not text; --tokenizer takes bpe_simple_vocab_16e6.txt.gz of the published code."
-        ) from None
+        advice = "--tokenizer takes bpe_simple_vocab_16e6.txt.gz of the published code"
+        raise ValueError(f"{path} is not text; {advice}.") from None
     merges = [tuple(line.split()) for line in lines]
     for number, merge in enumerate(merges, start=2):
         if len(merge) != 2 and not (number == len(merges) + 1 and not merge):  # a final line end

@@ -74,9 +74,8 @@ def _collect(module: Any, prefix: str, code: dict[str, str], tensors: dict[str, 
     if depth > _DEEPEST:
         raise ValueError(f"its modules are nested more than {_DEEPEST} deep")
     if not isinstance(module, _Module) or not isinstance(getattr(module, "state", None), dict):
-        raise ValueError(
-            f"its module {prefix.rstrip('.') or 'itself'} is restored by code of the file, which is not run"
-        )
+        name = prefix.rstrip(".") or "itself"
+        raise ValueError(f"its module {name} is restored by code of the file, which is not run")
     kept = _parameters_and_buffers(module.class_name, code)
     for name, value in module.state.items():
         if isinstance(value, torch.Tensor) and (kept is None or name in kept):

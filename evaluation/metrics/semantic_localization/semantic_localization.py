@@ -60,8 +60,6 @@ class SemanticLocalization(evaluate.Metric):
         )
 
     def _compute(self, predictions, references) -> dict[str, float]:
-        values = [
-            localization_metrics(np.asarray(heat), regions)
-            for heat, regions in zip(predictions, references, strict=True)
-        ]
+        queries = zip(predictions, references, strict=True)
+        values = [localization_metrics(np.asarray(heat), regions) for heat, regions in queries]
         return {name: float(np.mean([value[name] for value in values])) for name in values[0]}
