@@ -5,8 +5,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from modeling_lrsclip.commands import command
-
 from .commands import add_locate, add_search, add_serve
 
 
@@ -145,7 +143,6 @@ def _checked(parse):
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-@command(interrupted="interrupted; what is finished stays, run the command again")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; bad input is one sentence on standard error and exit status 2."""
     parser = argparse.ArgumentParser(prog="geosearch", description=__doc__)
@@ -158,9 +155,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"error: {error.name} is not installed: pip install '.[geosearch]' in the clone", file=sys.stderr)
         return 2
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except OSError as error:  # a full disk, a folder that takes no file
         print(f"error: {error}; what is finished stays, run the command again", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; what is finished stays, run the command again", file=sys.stderr)
+        return 130
     return 0
 
 
