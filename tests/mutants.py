@@ -80,6 +80,7 @@ EQUIVALENT = {
         "1",
         "2",
     ): "a line end and blanks, which split() drops anyway",
+    ("training/data/visiting_order.py", "__init__", "2", "3"): "size of a cache",
     ("training/losses.py", "backward", "False", "True"): "autocast leaves doubles and products into a buffer alone",
     ("training/losses.py", "forward", "False", "True"): "autocast leaves doubles alone",
     ("training/losses.py", "backward", "1", "2"): "a share of the largest variance but one, for what is rounding",

@@ -114,7 +114,7 @@ class Mixture:
         epochs, rows = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
         for number, source in enumerate(self.sources):
             places = np.flatnonzero(np.diff(counts[number]))
-            length = source.rows if self.weighted else max(int(whole[number]), 1)
+            length = source.rows if self.weighted else int(whole[number])  # 0 for a source without a place
             rounds, positions = np.divmod(epoch * int(whole[number]) + counts[number, places], length)
             for turn in np.unique(rounds):
                 now = rounds == turn

@@ -61,6 +61,9 @@ class TestEpochs:
         assert len(next(iter(VisitSampler(order, 12, 1)))) == 12
         with pytest.raises(ValueError, match="loop.batch_size=13 is more than the 12 training pairs"):
             VisitSampler(order, 13, 1)
+        with pytest.raises(ValueError, match="loop.batch_size=10 .* must be a multiple of their number, 3"):
+            VisitSampler(order, 10, 1, share=(0, 3))
+        assert len(VisitSampler(order, 12, steps=5, start=2)) == 3
 
     def test_rows_are_spread_well(self):
         """With windows of a fifth, a batch is no more alike than chance makes it: few neighbours share one."""
