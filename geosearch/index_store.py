@@ -270,7 +270,7 @@ class Index:
             return False
         try:
             stamp = json.loads((self.folder / VECTORS_STAMP).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return False
         return stamp == self._vectors_stamp
 

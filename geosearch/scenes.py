@@ -51,9 +51,13 @@ class SceneList:
     _seen: set[str] = field(default_factory=set, repr=False)
 
     def add(self, path: str | Path, timestamp: datetime.datetime | None = None) -> None:
-        """Adds a file, unless it is there already under this or another name."""
+        """Adds a file, unless it is there already under this or another name, or can be none."""
         path = os.path.abspath(path)
-        real = os.path.realpath(path)
+        try:
+            real = os.path.realpath(path)
+        except ValueError as error:  # a byte of value 0
+            self.skip(path, f"{path!r} cannot be the name of a file ({error}).")
+            return
         if real in self._seen:
             self.repeated += 1
             return

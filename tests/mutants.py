@@ -80,6 +80,7 @@ EQUIVALENT = {
         "1",
         "2",
     ): "a line end and blanks, which split() drops anyway",
+    ("evaluation/metrics/semantic_localization/measures.py", "region_mask", "1", "2"): "both are true",
     ("training/data/visiting_order.py", "__init__", "2", "3"): "size of a cache",
     ("training/losses.py", "backward", "False", "True"): "autocast leaves doubles and products into a buffer alone",
     ("training/losses.py", "forward", "False", "True"): "autocast leaves doubles alone",
@@ -101,6 +102,17 @@ EQUIVALENT = {
             (
                 *("tokens_curve", "changed and kept < encoder.positions", "(changed or kept < encoder.positions)"),
                 "what is encoded again comes out the same",
+            ),
+        )
+    },
+    **{
+        ("evaluation/metrics/semantic_localization/measures.py", "_highest_around", before, after): why
+        for before, after, why in (
+            ("2 * reach <= PEAK_SIDE", "(2 * reach < PEAK_SIDE)", "1000 is no power of two"),
+            (
+                "2",
+                "3",
+                "the last of 1, 2, 4, ... up to 512 that three times fits into 1000 is one before that twice does",
             ),
         )
     },

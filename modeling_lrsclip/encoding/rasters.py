@@ -24,6 +24,7 @@ os.environ.setdefault("GDAL_CACHEMAX", "256")  # megabytes; GDAL's own default i
 os.environ.setdefault("GDAL_VRT_ENABLE_PYTHON", "NO")  # a foreign file runs no code
 
 import rasterio  # noqa: E402  reads the variables above
+from rasterio._err import CPLE_BaseError  # noqa: E402  (some calls let GDAL's own errors through)
 from rasterio.enums import ColorInterp, MaskFlags, Resampling  # noqa: E402
 from rasterio.errors import NotGeoreferencedWarning, RasterioError, RasterioIOError  # noqa: E402
 from rasterio.io import DatasetReader  # noqa: E402
@@ -301,7 +302,8 @@ class Raster:
         raise RasterError(f"{self.path} has no band named {band}; its {count} bands are named {shown}.")
 
     def _colour(self, band: int) -> str:
-        return self.dataset.colorinterp[band - 1].name
+        with _named_errors(self.path):
+            return self.dataset.colorinterp[band - 1].name
 
     # --------------------------------------------------------------------------------------------------- percentiles
 
@@ -395,7 +397,7 @@ def _named_errors(path: str) -> Iterator[None]:
     except OSError as error:
         reason = None if isinstance(error, RasterioIOError) else error.strerror
         raise RasterError(f"{path} cannot be read ({reason or _reason(error, path)}).") from error
-    except (RasterioError, ValueError, MemoryError) as error:
+    except (RasterioError, CPLE_BaseError, ValueError, MemoryError) as error:
         if isinstance(error, RasterError):
             raise
         raise RasterError(f"{path} cannot be read ({_reason(error, path)}).") from error

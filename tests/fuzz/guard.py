@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-SECONDS = 20  # far more than any reader needs for a file of some kilobytes, on a machine that does much else
+SECONDS = 20  # of computing; far more than any reader needs for a file of some kilobytes
+WAITING = 300  # seconds, whoever else has the processor
 MEMORY = 3 << 30  # bytes of address space beside what the process has
 # Audit events of Python that a reader never raises (PEP 578).
 CODE = {"os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "subprocess.Popen", "socket.connect"}
@@ -31,7 +32,7 @@ sys.addaudithook(_audit)
 
 
 def _too_long(*_: object) -> None:
-    raise BrokenRule(f"more than {SECONDS} s")
+    raise BrokenRule(f"more than {SECONDS} s of computing, or {WAITING} s")
 
 
 @contextlib.contextmanager
@@ -40,14 +41,17 @@ def guarded() -> Iterator[None]:
     global _watching
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = signal.signal(signal.SIGALRM, _too_long)
+    limits = ((signal.SIGPROF, signal.ITIMER_PROF, SECONDS), (signal.SIGALRM, signal.ITIMER_REAL, WAITING))
+    before = [signal.signal(number, _too_long) for number, _, _ in limits]
     try:
         resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, hard))
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        for _, timer, seconds in limits:
+            signal.setitimer(timer, seconds)
         _watching = True
         yield
     finally:
         _watching = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for (number, timer, _), handler in zip(limits, before):
+            signal.setitimer(timer, 0)
+            signal.signal(number, handler)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

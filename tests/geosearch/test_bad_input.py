@@ -265,9 +265,9 @@ def test_stac_documents_lead_to_local_files(tmp_path):
 
 def test_tables_lead_to_files(tmp_path, make_index):
     scene = write_scene(tmp_path / "d" / "a.tif", noise(3, 100, 100))
-    (tmp_path / "list.csv").write_text("path,datetime\nd/a.tif,2022-03-04\n,\nhttp://x/y.tif,2022\n")
+    (tmp_path / "list.csv").write_text("path,datetime\nd/a.tif,2022-03-04\n,\nhttp://x/y.tif,2022\nb\0.tif,\n")
     found = find_scenes([tmp_path / "list.csv"])
-    assert [entry.path for entry in found.scenes] == [str(scene)] and len(found.skipped) == 2
+    assert [entry.path for entry in found.scenes] == [str(scene)] and len(found.skipped) == 3
     make_index(tmp_path / "list.csv")
     times = set(open_index(tmp_path / "index").rows(["timestamp"])["timestamp"].to_pylist())
     assert [time.isoformat() for time in times] == ["2022-03-04T00:00:00+00:00"]

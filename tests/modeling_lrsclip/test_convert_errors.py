@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from modeling_lrsclip.convert import load_published, main
+from modeling_lrsclip.published.checkpoint_files import read_published_file
 from modeling_lrsclip.published.checkpoints import PRESETS, _choose_activation, _choose_heads
 from modeling_lrsclip.published.state_dict_keys import Architecture
 from modeling_lrsclip.published.tokenizer import tokenizer_from_bpe
@@ -96,6 +97,13 @@ class TestNotACheckpoint:
         for length in (len(content) - 1000, 3000):
             source.write_bytes(content[:length])
             assert said in refused(source, "--activation", "gelu")
+
+    def test_a_word_of_a_header_is_not_told_in_full(self, tmp_path):
+        header = json.dumps({"a": {"dtype": "x" * 100_000, "shape": [1], "data_offsets": [0, 4]}}).encode()
+        (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+        with pytest.raises(ValueError, match="a.safetensors .*x{99}") as refused:
+            read_published_file(tmp_path / "a.safetensors")
+        assert len(str(refused.value)) < 1000
 
     def test_a_zip_around_it(self, refused, tmp_path):
         with zipfile.ZipFile(tmp_path / "SkyCLIP.zip", "w") as archive:

@@ -1,5 +1,6 @@
 """Rasters of every kind to 8-bit RGB: bands, stretch, nothing, palettes, masks, and what cannot be read."""
 
+import contextlib
 import os
 import warnings
 
@@ -186,6 +187,17 @@ def test_broken_overviews_fall_back_to_the_pixels(tmp_path, monkeypatch):
     with Raster(path) as raster:
         assert raster.dataset.overviews(1) == [2] and raster.rendering.low == whole.low
         assert raster.read(0, 0, 100, 100)[1].all()
+
+
+def test_a_tag_of_no_known_type_is_refused_by_name(tmp_path):
+    """Found by fuzzing: where colours are asked for, an error of GDAL's own comes through rasterio."""
+    path = write(tmp_path / "a.tif", values(3))
+    whole = path.read_bytes()
+    start = int.from_bytes(whole[4:8], "little") + 2
+    for entry in range(start, start + 12 * int.from_bytes(whole[start - 2 : start], "little"), 12):
+        path.write_bytes(whole[:entry] + bytes.fromhex("96f24850da770000") + whole[entry + 8 :])
+        with contextlib.suppress(RasterError), Raster(path) as raster:
+            raster.read(0, 0, 10, 10)
 
 
 def test_a_thin_strip_of_data_between_the_sampled_pieces_is_found(tmp_path):

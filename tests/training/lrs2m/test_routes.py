@@ -304,16 +304,19 @@ def test_an_images_own_damaged_vectors_cost_that_image_alone(tmp_path, write_rec
     (tmp_path / "own").mkdir()
     (tmp_path / "maps").mkdir()
     feature = {"type": "Feature", "geometry": polygon(5, 5, 20, 20), "properties": {"what": "mine"}}
-    for index, text in enumerate([json.dumps(feature), '{"type": "Feature", "geom']):
+    for index, text in enumerate([json.dumps(feature), '{"type": "Feature", "geom', json.dumps(feature)]):
         picture(index, (50, 40)).save(tmp_path / "own" / f"{index}.png")
-        (tmp_path / "maps" / f"{index}.geojson").write_text(text)
+        (tmp_path / "maps" / f"{index}.geojson").write_bytes(
+            text.encode() if index < 2 else text.encode().replace(b"mine", b"min\x8c")
+        )
     labels = {"kind": "geojson", "path": str(tmp_path / "maps"), "field": "what"}
     reader = LabelReader(LabelsConfig(**labels), tmp_path)
-    records = [Record("own", index, tmp_path / "own" / f"{index}.png", image_key=f"{index}.png") for index in range(2)]
+    records = [Record("own", index, tmp_path / "own" / f"{index}.png", image_key=f"{index}.png") for index in range(3)]
     assert [label.name for label in reader.of(records[0], (50, 40))] == ["mine"]
-    with pytest.raises(Skip, match="1.geojson cannot be read as geojson") as skipped:
-        reader.of(records[1], (50, 40))
-    assert skipped.value.reason == "labels unreadable"
+    for index in (1, 2):
+        with pytest.raises(Skip, match=f"{index}.geojson cannot be read as geojson") as skipped:
+            reader.of(records[index], (50, 40))
+        assert skipped.value.reason == "labels unreadable"
 
 
 def write_geotiff(path, image: Image.Image, transform, crs: str | None = None):

@@ -19,6 +19,7 @@ from .anchors import Label
 Bounds = tuple[float, float, float, float]  # min x, min y, max x, max y; in pixels, y swapped: 0, height, width, 0
 
 _UNREADABLE = (pyogrio.errors.DataSourceError, pyogrio.errors.GeometryError, shapely.GEOSException, RuntimeError)
+_UNREADABLE += (UnicodeDecodeError,)
 _DRIVERS = ["GTiff", "PNG", "JPEG", "WEBP", "BMP", "GIF", "JP2OpenJPEG"]  # no format that names other files
 
 
