@@ -81,6 +81,8 @@ EQUIVALENT = {
         "2",
     ): "a line end and blanks, which split() drops anyway",
     ("evaluation/metrics/semantic_localization/measures.py", "region_mask", "1", "2"): "both are true",
+    ("training/checkpoint.py", "", "1e6", "1000001.0"): "of a message that has one decimal",
+    ("training/checkpoint.py", "", "1.0", "2.0"): "any number below 0",
     ("training/data/visiting_order.py", "__init__", "2", "3"): "size of a cache",
     ("training/losses.py", "backward", "False", "True"): "autocast leaves doubles and products into a buffer alone",
     ("training/losses.py", "forward", "False", "True"): "autocast leaves doubles alone",

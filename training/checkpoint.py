@@ -372,10 +372,7 @@ def whole_model(accelerator: Accelerator, model: LRSCLIPModel) -> LRSCLIPModel |
     """
     if not has_adapters(model) and not is_sharded(accelerator):
         return model if accelerator.is_main_process else None
-    if is_sharded(accelerator):
-        state_dict = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    else:
-        state_dict = model.state_dict()
+    state_dict = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if not accelerator.is_main_process:
         return None
     with torch.random.fork_rng(devices=[]):  # a new model draws weights, and training must not notice

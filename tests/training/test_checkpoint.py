@@ -226,6 +226,9 @@ def test_progress_returns():
     resumed = TrainState()
     resumed.load_state_dict(json.loads(json.dumps(progress.state_dict())))
     assert resumed == progress != TrainState()
+    fresh = TrainState()
+    assert fresh.best_recall < 0 == fresh.step == fresh.best_step == fresh.validated  # a recall of 0 is better
+    assert (fresh.not_better, fresh.skipped, fresh.seconds) == (0, 0, 0.0)
 
 
 def test_clean_up(tmp_path):
