@@ -186,8 +186,8 @@ class Trainer:
         input_ids = {kind: batch[name] for kind, name in INPUT_IDS.items() if name in batch}  # (b, L) each
         texts = self._group(list(input_ids.values()))
         hashes = {kind: gather(text_hashes(ids, end_of_text).to(device)) for kind, ids in input_ids.items()}  # (B,)
-        self.report.count("tokens", sum(int(token_lengths(ids, end_of_text).sum()) for ids in input_ids.values()))
-        self.report.count("tokens_with_padding", sum(group.numel() for group in texts.groups))
+        self.report.counts["tokens"] += sum(int(token_lengths(ids, end_of_text).sum()) for ids in input_ids.values())
+        self.report.counts["tokens_with_padding"] += sum(group.numel() for group in texts.groups)
         # Of the step alone: a resumed run has the same.
         loss_config = self.config.loss.at(self.state.step / self.steps)
 

@@ -48,7 +48,7 @@ class RunLog:
     def __init__(self, accelerator: Accelerator, folder: Path, steps: int, batch_size: int, log_ids: bool = False):
         self.accelerator, self.folder, self.steps, self.batch_size = accelerator, folder, steps, batch_size
         self.log_ids, self.path, self.bar = log_ids, folder / LOG, None
-        self.counts = Counter()  # of this process since the last line
+        self.counts = Counter()  # of this process since the last line, which says those of all processes together
         self.since = (0, 0.0)  # step and seconds of that line
         self.drawn = 0  # bytes of the log that the curves show
 
@@ -89,10 +89,6 @@ class RunLog:
         """Log the sample ids of this process' share of the batch, where that was asked for."""
         if self.log_ids:
             self._append({"kind": "batch", "step": step, "ids": gather_object(ids)})
-
-    def count(self, name: str, number: int) -> None:
-        """Add to what the next line says of all processes together."""
-        self.counts[name] += number
 
     def losses(self, state: TrainState, losses: DualTextLoss, numbers: dict[str, Any], write: bool) -> None:
         """

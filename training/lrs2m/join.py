@@ -80,19 +80,14 @@ def find_parts(folders: Sequence[Path], output: Path) -> list[FinishedPart]:
             raise ValueError(f"{folder} is no finished part of a build; run its command again until it ends well.")
     if not parts:
         raise ValueError(f"{', '.join(map(str, folders))}: no finished part of a build is there; see build --part.")
-    first = parts[0]
+    first, count = parts[0], parts[0].manifest["part"][1]
     for part in parts:
-        if (part.manifest["recipe_hash"], part.manifest["part"][1]) != (
-            first.manifest["recipe_hash"],
-            first.manifest["part"][1],
-        ):
+        if (part.manifest["recipe_hash"], part.manifest["part"][1]) != (first.manifest["recipe_hash"], count):
             raise ValueError(f"{first.folder} and {part.folder} are not parts of one build; give those of one.")
     by_number: dict[int, FinishedPart] = {}
     for part in parts:
-        if part.number in by_number:
-            raise ValueError(f"{by_number[part.number].folder} and {part.folder} are the same part; give one of them.")
-        by_number[part.number] = part
-    count = first.manifest["part"][1]
+        if (known := by_number.setdefault(part.number, part)) is not part:
+            raise ValueError(f"{known.folder} and {part.folder} are the same part; give one of them.")
     missing = [str(number) for number in range(1, count + 1) if number not in by_number]
     if missing:
         raise ValueError(f"of {count} parts {', '.join(missing[:10])} are missing; build them, or name their folders.")

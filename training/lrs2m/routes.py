@@ -171,7 +171,7 @@ class Writer:
                 reason = {"reason": fault.check, "detail": fault.detail, "answer": answer.text[:300]}
                 attempts.append({"seed": sampling.seed} | reason)
                 continue
-            good.append(Text(text, captioner.id, prompt, sampling.settings(), count(text), warnings=warnings))
+            good.append(Text(text, captioner.id, prompt, vars(sampling), count(text), warnings=warnings))
             if len(good) == config.candidates:
                 break
         if not good:

@@ -85,13 +85,10 @@ class RowMaker:
         return {
             **{name: getattr(record, name) for name in OF_RECORDS},
             "image": image,
-            "long_text": one.long.text,
-            "short_text": one.short.text,
             "source": self.source.name,
             "licence": self.source.licence,
             "route": self.source.route,
-            **_provenance("long", one.long),
-            **_provenance("short", one.short),
+            **{f"{which}_{name}": value for which, text in texts.items() for name, value in _columns(text).items()},
             "sampling": json.dumps(sampling) if sampling else None,
             "seed": self.recipe.seed,
             "short_words": len(one.short.text.split()),
@@ -106,9 +103,6 @@ class RowMaker:
         }
 
 
-def _provenance(which: str, text: Text) -> dict[str, Any]:
-    return {
-        f"{which}_captioner": text.captioner,
-        f"{which}_prompt": text.prompt.id if text.prompt else None,
-        f"{which}_prompt_hash": text.prompt.hash if text.prompt else None,
-    }
+def _columns(text: Text) -> dict[str, Any]:
+    prompt, prompt_hash = (text.prompt.id, text.prompt.hash) if text.prompt else (None, None)
+    return {"text": text.text, "captioner": text.captioner, "prompt": prompt, "prompt_hash": prompt_hash}

@@ -34,9 +34,6 @@ class Sampling:
     max_tokens: int  # of the captioner's tokenizer
     seed: int
 
-    def settings(self) -> dict[str, float | int]:
-        return vars(self)
-
 
 @dataclass(frozen=True)
 class Request:
@@ -48,7 +45,7 @@ class Request:
     def key(self, identity: str) -> str:
         """SHA-256 of all that decides the answer, which a restart so finds again; `identity` is the captioner's."""
         image = self.picture.sha256 if self.picture else None
-        return json_sha256([identity, self.system, self.user, image, self.sampling.settings()])
+        return json_sha256([identity, self.system, self.user, image, vars(self.sampling)])
 
 
 @dataclass(frozen=True)

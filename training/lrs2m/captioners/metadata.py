@@ -89,7 +89,12 @@ def _derived(fields: dict[str, Any]) -> dict[str, Any]:
         if not 0 < metres < math.inf:
             raise Skip("impossible metadata", f"ground sample distance {metres} is not a length in metres")
         worded["gsd"] = f"{metres:.3g} m" if metres >= 1 else f"{100 * metres:.3g} cm"
-    longitude, latitude = _coordinates(fields)
+    degrees: dict[str, float | None] = {}
+    for name, most in (("longitude", 180), ("latitude", 90)):
+        value = degrees[name] = None if fields.get(name) is None else float(fields[name])
+        if value is not None and not abs(value) <= most:  # nan neither
+            raise Skip("impossible metadata", f"{name} {value} is not between -{most} and {most} degrees")
+    longitude, latitude = degrees["longitude"], degrees["latitude"]
     if latitude is not None:
         worded["hemisphere"] = "northern" if latitude >= 0 else "southern"
     if longitude is not None and latitude is not None:
@@ -105,13 +110,3 @@ def _derived(fields: dict[str, Any]) -> dict[str, Any]:
         if latitude is not None:
             worded["season"] = season(month, latitude)
     return worded
-
-
-def _coordinates(fields: dict[str, Any]) -> tuple[float | None, float | None]:
-    degrees = []
-    for name, most in (("longitude", 180), ("latitude", 90)):
-        value = None if fields.get(name) is None else float(fields[name])
-        if value is not None and not abs(value) <= most:  # nan neither
-            raise Skip("impossible metadata", f"{name} {value} is not between -{most} and {most} degrees")
-        degrees.append(value)
-    return degrees[0], degrees[1]

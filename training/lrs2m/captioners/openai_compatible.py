@@ -195,7 +195,7 @@ class OpenAICaptioner:
             return await server.client.chat.completions.create(
                 model=self.config.model,
                 messages=messages,
-                **request.sampling.settings(),
+                **vars(request.sampling),
                 extra_headers=self._headers,
                 extra_body=self.config.extra or None,
             )

@@ -243,9 +243,9 @@ def _plan(read: ReadConfig, row: TableRow) -> Plan:
 def _named(plan: Plan, row: TableRow) -> TableRow:
     named = dict(row)
     for name, columns in plan:
-        named[name] = next((value for column in columns if (value := _get(row, column)) is not None), None)
-        if named[name] is None and name in USUAL_COLUMNS and name not in row:
-            del named[name]
+        value = next((value for column in columns if (value := _get(row, column)) is not None), None)
+        if value is not None or name not in USUAL_COLUMNS or name in row:
+            named[name] = value
     return named
 
 
