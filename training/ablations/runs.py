@@ -169,19 +169,19 @@ def identify(source: str | list[dict[str, Any]]) -> str:
     return "\n".join([str(path.resolve()), *stamps])
 
 
-class Pace:
-    """Speed of runs, from those that are done: seconds a pair."""
+def expected_seconds(runs: Sequence[Run], samples: int, seconds: float) -> float | None:
+    """
+    Foretell the time that runs will take.
 
-    def __init__(self):
-        self.samples, self.seconds = 0, 0.0
+    Args:
+        runs: to come.
+        samples: pairs that were seen so far.
+        seconds: that these took.
 
-    def add(self, samples: int, seconds: float) -> None:
-        self.samples += samples
-        self.seconds += seconds
-
-    def expected(self, runs: Sequence[Run]) -> float | None:
-        """Seconds for runs to come; None before anything is known."""
-        return sum(run.samples for run in runs) * self.seconds / self.samples if self.samples else None
+    Returns:
+        seconds; None before anything is known.
+    """
+    return sum(run.samples for run in runs) * seconds / samples if samples else None
 
 
 def in_words(seconds: float) -> str:
@@ -261,19 +261,18 @@ class Work:
     """Trains runs, each once, and says how far it is."""
 
     def __init__(self, folders: RunFolders, say: Callable[[str], None], runs: Sequence[Run]):
-        self.folders, self.say, self.pace = folders, say, Pace()
-        self.pending = [run for run in runs if not folders.finished(run)]
+        self.folders, self.say = folders, say
+        done = [run for run in runs if folders.finished(run)]
+        self.samples, self.seconds = sum(run.samples for run in done), sum(folders.seconds(run) for run in done)
+        self.pending = [run for run in runs if run not in done]
         self.count = len(self.pending)
-        for run in runs:
-            if folders.finished(run):
-                self.pace.add(run.samples, folders.seconds(run))
         say(f"{len(runs)} runs in all, {len(runs) - self.count} of them finished before")
 
     def train(self, run: Run) -> None:
         """Train a run that is not finished, and say how long it and the rest will take."""
         if run not in self.pending:
             return
-        wait = self.pace.expected(self.pending)
+        wait = expected_seconds(self.pending, self.samples, self.seconds)
         expected = f"about {in_words(wait)} to go" if wait else "no run is done yet to tell the wait from"
         self.say(f"run {self.count - len(self.pending) + 1} of {self.count}: {run.label}; {expected}")
         started, said = time.perf_counter(), wait is not None
@@ -281,14 +280,14 @@ class Work:
         def watch(entry: dict[str, Any]) -> None:
             nonlocal said
             if not said and run.steps and entry["step"] >= run.steps / 10:
-                said, pace = True, Pace()
-                pace.add(entry["step"] * run.values["loop"]["batch_size"], entry["seconds"])
-                whole, rest = (in_words(pace.expected(runs)) for runs in ([run], self.pending))
+                said, pace = True, (entry["step"] * run.values["loop"]["batch_size"], entry["seconds"])
+                whole, rest = (in_words(expected_seconds(runs, *pace)) for runs in ([run], self.pending))
                 self.say(f"  step {entry['step']} of {run.steps}; this run takes about {whole}, all of them {rest}")
 
         self.folders.train(run, watch)
         self.pending.remove(run)
-        self.pace.add(run.samples, time.perf_counter() - started)
+        self.samples += run.samples
+        self.seconds += time.perf_counter() - started
 
 
 def _newest_entry(log: Path) -> dict[str, Any] | None:

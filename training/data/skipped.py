@@ -27,26 +27,21 @@ class SkippedFile:
         self.path, self._named, self._size = folder / SKIPPED, set(), 0
 
     def add(self, rows: list[dict[str, str]]) -> None:
-        """Write down those rows that are not named yet."""
-        self._read()
+        """Write down those rows that are not named yet; a line that a kill fell into is taken out."""
+        if self.path.exists() and self.path.stat().st_size != self._size:  # another has written since
+            *whole, cut = self.path.read_bytes().split(b"\n")  # a reason may hold U+2028
+            if cut:
+                self.path.write_bytes(b"".join(line + b"\n" for line in whole))
+            self._named = set()
+            for line in whole:
+                with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):  # damaged: named anew
+                    self._named.add(str(json.loads(line)["id"]))
         with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             for row in rows:
                 if row["id"] not in self._named:
                     self._named.add(row["id"])
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._size = self.path.stat().st_size
-
-    def _read(self) -> None:
-        """Look again if another has written since; a line that a kill fell into is taken out."""
-        if not self.path.exists() or self.path.stat().st_size == self._size:
-            return
-        *whole, cut = self.path.read_bytes().split(b"\n")  # a reason may hold U+2028
-        if cut:
-            self.path.write_bytes(b"".join(line + b"\n" for line in whole))
-        self._named = set()
-        for line in whole:
-            with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):  # damaged: it is named anew
-                self._named.add(str(json.loads(line)["id"]))
 
 
 def skipped_row(row: Row, location: str, reason: Exception) -> dict[str, str]:
