@@ -237,11 +237,9 @@ def start_processes(precision: str, seed: int, folder: Path, trackers: Sequence[
         `ValueError`: for a precision or a launch file that cannot be had, see [`choose_precision`], [`check_launch`].
     """
     device = PartialState(cpu=on_cpu(), timeout=LONGEST_STEP).device
-    accelerator = make_accelerator(
-        choose_precision(precision, device.type),
-        log_with=list(trackers) or None,
-        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard")),
-    )
+    project = ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard"))
+    options = {"log_with": list(trackers) or None, "project_config": project}
+    accelerator = make_accelerator(choose_precision(precision, device.type), **options)
     # Taking the process group apart waits for gloo's threads with the interpreter's lock held, and such a thread may be
     # waiting for the lock to let go of a tensor: neither would go on. So it is kept while the process lives.
     if dist.is_initialized():

@@ -309,12 +309,9 @@ def not_finite(
     Returns:
         the error to raise.
     """
-    numbers = {
-        name: value.item() if isinstance(value, torch.Tensor) else value
-        for name, value in numbers.items()
-        if value is not None
-    }
-    numbers = {name: str(value) if isinstance(value, float) else value for name, value in numbers.items()}
+    values = {name: value.item() if torch.is_tensor(value) else value for name, value in numbers.items()}
+    values = {name: value for name, value in values.items() if value is not None}
+    numbers = {name: str(value) if isinstance(value, float) else value for name, value in values.items()}
     all_ids, checkpoint, path = gather_object(ids), newest_checkpoint(run_folder), run_folder / NOT_FINITE_BATCH
     if accelerator.is_main_process:
         run_folder.mkdir(parents=True, exist_ok=True)

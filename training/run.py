@@ -94,8 +94,7 @@ def train(config: TrainConfig, folder: Path) -> Path:
         validation = Validation(config.data, folder, processor, held_out, accelerator.mixed_precision)
     if accelerator.is_main_process:
         steps, data = config.loop.count_steps(len(pairs)), inspect_pairs(pairs, processor, config.data)
-        measured = validation and validation.rows
-        record = RunRecord(folder, plain_values(config), accelerator, steps, data, measured)
+        record = RunRecord(folder, plain_values(config), accelerator, steps, data, validation and validation.rows)
         both = set() if config.data.share or held_out is None else pairs.locations & held_out.locations
         record.introduce(model, both)
         if config.push_to_hub:

@@ -76,7 +76,7 @@ def data_mistakes(values: Mapping[str, Any]) -> list[str]:
     Args:
         values: the configuration as nested dictionaries.
     """
-    from .data.pairs import INPUT_IDS, local_mistakes
+    from .data.pairs import INPUT_IDS, try_to_open
 
     try:
         data = validate(DataConfig, values.get("data"))
@@ -86,7 +86,7 @@ def data_mistakes(values: Mapping[str, Any]) -> list[str]:
         kinds = validate(LossConfig, values.get("loss") or {}).kinds
     except ConfigurationError:
         kinds = list(INPUT_IDS)
-    return local_mistakes(data, kinds)
+    return try_to_open(data, kinds, only_local=True)[1]
 
 
 if __name__ == "__main__":

@@ -46,12 +46,6 @@ def arm_recipe(path: str | Path, settings: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def batch_sizes(values: dict[str, Any]) -> tuple[int, ...]:
-    """The recipe's and its half, quarter and eighth: 64 to 512 for the paper's 512."""
-    top = field_of(values, "loop.batch_size", 512)
-    return tuple(sorted({max(2, top // part) for part in (8, 4, 2, 1)}))
-
-
 class Models:
     """
     Runs of the arms of all studies: a recipe on some data, from some model.
@@ -67,7 +61,9 @@ class Models:
 
     def ladders(self, weights: Sequence[int]) -> Ladders:
         """Values that the studies' arms take; `weights` are tenths of the long texts' loss."""
-        return Ladders(batch_sizes(self.values), long_weights=tuple(weights), pcm_rank=self.pcm_rank)
+        top = field_of(self.values, "loop.batch_size", 512)  # and its half, quarter and eighth
+        sizes = tuple(sorted({max(2, top // part) for part in (8, 4, 2, 1)}))
+        return Ladders(sizes, long_weights=tuple(weights), pcm_rank=self.pcm_rank)
 
     def run(self, arm: Arm, study: str, seed: int) -> Run:
         """

@@ -40,6 +40,11 @@ class Verdict(NamedTuple):
         margin = stats.t.ppf((1 + LEVEL) / 2, seeds - 1) * stats.sem(self.by_seed)
         return outside and abs(self.difference) > margin
 
+    def record(self) -> dict[str, Any]:
+        """Return the ordering and what became of it, as `results.json` has them."""
+        measured = {"difference": self.difference, "interval": [self.low, self.high], "by_seed": self.by_seed}
+        return vars(self.ordering) | {"outcome": self.word} | measured
+
     @property
     def word(self) -> str:
         """The verdict in a word or two."""

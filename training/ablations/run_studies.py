@@ -250,12 +250,7 @@ def _record(options: argparse.Namespace, outcome: Outcome, plan: Any, folders: R
         "remark": outcome.remark,
         "left_out": outcome.left_out,
         "arms": arms,
-        "orderings": [
-            verdict.ordering.__dict__
-            | {"outcome": verdict.word, "difference": verdict.difference, "interval": [verdict.low, verdict.high]}
-            | {"by_seed": verdict.by_seed}
-            for verdict in outcome.verdicts
-        ],
+        "orderings": [verdict.record() for verdict in outcome.verdicts],
         "environment": environment(),
         "git": git_state(Path(__file__).parent),
     }

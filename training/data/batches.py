@@ -109,12 +109,11 @@ def load_batches(
         batch_sampler=visits,
         collate_fn=Collator(processor),
         num_workers=workers,
-        prefetch_factor=images.config.prefetch_factor if workers else None,
         worker_init_fn=_start_worker,
         # Its own: it draws a seed, which the random numbers of a resumed run must not notice.
         generator=torch.Generator(),
         pin_memory=device.type == "cuda",
-        timeout=LONGEST_READ if workers else 0,
+        **({"prefetch_factor": images.config.prefetch_factor, "timeout": LONGEST_READ} if workers else {}),
     )
     for batch in _without_hanging(loader, images, visits.start + 1):
         piped = {name: torch.from_numpy(value) for name, value in batch.items() if isinstance(value, np.ndarray)}

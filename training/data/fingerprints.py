@@ -34,14 +34,11 @@ def fingerprints(pairs: Pairs, names: list[str]) -> list[dict[str, Any]]:
         of each its `path`, `rows` and `sha256`: of texts and image paths in their order; of a tar, of its members' places
         and sizes. The pixels themselves are not read.
     """
-    return [
-        {
-            "path": name,
-            "rows": sum(int(part.chunks.sum()) for part in parts),
-            "sha256": json_sha256([content_hash(part) for part in parts]),
-        }
-        for name, parts in zip(names, pairs.sources, strict=True)
-    ]
+    described = []
+    for name, parts in zip(names, pairs.sources, strict=True):
+        content = json_sha256([content_hash(part) for part in parts])
+        described.append({"path": name, "rows": sum(int(part.chunks.sum()) for part in parts), "sha256": content})
+    return described
 
 
 def changes(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:

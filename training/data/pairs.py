@@ -150,7 +150,7 @@ def open_data(
     Raises:
         `ValueError`: with all that is wrong with both, and with the batch size for them.
     """
-    (train, held_out), mistakes = _open_both(config, kinds)
+    (train, held_out), mistakes = try_to_open(config, kinds)
     if train is not None:
         try:
             VisitSampler(train.order(seed), batch_size, steps=1, share=(0, processes))
@@ -161,15 +161,20 @@ def open_data(
     return train, held_out
 
 
-def local_mistakes(config: DataConfig, kinds: Sequence[str]) -> list[str]:
-    """List what is wrong with the sources that are on this machine; those on the Hub are not asked."""
-    return _open_both(config, kinds, only_local=True)[1]
-
-
-def _open_both(
+def try_to_open(
     config: DataConfig, kinds: Sequence[str], only_local: bool = False
 ) -> tuple[list[Pairs | None], list[str]]:
-    """Training and held-out pairs, None for what is not named or cannot be opened, and why."""
+    """
+    Open the training and the held-out pairs as far as that is possible.
+
+    Args:
+        config: the `data` section.
+        kinds: texts that are wanted, "long" and "short".
+        only_local: leave out sources that are on the Hub, which is not asked.
+
+    Returns:
+        both, None for what is not named or cannot be opened, and all that is wrong.
+    """
     opened, mistakes = [], []
     for held_out in (False, True):
         sources, split = _sources(config, held_out)

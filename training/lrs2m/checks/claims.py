@@ -31,9 +31,9 @@ def claims_of(text: str) -> list[Claim]:
     """
     claims: dict[str, Claim] = {}
     for sentence in split_sentences(text):
-        for place, mention in enumerate(find_mentions(sentence, named_things())):
+        for index, mention in enumerate(find_mentions(sentence, named_things())):
             if not mention.negated:
-                claim = _claim(mention, first=place == 0)
+                claim = _claim(mention, first=index == 0)
                 claims.setdefault(claim.question, claim)
     return list(claims.values())[:MOST]
 

@@ -147,30 +147,22 @@ def _mention(phrase: str, words: list[str], start: int, end: int) -> Mention:
     part = not word_set("parts").isdisjoint(words[:start] + words[end:])
     before = words[max(0, start - 2) : start]
     colour = next((word for word in reversed(before) if word in word_set("colours")), None)
-    positions = _POSITION.findall(" ".join(words))
-    return Mention(
-        phrase,
-        negated,
-        number or None,
-        exact,
-        part,
-        colour,
-        plural=words[end - 1] != singular(words[end - 1]),
-        position=positions[0] if len(positions) == 1 else None,
-    )
+    plural, positions = words[end - 1] != singular(words[end - 1]), _POSITION.findall(" ".join(words))
+    position = positions[0] if len(positions) == 1 else None
+    return Mention(phrase, negated, number or None, exact, part, colour, plural, position)
 
 
 def _negated_before(words: list[str], start: int, end: int) -> bool:
     begins_clause = words[end : end + 1] not in ([], [","], ["and"], ["or"], ["nor"])  # no item of a list
-    for place in range(start - 1, max(-1, start - 1 - REACH), -1):
-        if words[place] in word_set("negators"):
+    for index in range(start - 1, max(-1, start - 1 - REACH), -1):
+        if words[index] in word_set("negators"):
             return True
-        begins = words[place] in word_set("articles") | word_set("about") or words[place] in _NUMBERS
-        if begins and words[place - 1 : place] in ([","], ["and"]) or words[place] in word_set("negation_ends"):
+        begins = words[index] in word_set("articles") | word_set("about") or words[index] in _NUMBERS
+        if begins and words[index - 1 : index] in ([","], ["and"]) or words[index] in word_set("negation_ends"):
             return False
-        if words[place] == "," and begins_clause and _is_noun(words[place - 1]):  # "without trees, planes wait"
+        if words[index] == "," and begins_clause and _is_noun(words[index - 1]):  # "without trees, planes wait"
             return False
-        begins_clause = begins_clause and words[place] not in ("and", "or", "nor")
+        begins_clause = begins_clause and words[index] not in ("and", "or", "nor")
     return False
 
 
@@ -181,31 +173,29 @@ def _is_noun(word: str) -> bool:
 
 def _absent_after(words: list[str], end: int) -> bool:
     after = words[end : end + 6]
-    after = after[: next((place for place, word in enumerate(after) if word in (",", ";", "(")), len(after))]
+    after = after[: next((index for index, word in enumerate(after) if word in (",", ";", "(")), len(after))]
     if not word_set("absent").isdisjoint(after):
         return True
-    denied = re.search(
-        r"\b(?:not|cannot|can['\u2019]t)(?: be)? (?:visible|seen|found|present|shown|there|spotted)\b", " ".join(after)
-    )
-    return bool(denied)
+    denied = r"\b(?:not|cannot|can['\u2019]t)(?: be)? (?:visible|seen|found|present|shown|there|spotted)\b"
+    return re.search(denied, " ".join(after)) is not None
 
 
 def _number_before(words: list[str], start: int) -> tuple[int | None, bool]:
     """The number stated of what begins at `start`, and whether it is an exact one."""
     stops = {"and", "or", "the", "is", "are", "(", ")", ",", ";", ":"} | word_set("negation_ends")
-    for place in range(start - 1, max(-1, start - 5), -1):
-        word = words[place]
-        if singular(words[place + 1]) in word_set("units"):  # "a 30 m wide road", "a two lane road"
+    for index in range(start - 1, max(-1, start - 5), -1):
+        word = words[index]
+        if singular(words[index + 1]) in word_set("units"):  # "a 30 m wide road", "a two lane road"
             return None, True
         if _is_number(word) or word in _ONE:
-            first = _number_begins(words, place)
-            number = _ONE.get(word) or _number_of(words[first : place + 1])
+            first = _number_begins(words, index)
+            number = _ONE.get(word) or _number_of(words[first : index + 1])
             vague = words[max(0, first - 1) : first]  # "several hundred"
             before = words[max(0, first - 3) : first]
             return number, word_set("about").isdisjoint(before) and {*word_lists()["vague"], "few"}.isdisjoint(vague)
         if word in word_lists()["vague"]:
             return word_lists()["vague"][word], False
-        of_others = word == "of" and place > 0 and words[place - 1] not in word_lists()["vague"]
+        of_others = word == "of" and index > 0 and words[index - 1] not in word_lists()["vague"]
         if word in stops or of_others:
             return None, True
     return None, True

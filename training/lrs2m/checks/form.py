@@ -123,8 +123,8 @@ def find_repetition(candidate: Candidate) -> str | None:
     A text in circles: a word four times in a row, a sentence of six words twice or of three words three times, or, of 24
     words or more, fewer than six in ten of its groups of four words being new ones.
     """
-    if found := re.search(r"\b(\w+)(?:\W+\1\b){3}", candidate.text, re.IGNORECASE):
-        return found[0][:60]
+    if match := re.search(r"\b(\w+)(?:\W+\1\b){3}", candidate.text, re.IGNORECASE):
+        return match[0][:60]
     parts = (" ".join(words_of(sentence)) for sentence in re.split(r"[.!?;]+", candidate.text))
     times = Counter(part for part in parts if part.count(" ") >= 2)
     for part, count in times.items():
@@ -138,15 +138,15 @@ def find_unknowable(candidate: Candidate) -> str | None:
     """
     Names of places, dates, times, and parts of the image by the compass, which pixels do not tell and the prompt did not.
     """
-    told = set(_parts_of(candidate.filled_in))
+    prompt_parts = set(_parts_of(candidate.filled_in))
     text = _COURSE.sub(" ", candidate.text)
     for pattern in (_YEAR, _NUMBERED_MONTH, _CLOCK):
-        if (found := pattern.search(text)) and found[0].lower() not in candidate.filled_in.lower():
-            return found[0]
+        if (match := pattern.search(text)) and match[0].lower() not in candidate.filled_in.lower():
+            return match[0]
     for word in _parts_of(text):
-        if word in word_set("compass") | word_set("months") and word not in told:
+        if word in word_set("compass") | word_set("months") and word not in prompt_parts:
             return word
-    known = told | word_set("english") | set(words_of(" ".join(word_lists()["landmarks"])))  # a Ferris wheel
+    known = prompt_parts | word_set("english") | set(words_of(" ".join(word_lists()["landmarks"])))  # a Ferris wheel
     return next((name for name in _NAME.findall(text) if name.lower() not in known), None)
 
 
@@ -160,5 +160,5 @@ def _runs(words: list[str], length: int = ECHO) -> Iterable[tuple[str, ...]]:
 
 
 def _first(pattern: re.Pattern, text: str) -> str | None:
-    found = pattern.search(text)
-    return found[0].strip()[:60] or "found" if found else None
+    match = pattern.search(text)
+    return match[0].strip()[:60] or "found" if match else None

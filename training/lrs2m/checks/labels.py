@@ -55,8 +55,8 @@ def find_invented_landmark(candidate: Candidate) -> str | None:
         return None
     landmarks = tuple(word_lists()["landmarks"])
     invented = _invented(candidate.text, candidate.labels, landmarks)
-    given = {mention.phrase for mention in find_mentions(candidate.filled_in, phrases_of(landmarks, "synonyms"))}
-    return _listed({name for name in invented if synonyms_of(name).isdisjoint(given)})
+    in_prompt = {mention.phrase for mention in find_mentions(candidate.filled_in, phrases_of(landmarks, "synonyms"))}
+    return _listed({name for name in invented if synonyms_of(name).isdisjoint(in_prompt)})
 
 
 def label_scores(text: str, labels: Sequence[Label], classes: Sequence[str]) -> tuple[float | None, float | None]:
