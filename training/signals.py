@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from multiprocessing import active_children
 from types import FrameType
 
@@ -42,10 +42,8 @@ class Interruption:
         self._parent = os.getppid()
 
     def __enter__(self) -> "Interruption":
-        try:
+        with suppress(ValueError):  # not in the main thread
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        except ValueError:  # not in the main thread
-            self._before = {}
         return self
 
     def __exit__(self, *_) -> None:
