@@ -4,14 +4,14 @@ whole data set, at the size of LRS2M.
 
     python -m tests.speed.lrs2m_quality kinds --tiles FOLDER
     python -m tests.speed.lrs2m_quality overlap --tiles FOLDER
-    python -m tests.speed.lrs2m_quality duplicates [--images 2000000] [--no-crops] [--folder DIR] [--tiles FOLDER]
+    python -m tests.speed.lrs2m_quality duplicates [--images 1000 200000 2000000] [--no-crops] [--folder DIR] [--tiles FOLDER]
     python -m tests.speed.lrs2m_quality statistics [--images 2000000] [--folder DIR]
 
 `kinds` stores every image below a folder of real tiles and shows altered copies of them, then unrelated images: each
 tile's quarters, which share no pixel, and drawn scenes. `imagehash` has each tile's own hash beside it, at 8 bits and at 10.
 `overlap` shows tiles that share 25 to 75 % with a stored one, to the guard and to SIFT with a geometric check. `duplicates`
-fills a finder with mixtures of the real tiles' cuts (or, without a folder, of drawn scenes'), which are unlike each other
-but have the frequencies of aerial images (beyond 200,000 with other bits of their hashes turned at random), and then shows it new ones and turned and cropped copies of known ones.
+shows altered copies of half of the tiles (or, without a folder, of drawn scenes) to a guard that has stored them among
+mixtures of the other half's cuts, which are unlike each other but have the frequencies of aerial images.
 `statistics` reads as many rows without pixels.
 """
 
@@ -19,8 +19,10 @@ import argparse
 import io
 import json
 import resource
+import sqlite3
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +38,11 @@ from evaluation.benchmarks.aerial_scenes.data_set import scene_row
 from modeling_lrsclip.encoding.imagery import is_image_file
 from training.lrs2m.data_row import SCHEMA
 from training.lrs2m.duplicates.finder import DuplicateFinder
-from training.lrs2m.duplicates.fingerprints import SIDE, coefficients, hashes, thumbnail
+from training.lrs2m.duplicates.fingerprints import SIDE, coefficients, hashes, thumbnail, turned
 from training.lrs2m.statistics import write
 
 
-PIECE = 10_000  # images made at a time
-DIFFERENT, FLIPPED = 200_000, 0.15  # images of their own; others are these with so many of their hashes' bits turned
-ASKED = 200  # images shown at the full size, of each kind
+PIECE = 2500  # images made at a time
 
 
 def now() -> np.ndarray:
@@ -227,63 +227,74 @@ def mixtures(pool: np.ndarray, seed: int, count: int) -> np.ndarray:
     """(count, S, S) uint8: thumbnails mixed of two of a pool (n, S, S), the second shifted."""
     rng = np.random.default_rng(seed)
     one, other = (pool[rng.integers(len(pool), size=count)] for _ in range(2))
-    places = (np.arange(SIDE) + rng.integers(0, SIDE, (count, 2, 1))) % (2 * SIDE)
-    places = np.minimum(places, 2 * SIDE - 1 - places)  # mirrored beyond the edge
-    other = other[np.arange(count)[:, None, None], places[:, 0, :, None], places[:, 1, None, :]]
+    rows, columns = (np.arange(SIDE) + rng.integers(0, 2 * SIDE, (2, count, 1))) % (2 * SIDE)
+    rows, columns = (np.minimum(places, 2 * SIDE - 1 - places) for places in (rows, columns))  # mirrored at the edge
+    other = np.take_along_axis(other, rows[:, :, None], axis=1)
+    other = np.take_along_axis(other, columns[:, None, :], axis=2)
     weight = rng.uniform(0.3, 0.7, (count, 1, 1)).astype(np.float32)
-    return np.clip(weight * one + (1 - weight) * other, 0, 255).astype(np.uint8)
+    return (weight * one + (1 - weight) * other).astype(np.uint8)
 
 
 def cuts(images: list[Image.Image]) -> np.ndarray:
-    """(n, S, S) float32: thumbnails of eight random cuts of each image, in random turns."""
+    """(n, S, S) float32: thumbnails of twelve random cuts of each image, in all turns."""
     rng = np.random.default_rng(0)
-    parts = (cut(image, rng.uniform(0.45, 1), *rng.uniform(0, 1, 2)) for image in images for _ in range(8))
-    return np.stack([np.rot90(thumbnail(part), rng.integers(4)) for part in parts]).astype(np.float32)
+    parts = (cut(image, rng.uniform(0.45, 1), *rng.uniform(0, 1, 2)) for image in images for _ in range(12))
+    return np.concatenate([turned(thumbnail(part)) for part in parts]).astype(np.float32)
 
 
-def duplicates(images: int, crops: bool, folder: Path, tiles: Path | None) -> dict[str, float]:
-    """Fills the store as `check` would, loads it as a restart does, and asks."""
+def fill(store: Path, pool: np.ndarray, start: int, end: int) -> None:
+    """Stores mixtures with these numbers, as `check` would."""
+    with closing(sqlite3.connect(store)) as database:
+        for first in range(start, end, PIECE):
+            thumbs = mixtures(pool, first, min(PIECE, end - first))
+            codes = hashes(coefficients(thumbs))
+            rows = (
+                (first + place, "", f"row-{first + place}", code.tobytes(), thumb.tobytes(), None)
+                for place, (code, thumb) in enumerate(zip(codes, thumbs))
+            )
+            with database:
+                database.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", rows)
+
+
+def duplicates(sizes: list[int], crops: bool, folder: Path, tiles: Path | None) -> dict[str, Any]:
+    """
+    Every second tile is stored and shown again in altered copies. The rest of the store is mixtures of cuts of the other
+    tiles and of drawn scenes, by the number of images stored.
+    """
     faiss.omp_set_num_threads(1)
     cv2.setNumThreads(1)
-    store = folder / "prints.sqlite"
-    pool = cuts(real_tiles(tiles) if tiles else drawn_scenes(125))
+    real = real_tiles(tiles) if tiles else drawn_scenes(125)
+    scenes = drawn_scenes(325)[125:]
+    originals, pool = real[1::2], cuts([*real[::2], *scenes[:63]])
+    store, measured = folder / "prints.sqlite", {"tiles": len(originals)}
     finder = DuplicateFinder(store=store, crops=crops)
-    began = now()
-    rng, base = np.random.default_rng(1), min(images, DIFFERENT)
-    thumbs = np.concatenate([mixtures(pool, start, PIECE) for start in range(0, base, PIECE)])[:base]
-    codes = np.concatenate([hashes(coefficients(thumbs[start : start + PIECE])) for start in range(0, base, PIECE)])
-    for start in range(0, images, PIECE):
-        places = np.arange(start, min(start + PIECE, images))
-        flips = np.packbits(rng.random((len(places), codes.shape[1], 64)) < FLIPPED, axis=-1).view(np.uint64)[..., 0]
-        shown = codes[places % base] ^ (flips if start >= base else np.uint64(0))
-        rows = [
-            (place, "", f"row-{place}", code.tobytes(), thumbs[place % base].tobytes(), None)
-            for place, code in zip(places.tolist(), shown)
-        ]
-        with finder._store:
-            finder._store.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", rows)
-    finder.close()
-    measured = with_times("fill_seconds", now() - began) | {"store_MB": store.stat().st_size / 1e6}
-    began = now()
-    finder = DuplicateFinder(store=store, crops=crops)
-    measured |= with_times("load_seconds", now() - began)
-    known = mixtures(pool, 0, min(PIECE, images))[:ASKED]
-    new = mixtures(pool, 10**9, ASKED)
-    half = [Image.fromarray(one).resize((96, 96), Image.Resampling.BICUBIC) for one in known]
-    cropped = [jpeg(cut(one, 0.85, 0.3, 0.8), 80) for one in half]
-    turned = [jpeg(one.rotate(90), 60) for one in half]
-    for name, shown in {"new": map(Image.fromarray, new), "turned": turned, "cropped": cropped}.items():
-        shown = list(shown)
+    for index, tile in enumerate(originals):
+        finder.check(f"tile-{index}", tile)
+    stored = len(originals)
+    for size in sorted(sizes):
+        finder.close()
+        fill(store, pool, stored, size)
+        began, stored = now(), size
+        finder = DuplicateFinder(store=store, crops=crops)
+        measured[f"{size:,}"] = with_times("load_seconds", now() - began) | ask(finder, originals, scenes[63:])
+    return measured | {"store_MB": store.stat().st_size / 1e6}
+
+
+def ask(finder: DuplicateFinder, originals: list[Image.Image], new: list[Image.Image]) -> dict[str, Any]:
+    """Copies found by kind, matches of new images, and the time of either; nothing is remembered."""
+    finder._remember = lambda *_: None
+    measured: dict[str, Any] = {}
+    for kind, alter in KINDS.items():
+        copies = [alter(tile, index) for index, tile in enumerate(originals)]
         began = now()
-        matches = [finder.check(f"{name}-{place}", image) for place, image in enumerate(shown)]
-        measured |= with_times(f"{name}_ms_an_image", 1e3 * (now() - began) / ASKED)
-        same = (
-            match is not None and match.match[:4] == "row-" and int(match.match[4:]) % base == place
-            for place, match in enumerate(matches)
-        )
-        right = sum(same)
-        measured[f"{name}_matched"] = sum(map(bool, matches)) if name == "new" else right
-    return measured
+        matches = [finder.check(f"{kind}-{index}", copy) for index, copy in enumerate(copies)]
+        milliseconds = with_times("ms_an_image", 1e3 * (now() - began) / len(copies))
+        right = sum(match is not None and match.match == f"tile-{index}" for index, match in enumerate(matches))
+        measured[kind] = {"guard": right, "another": sum(map(bool, matches)) - right} | milliseconds
+    began = now()
+    matches = [finder.check(f"new-{index}", image) for index, image in enumerate(new)]
+    milliseconds = with_times("ms_an_image", 1e3 * (now() - began) / len(new))
+    return measured | {"new": {"shown": len(new), "matched": sum(map(bool, matches))} | milliseconds}
 
 
 def statistics(rows: int, folder: Path) -> dict[str, float]:
@@ -331,7 +342,7 @@ def peak_mb() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["kinds", "overlap", "duplicates", "statistics"])
-    parser.add_argument("--images", type=int, default=2_000_000)
+    parser.add_argument("--images", type=int, nargs="+", default=[2_000_000])
     parser.add_argument("--tiles", type=Path, help="folder with real tiles in and below it")
     parser.add_argument("--no-crops", action="store_true", help="of duplicates: whole images only")
     parser.add_argument("--folder", help="where to keep what is made meanwhile; default the system's")
@@ -343,9 +354,14 @@ def main() -> None:
         if options.what == "duplicates":
             measured = duplicates(options.images, not options.no_crops, Path(work), options.tiles)
         else:
-            measured = statistics(options.images, Path(work))
-    rounded = {name: round(value, 2) for name, value in measured.items()}
-    print(json.dumps(rounded | {"peak_MB": round(peak_mb())}, indent=2))
+            measured = statistics(options.images[0], Path(work))
+    print(json.dumps(rounded(measured | {"peak_MB": peak_mb()}), indent=2))
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: rounded(one) for name, one in value.items()}
+    return round(value, 2) if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def read_shard(path: Path, columns: list[str] | None = None) -> Iterator[Row]:
                 image = {"bytes": content, "path": member.name}
                 continue
             row = json.loads(content)
-            yield {"id": row["id"], "image": image} | row
+            yield row | {"image": image}  # whatever the JSON says of it
             image = None
 
 

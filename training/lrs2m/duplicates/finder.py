@@ -25,6 +25,7 @@ from modeling_lrsclip.encoding.ties import best_first
 from modeling_lrsclip.files.hashing import bytes_sha256
 
 from .fingerprints import (
+    LOW,
     PARTS,
     SIDE,
     TURNS,
@@ -32,6 +33,8 @@ from .fingerprints import (
     coefficients,
     hashes,
     is_flat,
+    margins,
+    pack,
     part_profiles,
     profile,
     thumbnail,
@@ -46,8 +49,12 @@ SAME = 0.6  # least correlation of the two
 # Of whole images that differ in so few bits the second is enough, of those with such a cosine besides, the fourth.
 CLOSE, SAME_IF_CLOSE, CLOSELY_LIKE, SAME_IF_LIKE = 10, 0.4, 0.8, 0.2
 CANDIDATES = 48, 6  # entries a query: of parts for the image in one turn, of whole images for one of its parts
-LOOKED_THROUGH = 20_000, 500_000  # hashes a query, of whole images and of parts; the former have 24 times the queries
-LOOKED_AT, LAID = 256, 5  # candidates of one image: compared by low frequencies, laid over each other
+# Indices of whole images and of their parts; the former have 24 times the queries, where crops are looked for.
+OF_WHOLES, OF_PARTS = (
+    {"looked_through": 8_000, "key_bits": 12, "most_lists": 32},
+    {"looked_through": 100_000, "key_bits": 16, "most_lists": 512},
+)
+LOOKED_AT, LAID = 256, 3  # candidates of one image: compared by low frequencies, laid over each other
 WHOLE = 0.95  # share of a side from which on a match is not a crop
 BLOCK = 1024  # images that are searched apart from all before them
 INSIDE = ""  # the owner of rows of the set itself
@@ -77,7 +84,7 @@ class _Prints:
 
     def __init__(self, crops: bool):
         self.crops = crops
-        self._wholes, self._parts = (HashIndex(number) for number in LOOKED_THROUGH)
+        self._wholes, self._parts = HashIndex(**(OF_WHOLES if crops else OF_PARTS)), HashIndex(**OF_PARTS)
 
     def __len__(self) -> int:
         return len(self._wholes)
@@ -93,31 +100,30 @@ class _Prints:
         self._wholes.clear()
         self._parts.clear()
 
-    def candidates(self, codes: np.ndarray, distance: int) -> np.ndarray:
+    def candidates(self, margins: np.ndarray, distance: int) -> np.ndarray:
         """
         The nearest images.
 
         Args:
-            codes (8, P): hashes of the query in all turns.
+            margins (8, P, K * K): of the query in all turns.
             distance: bits that may differ where crops are not looked for.
 
         Returns:
             (n, 5) int64 of number, turn of the query, part, bits that differ, and whether it is the query that holds the
-            other; the fewest bits first, an image perhaps several times.
+            other; an image perhaps several times.
         """
         of_parts, of_wholes = CANDIDATES
         if self.crops:
-            asked, entry, bits = self._parts.search(codes[:, 0], REACH, of_parts)
+            asked, entry, bits = self._parts.search(margins[:, 0], REACH, of_parts)
             matches = [(entry // len(PARTS), asked, entry % len(PARTS), bits, np.zeros(len(asked), bool))]
-            asked, entry, bits = self._wholes.search(codes[:, 1:].ravel(), REACH, of_wholes)
+            asked, entry, bits = self._wholes.search(margins[:, 1:].reshape(-1, LOW * LOW), REACH, of_wholes)
             turn, part = np.divmod(asked, len(PARTS) - 1)
             matches.append((entry, turn, part + 1, bits, np.ones(len(asked), bool)))
         else:
-            asked, entry, bits = self._wholes.search(codes[:, 0], distance, of_parts)
+            asked, entry, bits = self._wholes.search(margins[:, 0], distance, of_parts)
             matches = [(entry, asked, np.zeros_like(asked), bits, np.zeros(len(asked), bool))]
         number, turn, part, bits, contains = (np.concatenate(column) for column in zip(*matches))
-        rows = np.stack([number, turn, part, bits, contains], axis=1).astype(np.int64)
-        return rows[np.lexsort((rows[:, 4], rows[:, 2], rows[:, 1], rows[:, 0], rows[:, 3]))]
+        return np.stack([number, turn, part, bits, contains], axis=1).astype(np.int64)
 
 
 class DuplicateFinder:
@@ -219,27 +225,27 @@ class DuplicateFinder:
                 self.against if against is None else tuple(source for source in self.against if source in against)
             )
             low = coefficients(turned(thumb))  # (8, P, 64)
+            above = margins(low)
             # Evaluation images first and by themselves: whether an image is near one does not hang on the set.
-            match = self._find(row_id, thumb, low, self._evaluated, allowed) if allowed else None
+            match = None
+            if allowed and len(self._evaluated):
+                near = self._evaluated.candidates(above, self.distance)
+                if len(allowed) < len(self.against):
+                    kept = [self._owner_of[number] in allowed for number in near[:, 0].tolist()]
+                    near = near[np.array(kept, bool)]
+                match = self._find(row_id, thumb, low, near)
             if match is None and self.inside:
-                both = [self._find(row_id, thumb, low, prints) for prints in (self._earlier, self._recent)]
-                match = max(filter(None, both), key=lambda one: one.correlation, default=None)
-            self._remember(INSIDE, name, low[0], thumb, match)
+                both = [one.candidates(above, self.distance) for one in (self._earlier, self._recent) if len(one)]
+                match = self._find(row_id, thumb, low, np.concatenate(both)) if both else None
+            self._remember(INSIDE, name, pack(above[0]), thumb, match)
             return match
 
-    def _find(
-        self, row_id: str, thumb: np.ndarray, low: np.ndarray, prints: _Prints, allowed: Sequence[str] = ()
-    ) -> Match | None:
-        """The most correlated of an image's candidates that is the same; of evaluation images, of those allowed."""
-        if not len(prints):
-            return None
-        candidates = prints.candidates(hashes(low), self.distance)
-        if allowed and len(allowed) < len(self.against):
-            kept = [self._owner_of[number] in allowed for number in candidates[:, 0].tolist()]
-            candidates = candidates[np.array(kept, bool)]
-        candidates = candidates[:LOOKED_AT]
+    def _find(self, row_id: str, thumb: np.ndarray, low: np.ndarray, candidates: np.ndarray) -> Match | None:
+        """The most correlated of an image's candidates that is the same."""
         if not len(candidates):
             return None
+        by_bits = np.lexsort(candidates.T[[4, 2, 1, 0, 3]])
+        candidates = candidates[by_bits[:LOOKED_AT]]
         numbers, turn, part, bits, contains = candidates.T
         thumbs = self._thumbs(numbers)
         theirs = part_profiles(thumbs, np.where(contains, 0, part))
@@ -282,12 +288,12 @@ class DuplicateFinder:
         self,
         owner: str,
         name: str,
-        fingerprint: np.ndarray | None,
+        codes: np.ndarray | None,
         thumb: np.ndarray | None,
         match: Match | None = None,
     ) -> None:
-        """Keeps an answer, and the fingerprint ((P, 64) coefficients) of an image that others may match."""
-        codes = None if fingerprint is None or match else hashes(fingerprint)
+        """Keeps an answer, and the thumbnail and the (P,) hashes of an image that others may match."""
+        codes = None if match else codes
         number = self._next
         stored_match = match and json.dumps(asdict(match))
         content = thumb.tobytes() if codes is not None else None

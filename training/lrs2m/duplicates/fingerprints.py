@@ -38,7 +38,9 @@ NEARLY_BLACK, NEARLY_WHITE = 24, 231  # beside a border, after JPEG
 BLANK_LINE, NEARLY_BLANK_LINE = 0.99, 0.8  # share of such pixels in a row or column of a border, and at its rim
 LEAST_CONTENT = 0.25  # of a side, that a border leaves
 MASK_SIDE = 128  # pixels, at which no-data in the corners is looked for
+HOPELESS = 0.15  # correlation below which two thumbnails are not moved to fit
 FARTHEST = 5.0  # pixels of the thumbnail by which an alignment may move a corner
+FREQUENCIES = np.hypot(*np.divmod(np.arange(LOW * LOW), LOW)).astype(np.float32)  # (K * K,)
 _STEPS = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 25, 1e-3)  # of an alignment
 
 
@@ -138,10 +140,11 @@ def coefficients(thumbs: np.ndarray) -> np.ndarray:
     Returns:
         (N, P, K * K) float32: DCT-II of each of the `PARTS`, drawn out to S pixels by linear interpolation.
     """
-    thumbs = thumbs.astype(np.float32)
-    rows = np.tensordot(thumbs, _BASES, axes=([1], [2]))  # (N, S columns, W, K)
-    both = np.tensordot(rows, _BASES, axes=([1], [2]))  # (N, W, K, W, K)
-    return both.transpose(0, 1, 3, 2, 4).reshape(len(thumbs), len(PARTS), LOW * LOW)
+    bases = _BASES.reshape(-1, SIDE)  # (W * K, S)
+    columns = thumbs.astype(np.float32).reshape(-1, SIDE) @ bases.T  # (N * S rows, W * K)
+    both = bases @ columns.reshape(len(thumbs), SIDE, -1)  # (N, W * K, W * K)
+    windows = both.reshape(len(thumbs), len(WINDOWS), LOW, len(WINDOWS), LOW)
+    return windows.transpose(0, 1, 3, 2, 4).reshape(len(thumbs), len(PARTS), LOW * LOW)
 
 
 def hashes(coefficients: np.ndarray) -> np.ndarray:
@@ -155,12 +158,20 @@ def hashes(coefficients: np.ndarray) -> np.ndarray:
     Returns:
         (…) uint64.
     """
-    return np.packbits(margins(coefficients) > 0, axis=-1).view(">u8")[..., 0].astype(np.uint64)
+    return pack(margins(coefficients))
 
 
 def margins(coefficients: np.ndarray) -> np.ndarray:
     """By how much low frequencies (…, K * K) are above the median and `NOISE`: positive where a hash has a 1."""
-    return coefficients - (np.median(coefficients, axis=-1, keepdims=True) + NOISE)
+    middle = np.sort(coefficients, axis=-1)[
+        ..., LOW * LOW // 2 - 1 : LOW * LOW // 2 + 1
+    ]  # four times as fast as median
+    return coefficients - (middle.mean(axis=-1, keepdims=True) + NOISE)
+
+
+def pack(margins: np.ndarray) -> np.ndarray:
+    """(…) uint64: the hashes of (…, K * K) margins."""
+    return np.packbits(margins > 0, axis=-1).view(">u8")[..., 0].astype(np.uint64)
 
 
 def profile(coefficients: np.ndarray) -> np.ndarray:
@@ -174,8 +185,9 @@ def profile(coefficients: np.ndarray) -> np.ndarray:
     Returns:
         (…, K * K - 1) float32 of unit length.
     """
-    weighted = coefficients[..., 1:] * _FREQUENCY
-    limit = 2 * np.median(np.abs(weighted), axis=-1, keepdims=True) + 1e-3
+    weighted = coefficients[..., 1:] * FREQUENCIES[1:]
+    middle = np.sort(np.abs(weighted), axis=-1)[..., LOW * LOW // 2 - 1, None]
+    limit = 2 * middle + NOISE
     clipped = np.clip(weighted / limit, -1, 1)
     return clipped / np.maximum(np.linalg.norm(clipped, axis=-1, keepdims=True), 1e-6)
 
@@ -214,35 +226,34 @@ def align(whole: np.ndarray, part: np.ndarray, part_index: int) -> tuple[float, 
     start = np.array(
         [[wide, 0, (left + wide / SIDE / 2) * SIDE - 0.5], [0, high, (top + high / SIDE / 2) * SIDE - 0.5]], np.float32
     )
-    fits = [(_fit(whole, part, start), start)]
+    details = _details(part)
+    fits = [(_fit(whole, details, start), start)]
+    if fits[0][0] < HOPELESS:
+        return fits[0][0], float(np.sqrt(wide * high))
     with contextlib.suppress(cv2.error):  # two images that have nothing in common
         _, moved = cv2.findTransformECC(part, whole, start.copy(), cv2.MOTION_AFFINE, _STEPS, None, 5)
         if np.abs((moved - start) @ _CORNERS).max() <= FARTHEST:
-            fits.append((_fit(whole, part, moved), moved))
-    correlation, matrix = max(fits, key=lambda fit: fit[0])
+            fits.append((_fit(whole, details, moved), moved))
+    correlation, matrix = max(fits, key=lambda fit: round(fit[0], 3))  # of nearly equal ones that which is not moved
     return correlation, float(np.sqrt(abs(np.linalg.det(matrix[:, :2].astype(np.float64)))))
 
 
-def _fit(whole: np.ndarray, part: np.ndarray, matrix: np.ndarray) -> float:
-    """Correlation of the details of `part` and of what `matrix` (2, 3), from its pixels to those of `whole`, lays on it."""
+def _fit(whole: np.ndarray, details: np.ndarray, matrix: np.ndarray) -> float:
+    """Correlation of the details (S, S, 2) of a part and of what `matrix` (2, 3), from its pixels to those of `whole`, lays on it."""
     inverse = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
     laid = cv2.warpAffine(whole, matrix, (SIDE, SIDE), flags=inverse, borderMode=cv2.BORDER_REFLECT)
     nearest = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
-    shared = cv2.warpAffine(np.ones_like(whole), matrix, (SIDE, SIDE), flags=nearest)
-    sharp, soft = (_correlation(_details(laid, blur), _details(part, blur), shared) for blur in (0.0, 0.7))
-    return (sharp + soft) / 2
+    shared = cv2.warpAffine(np.ones_like(whole), matrix, (SIDE, SIDE), flags=nearest)[..., None]
+    one, other = _details(laid) * shared, details * shared
+    products = [(first * second).sum(axis=(0, 1)) for first, second in ((one, other), (one, one), (other, other))]
+    return float((products[0] / np.sqrt(products[1] * products[2] + 1e-6)).mean())
 
 
-def _details(thumb: np.ndarray, blur: float) -> np.ndarray:
-    """A thumbnail without its coarse shades and with contrasts evened out."""
-    thumb = cv2.GaussianBlur(thumb, (0, 0), blur) if blur else thumb
-    fine = thumb - cv2.GaussianBlur(thumb, (0, 0), 3.0)
+def _details(thumb: np.ndarray) -> np.ndarray:
+    """(S, S, 2): a thumbnail, sharp and soft, without its coarse shades and with contrasts evened out."""
+    both = np.dstack([thumb, cv2.GaussianBlur(thumb, (0, 0), 0.7)])
+    fine = both - cv2.GaussianBlur(both, (0, 0), 3.0)
     return fine / (np.sqrt(cv2.GaussianBlur(fine * fine, (0, 0), 3.0)) + FLAT)
-
-
-def _correlation(one: np.ndarray, other: np.ndarray, shared: np.ndarray) -> float:
-    one, other = one * shared, other * shared
-    return float((one * other).sum() / np.sqrt((one * one).sum() * (other * other).sum() + 1e-6))
 
 
 def _basis(start: float, length: float) -> np.ndarray:
@@ -257,5 +268,4 @@ def _basis(start: float, length: float) -> np.ndarray:
 
 
 _BASES = np.stack([_basis(*window) for window in WINDOWS]).astype(np.float32)  # (W, K, S)
-_FREQUENCY = np.hypot(*np.divmod(np.arange(1, LOW * LOW), LOW)).astype(np.float32)  # (K * K - 1,)
 _CORNERS = np.array([[0, SIDE, 0, SIDE], [0, 0, SIDE, SIDE], [1, 1, 1, 1]], np.float32)

@@ -1,23 +1,16 @@
 """
-An index of 64-bit hashes on `faiss`: each hash lies in the list of the nearest of `LISTS` fixed codes, and a query looks
-through the lists of the codes nearest to it. Few hashes are looked through one by one.
+An index of 64-bit hashes on `faiss`: a hash lies in the list that its bits of the lowest frequencies number, and a query
+looks through its own list and those it would lie in if the bits it is least sure of were the other way. Few hashes are
+looked through one by one, and those of altered copies among them, as an alteration turns the least sure bits first.
 
-The codes are drawn once and for all, so nothing is trained, and what a query finds hangs on the hashes alone, not on the
-order or the steps in which they came. How many lists are looked through falls with the number of hashes, so that the time
-stays flat.
+Nothing is trained, and what a query finds hangs on the hashes alone, not on the order or the steps in which they came. How
+many lists are looked through falls with the number of hashes, so that the time stays flat.
 """
 
 import faiss
 import numpy as np
 
-
-LISTS = 1024
-FEWEST_LISTS, MOST_LISTS = 8, 64  # that a query looks through
-
-
-def _draw_codes() -> np.ndarray:
-    """(LISTS, 8) uint8: of random bits, as those of hashes are."""
-    return np.random.default_rng(0).integers(0, 256, (LISTS, 8), dtype=np.uint8)
+from .fingerprints import FREQUENCIES, pack
 
 
 class HashIndex:
@@ -26,10 +19,15 @@ class HashIndex:
 
     Args:
         looked_through: hashes that a query is compared with, about; up to so many, with all.
+        key_bits: of a hash, which number its list.
+        most_lists: that a query looks through, a power of two; a quarter of them at least.
     """
 
-    def __init__(self, looked_through: int):
-        self.looked_through = looked_through
+    def __init__(self, looked_through: int, key_bits: int, most_lists: int):
+        self.looked_through, self.most_lists = looked_through, most_lists
+        self._key_bits = np.argsort(FREQUENCIES, kind="stable")[1 : key_bits + 1]  # the very first is always 1
+        unsure = most_lists.bit_length()  # bits of which some are turned: twice as many lists to choose from
+        self._turned = np.arange(1 << unsure)[:, None] >> np.arange(unsure) & 1  # (subsets, unsure)
         self.clear()
 
     def __len__(self) -> int:
@@ -42,27 +40,27 @@ class HashIndex:
 
     def add(self, hashes: np.ndarray, entries: np.ndarray) -> None:
         """Takes (n,) uint64 hashes and their numbers."""
+        entries = entries.astype(np.int64)
         if isinstance(self._index, faiss.IndexBinaryIVF):
-            self._index.add_with_ids(_bytes(hashes), entries.astype(np.int64))
+            self._add_to_lists(hashes, entries)
             return
         self._index.add(_bytes(hashes))
-        self._entries.append(entries.astype(np.int64))
+        self._entries.append(entries)
         if len(self) > self.looked_through:
-            stored = faiss.vector_to_array(self._index.xb).reshape(-1, 8)
-            codes = faiss.IndexBinaryFlat(64)
-            codes.add(_draw_codes())
-            self._index = faiss.IndexBinaryIVF(codes, 64, LISTS)
+            stored = faiss.vector_to_array(self._index.xb).view(np.uint64)
+            unused = faiss.IndexBinaryFlat(64)  # the lists are chosen here
+            self._index = faiss.IndexBinaryIVF(unused, 64, 1 << len(self._key_bits))
             self._index.is_trained = True
-            self._index.referenced_objects = [codes]  # faiss keeps a bare pointer
-            self._index.add_with_ids(stored, np.concatenate(self._entries))
+            self._index.referenced_objects = [unused]  # faiss keeps a bare pointer
+            self._add_to_lists(stored, np.concatenate(self._entries))
             self._entries = []
 
-    def search(self, hashes: np.ndarray, reach: int, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def search(self, margins: np.ndarray, reach: int, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """
         Entries near the queries.
 
         Args:
-            hashes (Q,): of the queries.
+            margins (Q, 64): of the queries; a hash has a 1 where one is positive, and is the surer of it the larger it is.
             reach: bits that may differ.
             most: entries a query, the nearest.
 
@@ -71,11 +69,14 @@ class HashIndex:
         """
         if not len(self):
             return tuple(np.empty(0, np.int64) for _ in range(3))
+        hashes = pack(margins)
         flat = isinstance(self._index, faiss.IndexBinaryFlat)
-        if not flat:
-            share = self.looked_through / len(self)
-            self._index.nprobe = int(np.clip(np.ceil(LISTS * share), FEWEST_LISTS, MOST_LISTS))
-        bits, entries = self._index.search(_bytes(hashes), min(most, len(self)))
+        if flat:
+            bits, entries = self._index.search(_bytes(hashes), min(most, len(self)))
+        else:
+            lists = self._lists_of_queries(hashes, margins)
+            self._index.nprobe = lists.shape[1]
+            bits, entries = self._index.search_preassigned(_bytes(hashes), min(most, len(self)), lists, None)
         query, place = np.nonzero((bits <= reach) & (entries >= 0))
         entries = entries[query, place]
         if flat:
@@ -83,6 +84,28 @@ class HashIndex:
                 self._entries = [np.concatenate(self._entries)]
             entries = self._entries[0][entries]
         return query, entries, bits[query, place]
+
+    def _add_to_lists(self, hashes: np.ndarray, entries: np.ndarray) -> None:
+        codes, lists = _bytes(hashes), self._lists(hashes)
+        self._index.add_core(len(codes), *map(faiss.swig_ptr, (codes, entries, lists)))
+
+    def _lists(self, hashes: np.ndarray) -> np.ndarray:
+        """(n,) int64: the list that each hash lies in."""
+        lists = np.zeros(hashes.shape, np.int64)
+        for place, bit in enumerate(self._key_bits.tolist()):
+            lists |= (hashes >> np.uint64(63 - bit) & np.uint64(1)).astype(np.int64) << place
+        return lists
+
+    def _lists_of_queries(self, hashes: np.ndarray, margins: np.ndarray) -> np.ndarray:
+        """(Q, n) int64: the lists to look through, those with the least sum of margins of turned bits."""
+        wanted = int(self.looked_through * (1 << len(self._key_bits)) / len(self))
+        count = int(np.clip(wanted, self.most_lists // 4, self.most_lists))
+        sure = np.abs(margins[:, self._key_bits]).round(2)  # the last bits of a margin are the processor's
+        unsure = np.argsort(sure, axis=1, kind="stable")[:, : self._turned.shape[1]]  # (Q, unsure)
+        cost = np.take_along_axis(sure, unsure, axis=1) @ self._turned.T.astype(np.float32)  # (Q, subsets)
+        chosen = np.sort(np.argpartition(cost, count, axis=1)[:, :count], axis=1)
+        masks = (1 << unsure) @ self._turned.T  # (Q, subsets)
+        return self._lists(hashes)[:, None] ^ np.take_along_axis(masks, chosen, axis=1)
 
 
 def _bytes(hashes: np.ndarray) -> np.ndarray:
