@@ -22,7 +22,6 @@ from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from ..files.documents import first_line
 from ..files.hashing import bytes_sha256, file_sha256
-from ..image_processing_lrsclip import to_rgb
 from .image_error import ImageError
 
 
@@ -140,6 +139,8 @@ def survey(images: Iterable[Image.Image]) -> dict[str, Any]:
             `bits` a channel, `bands` of the file, `stretch` ("as stored", "percentiles 2-98", …) and `images`, how many
             are so.
     """
+    from ..image_processing_lrsclip import to_rgb  # transformers, which those who only open images do without
+
     kinds, dark = Counter(), 0
     for image in images:
         bits, bands, stretch = image.info.get("rendering", (8, len(image.getbands()), "as stored"))

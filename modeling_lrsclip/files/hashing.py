@@ -4,11 +4,11 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _BLOCK = 1 << 22  # bytes read at a time
 
@@ -32,7 +32,7 @@ def json_sha256(value: Any, **options: Any) -> str:
     return bytes_sha256(json.dumps(value, **options))
 
 
-def weights_sha256(weights: Iterable[tuple[str, Tensor]]) -> str:
+def weights_sha256(weights: "Iterable[tuple[str, Tensor]]") -> str:
     """
     Hash of names, shapes and values of a model's weights, as they are in float32, which evaluation computes in.
 
@@ -40,6 +40,8 @@ def weights_sha256(weights: Iterable[tuple[str, Tensor]]) -> str:
         weights: names and tensors of any shape, as of `state_dict().items()`, sorted by name. One is in memory at a time
             where they come from an iterator.
     """
+    import torch  # seconds, which those who hash files do without
+
     digest = hashlib.sha256()
     for name, weight in weights:
         weight = weight.detach().cpu()

@@ -36,7 +36,7 @@ from pyarrow import parquet
 
 from evaluation.benchmarks.aerial_scenes.data_set import scene_row
 from modeling_lrsclip.encoding.imagery import is_image_file
-from training.lrs2m.data_row import SCHEMA
+from training.lrs2m.data_row import schema
 from training.lrs2m.duplicates.finder import DuplicateFinder
 from training.lrs2m.duplicates.fingerprints import SIDE, coefficients, hashes, thumbnail, turned
 from training.lrs2m.statistics import write
@@ -308,7 +308,7 @@ def statistics(rows: int, folder: Path) -> dict[str, float]:
     for number in range(0, rows, shard):
         count = min(shard, rows - number)
         drawn = rng.integers(0, 10_000, count)
-        columns = {name: [None] * count for name in SCHEMA.names} | {
+        columns = {name: [None] * count for name in schema().names} | {
             "id": [f"row-{number + place}" for place in range(count)],
             "long_text": [longs[place] for place in drawn],
             "short_text": [shorts[place] for place in drawn],
@@ -325,7 +325,7 @@ def statistics(rows: int, folder: Path) -> dict[str, float]:
             "latitude": rng.uniform(-60, 75, count).tolist(),
         }
         path = folder / "data" / f"train-{number // shard:05d}.parquet"
-        parquet.write_table(pyarrow.table(columns, schema=SCHEMA), path, row_group_size=PIECE)
+        parquet.write_table(pyarrow.table(columns, schema=schema()), path, row_group_size=PIECE)
         files.append({"path": f"data/{path.name}", "rows": count, "sha256": str(number)})
     manifest = {"name": "synthetic", "images": "omit", "format": "parquet", "recipe": {"sources": []}, "totals": {}}
     manifest["splits"] = {"train": {"rows": rows, "files": files}}

@@ -29,7 +29,6 @@ from modeling_lrsclip.commands import command, command_parser
 from modeling_lrsclip.files.atomic import replace_json
 from modeling_lrsclip.files.configuration import plain_values, validate
 from modeling_lrsclip.files.parts import parse_part, run_on_ray
-from training.run_folder import git_state, versions
 
 from .captioners.captioner import AnswerStore, Captioner, Gate
 from .captioners.prompts import load_prompts
@@ -219,6 +218,8 @@ class Build:
     # ---------------------------------------------------------------------------------------------------------- the end
 
     def _finish(self) -> dict[str, Any]:
+        from training.run_folder import git_state, versions  # not for --help and --check: torch
+
         used = [prompt for prompts in self.prompts.values() for prompt in prompts.values()]
         manifest = {
             **{name: getattr(self.recipe, name) for name in ("name", "format", "images")},

@@ -1,11 +1,11 @@
 """A row of the data set: one image, one long and one short text, and where each of them comes from."""
 
+import functools
 import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow
-from datasets import Features, Image, List, Value
 
 
 GIVEN = "given"  # the captioner of a text that came with the source
@@ -13,51 +13,57 @@ SPLITS = ("train", "validation")
 
 VERIFY_COLUMNS = ("long_similarity", "short_similarity", "sentence_similarities", "claims", "claims_confirmed")
 
-_TEXT, _COUNT, _DEGREES, _SHARE = Value("string"), Value("int32"), Value("float64"), Value("float32")
-FEATURES = Features(
-    {
-        "id": _TEXT,  # unique: the source's name and the row's place in it
-        "image": Image(),  # null in a data set without pixels
-        "image_key": _TEXT,  # the image's path or name in its source; several rows may share it
-        "long_text": _TEXT,
-        "short_text": _TEXT,
-        "short_texts": List(_TEXT),  # all given short captions, where several belong to this row; else null
-        "source": _TEXT,
-        "licence": _TEXT,
-        "route": _TEXT,  # merge, compress, expand or anchor
-        "class_name": _TEXT,  # null where the source has none
-        "long_captioner": _TEXT,  # its id, "given" or "template"
-        "short_captioner": _TEXT,
-        "long_prompt": _TEXT,  # name@version; null for a given text
-        "short_prompt": _TEXT,
-        "long_prompt_hash": _TEXT,
-        "short_prompt_hash": _TEXT,
-        "sampling": _TEXT,  # JSON: per text the settings and the seed its answer was asked with
-        "seed": Value("int64"),  # of the recipe
-        "long_tokens": _COUNT,  # CLIP's, start and end included
-        "short_tokens": _COUNT,
-        "short_words": _COUNT,
-        "image_sha256": _TEXT,  # of the file in the source
-        "width": _COUNT,  # pixels, after the EXIF turn
-        "height": _COUNT,
-        "longitude": _DEGREES,  # of the image's centre, WGS 84; null where unknown
-        "latitude": _DEGREES,
-        "gsd": _DEGREES,  # ground sample distance, metres a pixel
-        "anchors": _TEXT,  # JSON: counts, objects and the sentence the captioner read; null without labels
-        "label_precision": _SHARE,  # of the classes that the long text names, the share that is labelled; null without labels
-        "label_recall": _SHARE,  # of the labelled classes, the share that the long text names
-        # Of training.lrs2m.verify; null before it.
-        "long_similarity": _SHARE,  # cosine of the long text and the image; of a model of 77 positions, the sentences' mean
-        "short_similarity": _SHARE,
-        "sentence_similarities": List(_SHARE),  # of each sentence of the long text
-        "claims": _TEXT,  # JSON: kind, question and answer (true, false or null) of each claim of the long text
-        "claims_confirmed": _SHARE,  # of the claims that were answered
-        "warnings": List(_TEXT),  # checks at level `warn` that found a fault, with the text: "long: agreement"
-    }
-)
-SCHEMA: pyarrow.Schema = FEATURES.arrow_schema  # carries the mark by which `datasets` decodes the image
+Row = dict[str, Any]  # the columns of `schema`
 
-Row = dict[str, Any]  # the columns above
+
+@functools.cache
+def schema() -> pyarrow.Schema:
+    """Columns of the data set, with the mark by which `datasets` decodes the image."""
+    from datasets import Features, Image, List, Value  # a second, which --help and --check do without
+
+    text, count, degrees, share = Value("string"), Value("int32"), Value("float64"), Value("float32")
+    columns = Features(
+        {
+            "id": text,  # unique: the source's name and the row's place in it
+            "image": Image(),  # null in a data set without pixels
+            "image_key": text,  # the image's path or name in its source; several rows may share it
+            "long_text": text,
+            "short_text": text,
+            "short_texts": List(text),  # all given short captions, where several belong to this row; else null
+            "source": text,
+            "licence": text,
+            "route": text,  # merge, compress, expand or anchor
+            "class_name": text,  # null where the source has none
+            "long_captioner": text,  # its id, "given" or "template"
+            "short_captioner": text,
+            "long_prompt": text,  # name@version; null for a given text
+            "short_prompt": text,
+            "long_prompt_hash": text,
+            "short_prompt_hash": text,
+            "sampling": text,  # JSON: per text the settings and the seed its answer was asked with
+            "seed": Value("int64"),  # of the recipe
+            "long_tokens": count,  # CLIP's, start and end included
+            "short_tokens": count,
+            "short_words": count,
+            "image_sha256": text,  # of the file in the source
+            "width": count,  # pixels, after the EXIF turn
+            "height": count,
+            "longitude": degrees,  # of the image's centre, WGS 84; null where unknown
+            "latitude": degrees,
+            "gsd": degrees,  # ground sample distance, metres a pixel
+            "anchors": text,  # JSON: counts, objects and the sentence the captioner read; null without labels
+            "label_precision": share,  # of the classes that the long text names, the share that is labelled; null without labels
+            "label_recall": share,  # of the labelled classes, the share that the long text names
+            # Of training.lrs2m.verify; null before it.
+            "long_similarity": share,  # cosine of the long text and the image; of a model of 77 positions, the sentences' mean
+            "short_similarity": share,
+            "sentence_similarities": List(share),  # of each sentence of the long text
+            "claims": text,  # JSON: kind, question and answer (true, false or null) of each claim of the long text
+            "claims_confirmed": share,  # of the claims that were answered
+            "warnings": List(text),  # checks at level `warn` that found a fault, with the text: "long: agreement"
+        }
+    )
+    return columns.arrow_schema
 
 
 @dataclass

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
-from datasets import Features, Image, List, Value
 from pyarrow import parquet
 
 from evaluation.benchmarks.retrieval_data import PUBLISHED_SPLITS
@@ -27,9 +26,6 @@ from modeling_lrsclip.files.atomic import replacing
 from .shards import read_manifest, read_rows
 
 
-FEATURES = Features(
-    {"image": Image(), "filename": Value("string"), "long_text": Value("string"), "short_text": List(Value("string"))}
-)
 COLUMNS = ["id", "source", "image", "image_key", "image_sha256", "long_text", "short_text", "short_texts"]
 _GROUP = 256  # rows held at a time
 
@@ -82,7 +78,11 @@ def _rows(folder: Path, manifest: dict[str, Any], source: str) -> Iterator[dict[
 
 
 def _write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> tuple[int, int]:
-    schema, images, texts = FEATURES.arrow_schema, 0, 0
+    from datasets import Features, Image, List, Value  # a second, which --help does without
+
+    text = Value("string")
+    columns = Features({"image": Image(), "filename": text, "long_text": text, "short_text": List(text)})
+    schema, images, texts = columns.arrow_schema, 0, 0
     with replacing(path) as growing, parquet.ParquetWriter(growing, schema) as writer:
         while group := list(islice(rows, _GROUP)):
             images, texts = images + len(group), texts + sum(len(row["short_text"]) for row in group)

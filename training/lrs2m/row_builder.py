@@ -6,12 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
-
-from modeling_lrsclip.processing_lrsclip import clean_text
 
 from .checks.labels import label_scores
-from .data_row import SCHEMA, VERIFY_COLUMNS, Row
+from .data_row import VERIFY_COLUMNS, Row, schema
 from .pipeline import Written
 from .recipe import Recipe, SourceConfig, resolve
 from .routes import Text, Writer
@@ -37,7 +34,11 @@ class TokenCounter:
     """
 
     def __init__(self, name: str, root: Path):
-        path = resolve(name, root)
+        from transformers import AutoTokenizer
+
+        from modeling_lrsclip.processing_lrsclip import clean_text
+
+        self.clean, path = clean_text, resolve(name, root)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
             self.tokenizer.backend_tokenizer.no_truncation()
@@ -46,11 +47,11 @@ class TokenCounter:
             raise ValueError(f"tokenizer {name} is neither a folder nor a tokenizer of the Hub in reach.") from error
 
     def count(self, texts: Iterable[str]) -> list[int]:
-        rows = self.tokenizer.backend_tokenizer.encode_batch_fast([clean_text(text) for text in texts])
+        rows = self.tokenizer.backend_tokenizer.encode_batch_fast([self.clean(text) for text in texts])
         return [len(row) for row in rows]
 
     def count_one(self, text: str) -> int:
-        return len(self.tokenizer.backend_tokenizer.encode(clean_text(text)))
+        return len(self.tokenizer.backend_tokenizer.encode(self.clean(text)))
 
 
 class RowMaker:
@@ -67,7 +68,7 @@ class RowMaker:
         short_tokens = self._tokens([one.short for one in batch])
         for one, long_count, short_count in zip(batch, long_tokens, short_tokens, strict=True):
             row = self._row(one) | {"long_tokens": long_count, "short_tokens": short_count}
-            yield {name: row[name] for name in SCHEMA.names}  # in one order, however a shard stores it
+            yield {name: row[name] for name in schema().names}  # in one order, however a shard stores it
 
     def _tokens(self, texts: list[Text]) -> list[int]:
         """CLIP tokens of each text: those that its check has counted, the others counted together."""

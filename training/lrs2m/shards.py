@@ -13,7 +13,7 @@ from pyarrow import parquet
 from modeling_lrsclip.files.atomic import sync
 from modeling_lrsclip.files.hashing import bytes_sha256
 
-from .data_row import SCHEMA, Row
+from .data_row import Row, schema
 
 
 MANIFEST = "manifest.json"  # written last: where it stands, the data set is complete
@@ -37,8 +37,10 @@ class ParquetShard:
         self._pending: list[Row] = []
         self._pending_size = 0
         # A dictionary pays for the columns that repeat; texts and images are nearly all different.
-        few = [name for name in SCHEMA.names if name not in ("id", "image", "image_key", "long_text", "image_sha256")]
-        self._writer = parquet.ParquetWriter(path, SCHEMA, compression="snappy", use_dictionary=few)
+        few = [
+            name for name in schema().names if name not in ("id", "image", "image_key", "long_text", "image_sha256")
+        ]
+        self._writer = parquet.ParquetWriter(path, schema(), compression="snappy", use_dictionary=few)
 
     def add(self, row: Row) -> None:
         self._pending.append(row)
@@ -56,7 +58,7 @@ class ParquetShard:
 
     def _flush(self) -> None:
         if self._pending:
-            self._writer.write_table(pyarrow.Table.from_pylist(self._pending, schema=SCHEMA))
+            self._writer.write_table(pyarrow.Table.from_pylist(self._pending, schema=schema()))
         self._pending, self._pending_size = [], 0
 
 

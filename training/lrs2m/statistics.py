@@ -28,7 +28,6 @@ from modeling_lrsclip.files.atomic import replace_json
 from .data_row import GIVEN
 from .output import LISTS
 from .shards import count_rows, data_hash, read_manifest, read_shard
-from .statistics_figures import draw_map, draw_token_lengths
 
 
 STATISTICS, TABLES, PICTURES = "statistics.json", "statistics.md", ("token_lengths.png", "map.png")
@@ -322,6 +321,8 @@ def write(folder: Path) -> dict[str, Any]:
     statistics = describe(counts, manifest, hand_read(folder, manifest))
     if not statistics["rows"]:
         raise ValueError(f"{folder} has no rows; see failed.jsonl and skipped.jsonl there.")
+    from .statistics_figures import draw_map, draw_token_lengths  # matplotlib, which --help does without
+
     histograms = {which: statistics[which]["histogram"] for which in ("long", "short")}
     draw_token_lengths(histograms, folder / PICTURES[0], statistics["name"])
     if statistics["with_coordinates"]:

@@ -25,11 +25,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from modeling_lrsclip.commands import command, command_parser
-from modeling_lrsclip.encoding import embed_images, embed_texts, load_encoder
 from modeling_lrsclip.files.atomic import replace_json
 from modeling_lrsclip.files.configuration import plain_values
 from modeling_lrsclip.files.hashing import json_sha256
@@ -63,11 +61,17 @@ class Similarity:
     """
 
     def __init__(self, model: str):
+        import torch  # seconds, which --help does without
+
+        from modeling_lrsclip.encoding import load_encoder
+
         self.encoder = load_encoder(resolve_model(model), "cuda" if torch.cuda.is_available() else "cpu")
         self.whole = self.encoder.positions >= WHOLE_TEXT
 
     def score(self, pictures: Sequence[Picture], rows: Sequence[Row]) -> list[dict[str, Any]]:
         """The three columns of similarity for each row."""
+        from modeling_lrsclip.encoding import embed_images, embed_texts
+
         model, processor = self.encoder.model, self.encoder.processor
         images = embed_images(model, processor, [picture.image for picture in pictures])  # (B, D)
         columns: list[dict[str, Any]] = []

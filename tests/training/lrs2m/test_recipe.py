@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from training.lrs2m.captioners.prompts import load_prompts
-from training.lrs2m.data_row import SCHEMA, split_of
+from training.lrs2m.data_row import schema, split_of
 from training.lrs2m.recipe import public_recipe, read_recipe, recipe_hash
 from training.lrs2m.sources.records import normalise_key, table_rows
 
@@ -75,7 +75,7 @@ def test_splits_follow_the_image():
     shares = [split_of(f"{index:064x}", 0, 0.1) for index in range(5000)]
     assert 0.087 < shares.count("validation") / 5000 < 0.113  # three standard deviations
     assert shares != [split_of(f"{index:064x}", 1, 0.1) for index in range(5000)]
-    assert split_of("0" * 64, 0, 0.0) == "train" and b"huggingface" in SCHEMA.metadata
+    assert split_of("0" * 64, 0, 0.0) == "train" and b"huggingface" in schema().metadata
 
 
 def test_keys_and_encodings(tmp_path):

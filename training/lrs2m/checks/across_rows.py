@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from datasketch import MinHash
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from modeling_lrsclip.files.hashing import bytes_sha256
 
@@ -95,6 +92,8 @@ def find_repeats(rows: Iterator[Row], count: int, work: Path) -> Repeats:
     Returns:
         The repeats, by place.
     """
+    from datasketch import MinHash  # a second with the part of scipy that it imports, which --help does without
+
     whole = np.zeros(count, [("first", "u8"), ("second", "u8")])  # of image and texts
     images, texts = np.zeros(count, np.uint64), np.zeros(count, np.uint64)
     written = np.zeros(count, bool)
@@ -120,6 +119,9 @@ def _images_of_answers(
     chosen: np.ndarray, images: np.ndarray, texts: np.ndarray, signatures: np.ndarray
 ) -> np.ndarray:
     """Distinct images, by row, of all rows whose answers are linked by likeness; (M,) for M chosen places."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     edges = [(chosen[:0], chosen[:0])]
     width = PERMUTATIONS // BANDS
     for band in range(BANDS):

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from scipy.stats import binomtest
 
 from modeling_lrsclip.encoding.imagery import read_image
 from modeling_lrsclip.files.atomic import replace_bytes, replace_json, replace_text
@@ -125,6 +124,8 @@ def read_sheet(path: Path, data_sha256: str) -> dict[str, Any]:
 
 def wilson(false: int, rows: int) -> dict[str, float]:
     """Rate of `false` of `rows` with its 95 % interval after Wilson."""
+    from scipy.stats import binomtest  # a second, which --help does without
+
     interval = binomtest(false, rows).proportion_ci(method="wilson")
     return {"false": false, "rate": false / rows, "low": float(interval.low), "high": float(interval.high)}
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyogrio
 import rasterio
 import rasterio.warp
 import shapely
@@ -85,6 +84,8 @@ def read_vectors(path: Path, config: LabelsConfig) -> VectorFile:
         [`UnreadableVectors`]: for a file that cannot be read.
         `ValueError`: for one whose features lack the label's property.
     """
+    import pyogrio  # a second where geopandas is installed, which --help does without
+
     try:
         meta, _, stored, columns = pyogrio.raw.read(path)
         shapes = shapely.force_2d(shapely.from_wkb(stored))
