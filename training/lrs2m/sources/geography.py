@@ -17,8 +17,6 @@ from .anchors import Label
 
 Bounds = tuple[float, float, float, float]  # min x, min y, max x, max y; in pixels, y swapped: 0, height, width, 0
 
-_UNREADABLE = (pyogrio.errors.DataSourceError, pyogrio.errors.GeometryError, shapely.GEOSException, RuntimeError)
-_UNREADABLE += (UnicodeDecodeError,)
 _DRIVERS = ["GTiff", "PNG", "JPEG", "WEBP", "BMP", "GIF", "JP2OpenJPEG"]  # no format that names other files
 
 
@@ -86,10 +84,11 @@ def read_vectors(path: Path, config: LabelsConfig) -> VectorFile:
     """
     import pyogrio  # a second where geopandas is installed, which --help does without
 
+    bad_file, bad_shape = pyogrio.errors.DataSourceError, pyogrio.errors.GeometryError
     try:
         meta, _, stored, columns = pyogrio.raw.read(path)
         shapes = shapely.force_2d(shapely.from_wkb(stored))
-    except _UNREADABLE as error:
+    except (bad_file, bad_shape, shapely.GEOSException, RuntimeError, UnicodeDecodeError) as error:
         raise UnreadableVectors(f"{path} cannot be read as {config.kind}: {error}") from error
     properties = dict(zip(meta["fields"], columns, strict=True))
     labels, attributes = (_words(properties.get(name), len(shapes)) for name in (config.field, config.attribute))
