@@ -45,9 +45,10 @@ from .hash_index import HashIndex
 
 REACH = 18  # bits by which the hash of a part may differ from that of a crop
 LIKE = 0.35  # least cosine of low frequencies, before two thumbnails are laid over each other
-SAME = 0.6  # least correlation of the two
-# Of whole images that differ in so few bits the second is enough, of those with such a cosine besides, the fourth.
-CLOSE, SAME_IF_CLOSE, CLOSELY_LIKE, SAME_IF_LIKE = 10, 0.4, 0.8, 0.2
+SAME = 0.59  # least correlation of the two
+# Of whole images that differ in so few bits, beside many others in fewer, as chance makes such pairs too, the third is
+# enough, of those with such a cosine besides, the last.
+CLOSE, CLOSE_OF_MANY, SAME_IF_CLOSE, CLOSELY_LIKE, SAME_IF_LIKE, MANY = 10, 8, 0.44, 0.8, 0.39, 100_000
 CANDIDATES = 48, 6  # entries a query: of parts for the image in one turn, of whole images for one of its parts
 # Indices of whole images and of their parts; the former have 24 times the queries, where crops are looked for.
 OF_WHOLES, OF_PARTS = (
@@ -233,15 +234,18 @@ class DuplicateFinder:
                 if len(allowed) < len(self.against):
                     kept = [self._owner_of[number] in allowed for number in near[:, 0].tolist()]
                     near = near[np.array(kept, bool)]
-                match = self._find(row_id, thumb, low, near)
+                match = self._find(row_id, thumb, low, near, len(self._evaluated))
             if match is None and self.inside:
                 both = [one.candidates(above, self.distance) for one in (self._earlier, self._recent) if len(one)]
-                match = self._find(row_id, thumb, low, np.concatenate(both)) if both else None
+                stored = len(self._earlier) + len(self._recent)
+                match = self._find(row_id, thumb, low, np.concatenate(both), stored) if both else None
             self._remember(INSIDE, name, pack(above[0]), thumb, match)
             return match
 
-    def _find(self, row_id: str, thumb: np.ndarray, low: np.ndarray, candidates: np.ndarray) -> Match | None:
-        """The most correlated of an image's candidates that is the same."""
+    def _find(
+        self, row_id: str, thumb: np.ndarray, low: np.ndarray, candidates: np.ndarray, stored: int
+    ) -> Match | None:
+        """The most correlated of an image's candidates, of so many images stored, that is the same."""
         if not len(candidates):
             return None
         by_bits = np.lexsort(candidates.T[[4, 2, 1, 0, 3]])
@@ -249,20 +253,24 @@ class DuplicateFinder:
         numbers, turn, part, bits, contains = candidates.T
         thumbs = self._thumbs(numbers)
         theirs = part_profiles(thumbs, np.where(contains, 0, part))
-        views, best, laid_numbers = turned(thumb), None, set()
+        views, best, laid = turned(thumb), None, set()
         alike = (theirs * profile(low[turn, np.where(contains, part, 0)])).sum(axis=-1)
-        for row in best_first(alike):
-            if alike[row] < LIKE or len(laid_numbers) == LAID:
+        close = (part == 0) & (bits <= (CLOSE if stored < MANY else CLOSE_OF_MANY))
+        for row in best_first(
+            alike + 0.1 * close
+        ):  # of a pattern that repeats another part may be a little more alike
+            if alike[row] < LIKE or len(laid) == LAID:
                 break
-            if numbers[row] in laid_numbers:
+            pair = numbers[row], part[row] == 0  # once as a whole, once by a part
+            if pair in laid:
                 continue
-            laid_numbers.add(numbers[row])
+            laid.add(pair)
             view = views[turn[row]]
             whole, inner = (view, thumbs[row]) if contains[row] else (thumbs[row], view)
             correlation, share = align(whole, inner, int(part[row]))
             correlation = round(correlation, 4)  # its last bits are the processor's: of equal ones the first
             least = SAME
-            if part[row] == 0 and bits[row] <= CLOSE:
+            if close[row]:
                 least = SAME_IF_LIKE if alike[row] >= CLOSELY_LIKE else SAME_IF_CLOSE
             if correlation >= least and (best is None or correlation > best[0]):
                 best = correlation, row, share

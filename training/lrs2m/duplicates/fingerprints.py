@@ -38,7 +38,7 @@ NEARLY_BLACK, NEARLY_WHITE = 24, 231  # beside a border, after JPEG
 BLANK_LINE, NEARLY_BLANK_LINE = 0.99, 0.8  # share of such pixels in a row or column of a border, and at its rim
 LEAST_CONTENT = 0.25  # of a side, that a border leaves
 MASK_SIDE = 128  # pixels, at which no-data in the corners is looked for
-HOPELESS = 0.15  # correlation below which two thumbnails are not moved to fit
+HOPELESS = 0.18  # correlation below which two thumbnails are not moved to fit
 FARTHEST = 5.0  # pixels of the thumbnail by which an alignment may move a corner
 FREQUENCIES = np.hypot(*np.divmod(np.arange(LOW * LOW), LOW)).astype(np.float32)  # (K * K,)
 _STEPS = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 25, 1e-3)  # of an alignment
@@ -245,8 +245,8 @@ def _fit(whole: np.ndarray, details: np.ndarray, matrix: np.ndarray) -> float:
     nearest = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
     shared = cv2.warpAffine(np.ones_like(whole), matrix, (SIDE, SIDE), flags=nearest)[..., None]
     one, other = _details(laid) * shared, details * shared
-    products = [(first * second).sum(axis=(0, 1)) for first, second in ((one, other), (one, one), (other, other))]
-    return float((products[0] / np.sqrt(products[1] * products[2] + 1e-6)).mean())
+    shared, *own = (np.einsum("rcd,rcd->d", *pair) for pair in ((one, other), (one, one), (other, other)))
+    return float((shared / np.sqrt(own[0] * own[1] + 1e-6)).mean())
 
 
 def _details(thumb: np.ndarray) -> np.ndarray:

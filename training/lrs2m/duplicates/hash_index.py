@@ -27,7 +27,8 @@ class HashIndex:
         self.looked_through, self.most_lists = looked_through, most_lists
         self._key_bits = np.argsort(FREQUENCIES, kind="stable")[1 : key_bits + 1]  # the very first is always 1
         unsure = most_lists.bit_length()  # bits of which some are turned: twice as many lists to choose from
-        self._turned = np.arange(1 << unsure)[:, None] >> np.arange(unsure) & 1  # (subsets, unsure)
+        subsets = np.arange(1 << unsure)[:, None] >> np.arange(unsure) & 1  # (subsets, unsure)
+        self._turned = subsets.T.astype(np.float32)  # for a fast product
         self.clear()
 
     def __len__(self) -> int:
@@ -74,7 +75,7 @@ class HashIndex:
         if flat:
             bits, entries = self._index.search(_bytes(hashes), min(most, len(self)))
         else:
-            lists = self._lists_of_queries(hashes, margins)
+            lists = self._lists_of_queries(margins)
             self._index.nprobe = lists.shape[1]
             bits, entries = self._index.search_preassigned(_bytes(hashes), min(most, len(self)), lists, None)
         query, place = np.nonzero((bits <= reach) & (entries >= 0))
@@ -96,16 +97,19 @@ class HashIndex:
             lists |= (hashes >> np.uint64(63 - bit) & np.uint64(1)).astype(np.int64) << place
         return lists
 
-    def _lists_of_queries(self, hashes: np.ndarray, margins: np.ndarray) -> np.ndarray:
+    def _lists_of_queries(self, margins: np.ndarray) -> np.ndarray:
         """(Q, n) int64: the lists to look through, those with the least sum of margins of turned bits."""
+        margins = margins[:, self._key_bits]
         wanted = int(self.looked_through * (1 << len(self._key_bits)) / len(self))
         count = int(np.clip(wanted, self.most_lists // 4, self.most_lists))
-        sure = np.abs(margins[:, self._key_bits]).round(2)  # the last bits of a margin are the processor's
-        unsure = np.argsort(sure, axis=1, kind="stable")[:, : self._turned.shape[1]]  # (Q, unsure)
-        cost = np.take_along_axis(sure, unsure, axis=1) @ self._turned.T.astype(np.float32)  # (Q, subsets)
+        sure = np.abs(margins).round(2)  # the last bits of a margin are the processor's
+        unsure = np.argsort(sure, axis=1, kind="stable")[:, : len(self._turned)]  # (Q, unsure)
+        cost = np.take_along_axis(sure, unsure, axis=1) @ self._turned  # (Q, subsets)
         chosen = np.sort(np.argpartition(cost, count, axis=1)[:, :count], axis=1)
-        masks = (1 << unsure) @ self._turned.T  # (Q, subsets)
-        return self._lists(hashes)[:, None] ^ np.take_along_axis(masks, chosen, axis=1)
+        weights = 2.0 ** np.arange(len(self._key_bits), dtype=np.float32)
+        masks = weights[unsure] @ self._turned  # (Q, subsets), whole numbers
+        lists = (margins > 0) @ weights
+        return lists.astype(np.int64)[:, None] ^ np.take_along_axis(masks, chosen, axis=1).astype(np.int64)
 
 
 def _bytes(hashes: np.ndarray) -> np.ndarray:
