@@ -1,13 +1,16 @@
 """Captions without pixels get their images back, the same bytes as if they had never been away."""
 
+import io
 import json
 import shutil
+import tarfile
 
 import pytest
 from datasets import load_dataset
 
 from tests.training.lrs2m.small_builds import build, entries, manifest_of, picture, rows_of, source
 from training.lrs2m.rejoin import main
+from training.lrs2m.shards import read_shard
 
 
 @pytest.fixture(params=["parquet", "webdataset"])
@@ -82,3 +85,14 @@ def test_a_key_does_not_lead_out_of_the_folder(tmp_path):
     with pytest.raises(Skip) as error:
         LocalImages([tmp_path / "inside"]).find(row)
     assert error.value.reason == "image missing" and json.dumps(str(error.value))
+
+
+def test_the_image_of_a_tar_is_its_own_member(tmp_path):
+    row = {"id": "a-1", "short_text": "A road."}
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        told = row | {"image": {"bytes": None, "path": "/etc/passwd"}}
+        for name, content in (("a-1.png", b"pixels"), ("a-1.json", json.dumps(told).encode())):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    assert list(read_shard(tmp_path / "a.tar")) == [row | {"image": {"bytes": b"pixels", "path": "a-1.png"}}]
