@@ -92,6 +92,8 @@ EQUIVALENT = {
         ("evaluation/retrieval.py", function, before, after): why
         for function, before, after, why in (
             ("", "16", "17", "size of a block"),
+            ("", "16 * 2**20", "(16 / 2 ** 20)", "size of a block"),
+            ("", "2**20", "(2 * 20)", "size of a block"),
             ("", "2", "3", "size of a block"),
             ("", "20", "21", "size of a block"),
             ("", "2000", "2001", "in the same bar"),

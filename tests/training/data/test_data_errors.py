@@ -193,6 +193,10 @@ class TestFiles:
         monkeypatch.undo()
         write_tar(path, {"0.jpg": b"x", "1.jpg": b"y"})
         assert len(tar_index(path)) == 2
+        for kept in (tmp_path / "kept" / "indices").iterdir():
+            for content in (b"", kept.read_bytes()[:20], b"x" * 100):  # as a crash or a full disk left it
+                kept.write_bytes(content)
+                assert len(tar_index(path)) == 2
 
 
 class TestSkipped:
