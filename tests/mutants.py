@@ -311,7 +311,7 @@ def main() -> int:
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, clone / name)
     for module in options.modules or TESTS:
-        source, began = (ROOT / module).read_text(), time.monotonic()
+        source, began = (clone / module).read_text(), time.monotonic()
         tests, tree = look_around(clone, module, source), ast.parse(source)
         wanted = [one for one in ast.walk(tree) if getattr(one, "name", "") in FUNCTIONS.get(module, ())]
         every = [one for one in mutants_of(tree, wanted or None) if not is_equivalent(module, tree, source, one)]
