@@ -139,23 +139,23 @@ def set_field(values: dict[str, Any], name: str, value: Any) -> None:
         value: any plain value.
 
     Raises:
-        `ValueError`: for a name that leads through a single value, or to a place that a list does not have.
+        [`ConfigurationError`]: for a name that leads through a single value, or to a place that a list does not have.
     """
     *sections, last = name.split(".")
     section: Any = values
     for part, following in zip(sections, [*sections[1:], last]):
         if isinstance(section, list):
             if not part.isdigit() or int(part) >= len(section):
-                raise ValueError(f"{name}: the list has the places 0 to {len(section) - 1}, not {part}.")
+                raise ConfigurationError([f"{name}: the list has the places 0 to {len(section) - 1}, not {part}."])
             section = section[int(part)]
         else:
             if section.get(part) is None:
                 section[part] = {}
             section = section[part]
         if not isinstance(section, dict | list):
-            raise ValueError(f"{name}: {part} is a single value and has no field {following}.")
+            raise ConfigurationError([f"{name}: {part} is a single value and has no field {following}."])
     if isinstance(section, list):
-        raise ValueError(f"{name} does not name a field; name one of an entry, as in {name}.0.field.")
+        raise ConfigurationError([f"{name} does not name a field; name one of an entry, as in {name}.0.field."])
     section[last] = value
 
 

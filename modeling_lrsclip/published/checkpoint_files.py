@@ -98,8 +98,10 @@ def _recognise_zip(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile:
-        raise ValueError(f"{path} is truncated: the table at the end of the archive is missing; {_AGAIN}.") from None
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):  # also names that are no text, versions of no zip
+        raise ValueError(
+            f"{path} is truncated: the table at the end of the archive is missing or damaged; {_AGAIN}."
+        ) from None
     if any(name.endswith("/constants.pkl") for name in names):
         return TORCHSCRIPT
     if any(name.endswith("/data.pkl") for name in names):

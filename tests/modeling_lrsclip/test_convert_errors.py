@@ -105,6 +105,19 @@ class TestNotACheckpoint:
             read_published_file(tmp_path / "a.safetensors")
         assert len(str(refused.value)) < 1000
 
+    @pytest.mark.parametrize(
+        "damage", [(b"\xc3\xa9", b"\x89\x89"), (b"PK\x01\x02\x14\x03\x14", b"PK\x01\x02\x14\x03\xff")]
+    )
+    def test_a_damaged_table_of_an_archive(self, tmp_path, damage):
+        """A name that is no text; a version of zip that nobody has."""
+        with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+            archive.writestr("é/data.pkl", b"")
+        whole = (tmp_path / "a.pt").read_bytes()
+        (tmp_path / "a.pt").write_bytes(whole.replace(*damage))
+        assert damage[0] in whole
+        with pytest.raises(ValueError, match=r"a\.pt is truncated: the table .* is missing or damaged"):
+            read_published_file(tmp_path / "a.pt")
+
     def test_a_zip_around_it(self, refused, tmp_path):
         with zipfile.ZipFile(tmp_path / "SkyCLIP.zip", "w") as archive:
             archive.writestr("SkyCLIP/epoch_20.pt", b"weights")

@@ -137,7 +137,10 @@ def test_trackers(monkeypatch):
             ["--output_dir", "x", "--data.train", "y", "--loop.validate_every", "5", "--loop.patience", "2"],
             "loop.patience is set and data.validation is not; set both",
         ),
-        (["--output_dir", "x", "--output_dir.sub", "3"], "output_dir is a single value"),
+        (
+            ["--output_dir", "x", "--output_dir.sub", "3"],
+            "The configuration has mistakes:\n  output_dir.sub: output_dir is a single value",
+        ),
         (["--output_dir", "x", "--data.train", "y", "--model.init", "scratch"], "model.tokenizer is not set"),
     ],
 )
