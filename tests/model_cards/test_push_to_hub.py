@@ -492,11 +492,12 @@ class TestStaging:
         assert "modeling_lrsclip.py is not the code of this package" in capsys.readouterr().err and not ran.exists()
         assert main([*command, "--trust-checkpoint-code"]) == 0 and ran.read_text() == "False True"
 
-    def test_links_out_of_the_folder(self, tiny_checkpoint, tmp_path, capsys):
+    @pytest.mark.parametrize("name", ["vocab.json", "run.json"])
+    def test_links_out_of_the_folder(self, tiny_checkpoint, tmp_path, capsys, name):
         (tmp_path / "secret").write_text("{}")
-        (tiny_checkpoint / "vocab.json").symlink_to(tmp_path / "secret")
+        (tiny_checkpoint / name).symlink_to(tmp_path / "secret")
         assert main(["--checkpoint", str(tiny_checkpoint), "--repo", REPO, "--dry-run"]) == 2
-        assert "vocab.json is a link to" in capsys.readouterr().err
+        assert f"{name} is a link to" in capsys.readouterr().err
 
     def test_a_link_of_a_shard_out_of_the_folder(self, tiny_model, tiny_processor, staged, tmp_path):
         tiny_model.save_pretrained(tmp_path / "sharded", max_shard_size="150KB")
