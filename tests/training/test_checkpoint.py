@@ -295,6 +295,10 @@ def test_a_sharded_checkpoint_has_a_table_of_contents(tmp_path):
     dcp.save(tensors, checkpoint_id=tmp_path / "pytorch_model_fsdp_0", no_dist=True)
     (tmp_path / STATES).write_text('{"step": 1}')
     assert read_states(tmp_path) == {"step": 1}
+    for word in (b"torch\nfrom_file", b"os\nsystem"):  # what lies beside numbers, and what is like them in nothing
+        (tmp_path / "pytorch_model_fsdp_0" / ".metadata").write_bytes(b"c" + word + b"\n.")
+        with pytest.raises(ValueError, match=f"it names {word.decode().replace(chr(10), '.')}"):
+            read_states(tmp_path)
 
 
 def test_a_saved_model_has_ordinary_weights(accelerator, tmp_path, tiny_model, tiny_processor):
