@@ -71,14 +71,14 @@ def run(index_folder: Path, places_file: Path, output: Path) -> dict[str, int]:
     for name in ("rank", "ms", "scene", "description"):
         table.add_column(name, justify="right" if name in ("rank", "ms") else "left", no_wrap=name == "description")
     ranks, shown = [], None
-    for place in tqdm(asked, "asking", unit="description", disable=None, leave=False):
+    for row in tqdm(asked, "asking", unit="description", disable=None, leave=False):
         started = time.perf_counter()
-        hits = search(index, place["text"], encoder=encoder, top=LOOKED_AT)
+        hits = search(index, row["text"], encoder=encoder, top=LOOKED_AT)
         milliseconds = 1000 * (time.perf_counter() - started)
-        ranks.append(rank_of(hits, place["scene"], place["pixel_box"]))
-        shown = (place, hits) if ranks[-1] == 1 or shown is None else shown
-        rank, name = str(ranks[-1] or f"> {len(hits)}"), Path(place["scene"]).name
-        table.add_row(rank, f"{milliseconds:.0f}", name, f"{place['text'][:SHOWN]}…")
+        ranks.append(rank_of(hits, row["scene"], row["pixel_box"]))
+        shown = (row, hits) if ranks[-1] == 1 or shown is None else shown
+        rank, name = str(ranks[-1] or f"> {len(hits)}"), Path(row["scene"]).name
+        table.add_row(rank, f"{milliseconds:.0f}", name, f"{row['text'][:SHOWN]}…")
     Console().print(table)
     among_five = sum(rank is not None and rank <= 5 for rank in ranks)
     counts = {"asked": len(asked), "first": ranks.count(1), "among_five": among_five}
@@ -86,9 +86,9 @@ def run(index_folder: Path, places_file: Path, output: Path) -> dict[str, int]:
         f"Of {counts['asked']} descriptions, {counts['first']} were found at rank 1 and {counts['among_five']} within rank 5, "
         f"among {len(index):,} windows of {len(index.metadata['sources'])} scenes."
     )
-    place, hits = shown
+    row, hits = shown
     heat = similarity_map(index, hits.vector, hits.rows["scene"][0].as_py())
-    print(f"The page:     {write_page(ScenePictures(index), hits, output / 'hits.html', place['text'])}")
+    print(f"The page:     {write_page(ScenePictures(index), hits, output / 'hits.html', row['text'])}")
     print(f"The heat map: {write_map(heat, output / 'heat.tif')}")
     return counts
 

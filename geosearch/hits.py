@@ -138,9 +138,9 @@ def hit_table(hits: Hits) -> Table:
     table.add_column("time", no_wrap=True)
     for rank, row in enumerate(hits.rows.to_pylist()):
         figures = f"{hits.similarity[rank]:.4f}", f"{hits.z_score[rank]:.1f} σ"
-        place = place_name(row["centre_lon"], row["centre_lat"], hits.coordinates)
+        position = place_name(row["centre_lon"], row["centre_lat"], hits.coordinates)
         time = f"{row['timestamp']:%Y-%m-%d %H:%M}" if row["timestamp"] else ""
-        table.add_row(str(rank + 1), *figures, place, Path(row["scene"]).name, time)
+        table.add_row(str(rank + 1), *figures, position, Path(row["scene"]).name, time)
     return table
 
 

@@ -341,8 +341,8 @@ def hits_page(pictures: ScenePictures, hits: Hits, title: str) -> str:
 def hit_lines(hits: Hits, row: dict) -> list[str]:
     """Place, scene, pixels and time of a hit, for people."""
     left, top, width, height = row["pixel_box"]
-    place = place_name(row["centre_lon"], row["centre_lat"], hits.coordinates)
-    lines = [place, Path(row["scene"]).name, f"{width} × {height} pixels at {left}, {top}"]
+    position = place_name(row["centre_lon"], row["centre_lat"], hits.coordinates)
+    lines = [position, Path(row["scene"]).name, f"{width} × {height} pixels at {left}, {top}"]
     return lines + ([f"{row['timestamp']:%Y-%m-%d %H:%M} UTC"] if row["timestamp"] else [])
 
 

@@ -266,7 +266,7 @@ def _read_rows(source: str, dataset: Dataset | None, parquet: list[Path]) -> _La
     if not len(table):
         raise ValueError(f"{table.origin} has no rows.")
     labels = [_label(value, table.label_names) for value in table.values]
-    odd = [table.place(row) for row, label in enumerate(labels) if not label]
+    odd = [table.position(row) for row, label in enumerate(labels) if not label]
     numbered = any(isinstance(value, int) for value in table.values) and not table.label_names
     advice = " (labels are numbers without names; add a column class_name, or store them as a ClassLabel of datasets)"
     what = f"{table.row_name}s of {table.origin} have no class name"

@@ -293,9 +293,9 @@ def _captions(table: Table, text_column: str) -> list[list[str]]:
         # A sentence of Karpathy's files is an object.
         texts = [text.get("raw") if isinstance(text, dict) else text for text in texts]
         if any(isinstance(text, int | float) for text in texts):
-            numbers.append(f"{table.place(row)} ({texts[0]})")
+            numbers.append(f"{table.position(row)} ({texts[0]})")
         elif not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-            empty.append(table.place(row))
+            empty.append(table.position(row))
         captions.append(texts)
     complain(numbers, len(table), f"{table.row_name}s of {table.origin} have a number as {text_column}, not a text")
     complain(empty, len(table), f"{table.row_name}s of {table.origin} have no {text_column}, or an empty one")

@@ -127,7 +127,7 @@ def _make(task: tuple[Path, int, int, int]) -> list[dict[str, Any]]:
     picture, places = draw_archive_scene(seed, number, side)
     name = f"scenes/{('north', 'south', 'turned')[number % 3]}-{number}.tif"
     write_archive_scene(folder / name, picture, number)
-    return [{"scene": name, **place} for place in places]
+    return [{"scene": name, **row} for row in places]
 
 
 def write_archive(out: Path, scenes: int = 3, seed: int = 0, side: int = SIDE, workers: int | None = None) -> int:
@@ -163,7 +163,7 @@ def write_archive(out: Path, scenes: int = 3, seed: int = 0, side: int = SIDE, w
     else:  # spawned, not forked: the caller may have threads
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
             made = list(tqdm(pool.map(_make, tasks), **bar))
-    lines = [json.dumps(place) + "\n" for places in made for place in places]
+    lines = [json.dumps(row) + "\n" for places in made for row in places]
     (out / "places.jsonl").write_text("".join(lines), encoding="utf-8")
     return len(lines)
 

@@ -52,7 +52,7 @@ class Table:
     def __len__(self) -> int:
         return len(self.images)
 
-    def place(self, row: int) -> str:
+    def position(self, row: int) -> str:
         """Name of a row's position in the file, for errors."""
         return self.places[row] if self.places else f"{self.row_name} {row + 1}"
 
@@ -209,7 +209,7 @@ def table_images(table: Table, merge_embedded: bool = True) -> tuple[ImageFiles,
     for row, value in enumerate(table.images):
         value = {"bytes": value} if isinstance(value, bytes) else value
         path, content = (value.get("path"), value.get("bytes")) if isinstance(value, dict) else (value, None)
-        where = table.place(row)
+        where = table.position(row)
         if content is not None:
             key, source = (path, bytes_sha256(content)) if merge_embedded else row, content
         elif isinstance(path, str) and path:

@@ -76,14 +76,14 @@ def test_differences_equal_those_of_a_slow_loop():
         chosen = np.repeat(np.arange(30), counts.astype(int))
         pairs.append((slow_metrics(first, chosen), slow_metrics(second, chosen)))
     fast, everything = differences(first, second, 200, seed=3), np.arange(30)
-    for name, found in fast.items():
+    for name, difference in fast.items():
         drawn = np.array([b[name] - a[name] for a, b in pairs])
-        assert (found.low, found.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=1e-9)
-        assert (found.first, found.second) == pytest.approx(
+        assert (difference.low, difference.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=1e-9)
+        assert (difference.first, difference.second) == pytest.approx(
             (slow_metrics(first, everything)[name], slow_metrics(second, everything)[name])
         )
         rarer = min((drawn <= 0).sum(), (drawn >= 0).sum())
-        assert found.p_value == pytest.approx(min(1, 2 * (rarer + 1) / 201))
+        assert difference.p_value == pytest.approx(min(1, 2 * (rarer + 1) / 201))
     assert fast["mR"].significant and fast["mR"].difference > 0
 
 
@@ -102,9 +102,9 @@ def test_draws_in_blocks_are_complete(monkeypatch):
 
 def test_the_same_model_has_no_difference():
     for result in RESULTS:
-        for found in differences(result, result).values():
-            assert (found.low, found.high, found.difference, found.p_value) == (0, 0, 0, 1)
-            assert not found.significant
+        for difference in differences(result, result).values():
+            assert (difference.low, difference.high, difference.difference, difference.p_value) == (0, 0, 0, 1)
+            assert not difference.significant
 
 
 def test_a_model_that_is_always_right_and_one_that_never_is():
@@ -112,9 +112,9 @@ def test_a_model_that_is_always_right_and_one_that_never_is():
     right = {"model": "r", "ranks": ranks, "image_of_text": list(range(20))}
     wrong = right | {"ranks": {name: [99] * 20 for name in ranks}}
     assert set(map(tuple, intervals(right).values())) == {(100, 100)}
-    for found in differences(wrong, right).values():
-        assert (found.low, found.high) == (100, 100) and found.significant
-        assert found.p_value == pytest.approx(2 / 2001)
+    for difference in differences(wrong, right).values():
+        assert (difference.low, difference.high) == (100, 100) and difference.significant
+        assert difference.p_value == pytest.approx(2 / 2001)
 
 
 def test_texts_of_an_image_are_drawn_together():

@@ -173,9 +173,9 @@ def test_templates_and_wording_change_the_prompts_and_are_recorded(encoder, fold
     assert folders["prompts"]["first"] == "a satellite photo of airport"
     assert folders["class_names"]["wording"] == "folder" and folders["prompts"]["sha256"] != human["prompts"]["sha256"]
     (tmp_path / "own.txt").write_text("{class_name} seen from space\n\nan aerial view of {}\n")
-    own = ClassificationTask(str(tmp_path / "own.txt")).evaluate(encoder, data)
-    assert own["prompts"]["templates"] == ["{class_name} seen from space", "an aerial view of {}"]
-    assert own["prompts"]["first"] == "airport seen from space"
+    result = ClassificationTask(str(tmp_path / "own.txt")).evaluate(encoder, data)
+    assert result["prompts"]["templates"] == ["{class_name} seen from space", "an aerial view of {}"]
+    assert result["prompts"]["first"] == "airport seen from space"
     with pytest.raises(ValueError, match="Did you mean paper"):
         ClassificationTask("papers")
     with pytest.raises(ValueError, match="human or folder"):
@@ -187,7 +187,7 @@ def test_images_are_encoded_once_whatever_the_prompts(encoder, folder, monkeypat
 
     calls = []
     original = encoding.embed_images
-    monkeypatch.setattr(encoding, "embed_images", lambda *given: calls.append(len(given[2])) or original(*given))
+    monkeypatch.setattr(encoding, "embed_images", lambda *args: calls.append(len(args[2])) or original(*args))
     data = TASK.load(str(folder))
     for templates in ("paper", "plain", "ensemble"):
         ClassificationTask(templates).evaluate(encoder, data)

@@ -25,7 +25,7 @@ def save(image, path):
 
 
 @pytest.fixture
-def own(tmp_path, images):
+def unknown_folders(tmp_path, images):
     """Two classes of a data set that nobody knows."""
     for index, image in enumerate(images):
         save(image, tmp_path / "tiles" / ("ParkingLot" if index % 2 else "open_water") / f"{index}.png")
@@ -157,8 +157,8 @@ def test_template_sets_and_files(tmp_path):
 # ------------------------------------------------------------------------------------------------------------- folders
 
 
-def test_class_folders_of_an_own_data_set(own):
-    data = load_classification(own)
+def test_class_folders_of_an_own_data_set(unknown_folders):
+    data = load_classification(unknown_folders)
     assert data.name == "tiles" and data.dataset.key is None
     assert data.dataset.classes == {"ParkingLot": "parking lot", "open_water": "open water"}
     assert data.images.names == ["ParkingLot/1.png", "ParkingLot/3.png", "open_water/0.png", "open_water/2.png"]
@@ -197,9 +197,9 @@ def test_a_known_data_set_keeps_all_its_classes_whatever_its_folders_are_called(
 
 def test_groups_of_classes_of_a_known_data_set_are_seen_through(tmp_path, images):
     places = ["woodland/forest", "water area/sea", "transportation/Parkinglot", "woodland/forest"]
-    for index, (image, place) in enumerate(zip(images, places, strict=True)):
-        save(image, tmp_path / "RSI-CB256" / place / f"{index}.png")
-        save(image, tmp_path / "mine" / place / f"{index}.png")
+    for index, (image, path) in enumerate(zip(images, places, strict=True)):
+        save(image, tmp_path / "RSI-CB256" / path / f"{index}.png")
+        save(image, tmp_path / "mine" / path / f"{index}.png")
     data = load_classification(tmp_path / "RSI-CB256")
     assert sorted(data.dataset.folders[label] for label in data.labels) == ["forest", "forest", "parkinglot", "sea"]
     assert data.dataset.wordings()[data.dataset.find_class("parkinglot")] == "parking lot"
@@ -218,34 +218,34 @@ def test_a_folder_without_a_name_mapping_is_named(tmp_path, images):
         load_classification(tmp_path / "WHU-RS19")
 
 
-def test_a_source_may_say_which_data_set_it_is(own, tmp_path):
-    (own / "ParkingLot").rename(own / "parking")
-    (own / "open_water").rename(own / "pond")
-    data = load_classification(f"whu-rs19={own}")
+def test_a_source_may_say_which_data_set_it_is(unknown_folders, tmp_path):
+    (unknown_folders / "ParkingLot").rename(unknown_folders / "parking")
+    (unknown_folders / "open_water").rename(unknown_folders / "pond")
+    data = load_classification(f"whu-rs19={unknown_folders}")
     assert data.name == "WHU-RS19" and {data.dataset.folders[label] for label in data.labels} == {"Parking", "Pond"}
     odd = tmp_path / "a=b"
-    own.rename(odd)
+    unknown_folders.rename(odd)
     assert load_classification(odd).name == "a=b"
 
 
-def test_what_is_no_image_is_counted_and_hidden_files_are_not(own):
-    (own / "ParkingLot/Thumbs.db").touch()
-    (own / "ParkingLot/.DS_Store").touch()
-    (own / "labels").mkdir()
-    (own / ".ipynb_checkpoints").mkdir()
-    data = load_classification(own)
+def test_what_is_no_image_is_counted_and_hidden_files_are_not(unknown_folders):
+    (unknown_folders / "ParkingLot/Thumbs.db").touch()
+    (unknown_folders / "ParkingLot/.DS_Store").touch()
+    (unknown_folders / "labels").mkdir()
+    (unknown_folders / ".ipynb_checkpoints").mkdir()
+    data = load_classification(unknown_folders)
     assert len(data.images) == 4
     assert data.left_out == ("1 files that are no images (.db)", "folders without images: labels")
     assert "1 files that are no images (.db)" in data.summary
 
 
-def test_a_folder_of_data_sets(own, tmp_path, images):
+def test_a_folder_of_data_sets(unknown_folders, tmp_path, images):
     for name in ("beach", "forest"):
         save(images[0], tmp_path / f"UCMerced_LandUse/Images/{name}/a.png")
     save(images[0], tmp_path / "RSITMD/images/a.png")  # no classes
     (tmp_path / "notes").mkdir()
-    assert find_sources(tmp_path) == [str(tmp_path / "UCMerced_LandUse"), str(own)]
-    assert find_sources(own) == [str(own)]
+    assert find_sources(tmp_path) == [str(tmp_path / "UCMerced_LandUse"), str(unknown_folders)]
+    assert find_sources(unknown_folders) == [str(unknown_folders)]
     assert find_sources("timm/eurosat-rgb") == ["timm/eurosat-rgb"]
     with pytest.raises(ValueError, match="holds neither class folders with images"):
         find_sources(tmp_path / "notes")
@@ -271,19 +271,19 @@ def test_one_class_is_not_enough(tmp_path, images):
         load_classification(tmp_path / "own")
 
 
-def test_images_may_be_left_out_up_to_a_number(own):
-    path = own / "open_water/2.png"
+def test_images_may_be_left_out_up_to_a_number(unknown_folders):
+    path = unknown_folders / "open_water/2.png"
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match=r"image open_water/2\.png cannot be read"):
-        list(load_classification(own).images)
-    data = load_classification(own, allow_missing=1)
+        list(load_classification(unknown_folders).images)
+    data = load_classification(unknown_folders, allow_missing=1)
     assert len(data.images) == 3 and data.labels == [0, 0, 1]
     assert data.skipped[0].startswith("open_water/2.png (")
-    (own / "ParkingLot/1.png").write_bytes(b"")
+    (unknown_folders / "ParkingLot/1.png").write_bytes(b"")
     with pytest.raises(
         ValueError, match=r"^2 of 4 images of .*are missing or cannot be read, first: ParkingLot/1\.png"
     ):
-        load_classification(own, allow_missing=1)
+        load_classification(unknown_folders, allow_missing=1)
 
 
 # -------------------------------------------------------------------------------------------------------------- tables

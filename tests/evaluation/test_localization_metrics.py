@@ -49,10 +49,10 @@ def test_two_peaks_in_one_region():
     result = localization_metrics(
         heat(300, 1700, (240, 100, 360, 220), (1240, 100, 1360, 220)), [box(0, 0, 1700, 300)]
     )
-    found = peaks(heat(300, 1700, (240, 100, 360, 220), (1240, 100, 1360, 220)))
-    assert len(found) == 2 and abs(found[0][0] - found[1][0]) == 1000
+    points = peaks(heat(300, 1700, (240, 100, 360, 220), (1240, 100, 1360, 220)))
+    assert len(points) == 2 and abs(points[0][0] - points[1][0]) == 1000
     radius = int(1.5 * math.hypot(850, 150))
-    offsets = [math.dist((850, 150), place) / radius for place in found]
+    offsets = [math.dist((850, 150), point) / radius for point in points]
     scaled = (math.exp(3 * sum(offsets) / 2) - 1) / (math.exp(3) - 1)
     assert result["Ras"] == pytest.approx(scaled)
     assert result["Rda"] == pytest.approx(0.5 * (1 - 500 / radius) + math.exp(-0.5 * 4))
@@ -115,7 +115,7 @@ def slow_peaks(values):
         for column in np.flatnonzero(smooth[row]):
             around = smooth[max(row - 500, 0) : row + 500, max(column - 500, 0) : column + 500]
             tops[row, column] = smooth[row, column] == around.max()
-    found = []
+    points = []
     while tops.any():
         row, column = np.argwhere(tops)[0]
         area, edge = [], [(row, column)]
@@ -124,13 +124,13 @@ def slow_peaks(values):
             row, column = edge.pop()
             area.append((row, column))
             for other in np.argwhere(tops[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2]):
-                place = (max(row - 1, 0) + other[0], max(column - 1, 0) + other[1])
-                tops[place] = False
-                edge.append(place)
+                pixel = (max(row - 1, 0) + other[0], max(column - 1, 0) + other[1])
+                tops[pixel] = False
+                edge.append(pixel)
         y, x = (int(sum(places) / len(area)) for places in zip(*area, strict=True))
         if values[y, x] / 255 >= 0.5:
-            found.append((x, y))
-    return found
+            points.append((x, y))
+    return points
 
 
 def slow_metrics(values, regions):
@@ -139,19 +139,19 @@ def slow_metrics(values, regions):
     prob = values / 255
     inside, area = (prob * mask).sum(), mask.sum()
     rsu = 1 - math.exp(-0.707 * inside / (prob.sum() - inside + 1e-7) * (mask.size - area) / area)
-    found, offsets, focus = slow_peaks(values), [], []
+    points, offsets, focus = slow_peaks(values), [], []
     for region in regions:
         middle = [int(sum(corner[axis] for corner in region) / len(region)) for axis in (0, 1)]
         radius = int(1.5 * sum(math.dist(corner, middle) for corner in region) / len(region))
-        own = [place for place in found if math.dist(place, middle) <= radius]
-        distances = [math.dist(place, middle) for place in own]
-        offsets.append(sum(distances) / len(own) / radius if own else 1)
-        if len(own) < 2:
-            focus.append(len(own))
+        inside = [point for point in points if math.dist(point, middle) <= radius]
+        distances = [math.dist(point, middle) for point in inside]
+        offsets.append(sum(distances) / len(inside) / radius if inside else 1)
+        if len(inside) < 2:
+            focus.append(len(inside))
         else:
-            centre = [sum(place[axis] for place in own) / len(own) for axis in (0, 1)]
-            spread = sum(math.dist(place, centre) for place in own) / len(own) / radius
-            focus.append(0.5 * (1 - spread) + math.exp(-0.5 * (len(own) + 2)))
+            centre = [sum(point[axis] for point in inside) / len(inside) for axis in (0, 1)]
+            spread = sum(math.dist(point, centre) for point in inside) / len(inside) / radius
+            focus.append(0.5 * (1 - spread) + math.exp(-0.5 * (len(inside) + 2)))
     ras = (math.exp(3 * sum(offsets) / len(offsets)) - 1) / (math.exp(3) - 1)
     rda = sum(focus) / len(focus)
     return {"Rsu": rsu, "Ras": ras, "Rda": rda, "Rmi": 0.4 * rsu + 0.35 * (1 - ras) + 0.25 * rda}

@@ -157,14 +157,14 @@ def test_the_data_set_table_and_its_errata():
 
 
 def test_counts_agree_with_the_class_lists():
-    found = set()
+    names = set()
     for path in (Path(run.__file__).parent / "benchmarks" / "classes").glob("*.json"):
         described = json.loads(path.read_text(encoding="utf-8"))
         known = paper_tables()["datasets"].get(dataset_key("zic", described.get("name", "")))
         if known:
             assert known["images"] == described["images"], path
-            found.add(known["name"])
-    assert len(found) == 6
+            names.add(known["name"])
+    assert len(names) == 6
 
 
 # ------------------------------------------------------------------------------------------------------ beside ours
@@ -234,8 +234,8 @@ def test_version_2_and_an_independent_run_stand_beside_dgtrs_clip():
 
 def test_farslips_figures_are_told_apart_from_the_papers():
     def classified(dataset: str, images: int, templates: str) -> dict:
-        told = {"model": "lrsclip-vit-b-16", "task": "zic", "dataset": dataset, "images": images}
-        return told | {"metrics": {"accuracy": 60.0}, "prompts": {"template_set": templates}}
+        result = {"model": "lrsclip-vit-b-16", "task": "zic", "dataset": dataset, "images": images}
+        return result | {"metrics": {"accuracy": 60.0}, "prompts": {"template_set": templates}}
 
     beside = beside_paper(classified("EuroSAT", 27000, "paper"))
     assert beside["paper"] == {"accuracy": 57.55}

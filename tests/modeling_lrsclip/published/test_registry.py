@@ -120,7 +120,7 @@ def test_a_conversion_record_that_is_none_is_named(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    "given, problem",
+    "model, problem",
     [
         ("remoteclip-vit-l14", "does not exist; .* Did you mean remoteclip-vit-l-14"),
         ("selo-v1", "is no CLIP; only the paper's figures"),
@@ -138,10 +138,10 @@ def test_a_conversion_record_that_is_none_is_named(tmp_path, content):
         ("{tmp}/none", "none does not exist"),
     ],
 )
-def test_what_cannot_be_loaded_is_one_sentence(tmp_path, given, problem):
+def test_what_cannot_be_loaded_is_one_sentence(tmp_path, model, problem):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ValueError, match=problem) as caught:
-        resolve(given.format(tmp=tmp_path))
+        resolve(model.format(tmp=tmp_path))
     assert "\n" not in str(caught.value)
 
 
@@ -182,8 +182,8 @@ def resolve_elsewhere(hub, cache, *names, **environment):
 def test_a_model_is_fetched_from_the_endpoint_of_the_environment_and_then_from_its_cache(hub, tmp_path):
     """And one that is not there, without network, is told with what to download."""
     commit = publish(hub, MODELS["long-clip-vit-b-16"])
-    found, missing = resolve_elsewhere(hub, tmp_path, "long-clip-vit-b-16", "long-clip-vit-l-14")
-    path, revision, label = found.split()
+    line, missing = resolve_elsewhere(hub, tmp_path, "long-clip-vit-b-16", "long-clip-vit-l-14")
+    path, revision, label = line.split()
     assert Path(path).read_bytes() == b"weights" and Path(path).name == "longclip-B.pt"
     assert revision == commit and label == "long-clip-vit-b-16"
     assert missing.startswith("ValueError long-clip-vit-l-14: longclip-L.pt of BeichenZhang/LongCLIP-L at main could")
