@@ -67,9 +67,9 @@ def test_two_processes_give_what_one_gives(folder, monkeypatch):
     done = processes.run_ranks([sys.executable, folder / "script.py", folder], 2, project=True)
     for rank in range(2):
         assert done[rank].returncode == 0, done[rank].stderr[-3000:]
-        shared = torch.load(folder / f"{rank}_of_2.pt")
-        assert torch.equal(shared["images"], alone["images"]) and torch.equal(shared["texts"], alone["texts"])
-        assert shared["error"].startswith("image broken.png cannot be read")
+        found = torch.load(folder / f"{rank}_of_2.pt")
+        assert torch.equal(found["images"], alone["images"]) and torch.equal(found["texts"], alone["texts"])
+        assert found["error"].startswith("image broken.png cannot be read")
     assert len(list((folder / "kept").glob("*/*.safetensors"))) == 4 + 4  # each part by one process
     with_cache = encode(folder, cache_dir=folder / "kept")
     assert torch.equal(with_cache["images"], alone["images"])

@@ -37,9 +37,9 @@ def slow_ranks(image_embeds, text_embeds, text_to_image):
     text_ranks = [list(np.argsort(-row)).index(image) for row, image in zip(scores, text_to_image, strict=True)]
     image_ranks = []
     for image, column in enumerate(scores.T):
-        texts_of_image = [text for text, owner in enumerate(text_to_image) if owner == image]
+        own = [text for text, owner in enumerate(text_to_image) if owner == image]
         order = list(np.argsort(-column))
-        image_ranks.append(min(order.index(text) for text in texts_of_image))
+        image_ranks.append(min(order.index(text) for text in own))
     return text_ranks, image_ranks
 
 

@@ -72,13 +72,13 @@ def write_index(folder: str | Path, tables: Iterable[pa.Table], metadata: dict[s
         The index, opened.
     """
     folder = Path(folder)
-    parts = folder / ".given"
-    shutil.rmtree(parts, ignore_errors=True)
-    parts.mkdir(parents=True)
+    given = folder / ".given"
+    shutil.rmtree(given, ignore_errors=True)
+    given.mkdir(parents=True)
     files = []
     for number, table in enumerate(tables):
-        files.append(parts / f"{number:05d}.parquet")
+        files.append(given / f"{number:05d}.parquet")
         pq.write_table(table, files[-1])
     publish(folder, files, metadata)
-    shutil.rmtree(parts)
+    shutil.rmtree(given)
     return open_index(folder)

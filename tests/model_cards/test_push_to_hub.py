@@ -189,8 +189,8 @@ def test_up_and_down_again(hub, tiny_model, tiny_processor, data, tmp_path, monk
 def test_the_same_weights_as_a_stock_clip_beside_it(hub, tiny_checkpoint, tmp_path, capsys):
     (tiny_checkpoint / "notes.txt").write_text("mine")
     assert push(tiny_checkpoint, "--plain-clip", "you/tiny-clip", "--license", "mit") == 0
-    printed = capsys.readouterr().out
-    assert printed.count("verified: same token ids and weights") == 2
+    told = capsys.readouterr().out
+    assert told.count("verified: same token ids and weights") == 2
     plain, files = hub.repo("you/tiny-clip").files(), visible(hub)[1]
     assert files == OURS | {".gitattributes", "model.safetensors"}
     assert not any(name.endswith(".py") for name in plain) and json.loads(plain["config.json"])["model_type"] == "clip"
@@ -215,11 +215,11 @@ def test_a_dry_run_contacts_nothing(hub, tiny_clip, tiny_processor, tmp_path, ca
     for path in folder.glob("*.py"):
         path.unlink()
     assert push(folder, "--dry-run") == 0
-    printed = capsys.readouterr().out
+    told = capsys.readouterr().out
     for name in OURS | {"model.safetensors"}:
-        assert f"  {name} " in printed
-    assert "verified: same token ids and weights" in printed and "a CLIP for remote-sensing" not in printed
-    assert "# tiny\n" in printed and "not yet measured here" in printed and printed.endswith("nothing was contacted\n")
+        assert f"  {name} " in told
+    assert "verified: same token ids and weights" in told and "a CLIP for remote-sensing" not in told
+    assert "# tiny\n" in told and "not yet measured here" in told and told.endswith("nothing was contacted\n")
     assert not hub.requests and not list(folder.glob("*.py"))
 
 
@@ -254,8 +254,8 @@ def test_the_next_push_replaces_what_the_last_one_left(hub, commands, tiny_model
     titles, files = visible(hub)
     assert titles == ["Whole", "By hand", MESSAGE, "initial commit"]
     assert files == OURS | {".gitattributes", "model.safetensors", "notes.md"}
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in ("old_lrsclip.py", "results.json", "model-00001-of-", ".index.json"))
+    told = capsys.readouterr().out
+    assert all(name in told for name in ("old_lrsclip.py", "results.json", "model-00001-of-", ".index.json"))
 
     assert push(single) == 0
     assert "unchanged: the repository holds these very files already" in capsys.readouterr().out
@@ -356,17 +356,17 @@ def test_lasting_faults(hub, commands, tiny_checkpoint, capsys, lasting, problem
 
 
 def test_what_is_left_is_told(hub, commands, tiny_checkpoint, capsys):
-    def message_of(*options: str, repo: str = REPO) -> str:
+    def told(*options: str, repo: str = REPO) -> str:
         assert push(tiny_checkpoint, *options, repo=repo) == 3
         return capsys.readouterr().err.split("\n")[-2]
 
     hub.faults = [fault("PUT", "^/upload/", 403)]
-    assert "The repository was made and is empty" in message_of(repo="you/new")
+    assert "The repository was made and is empty" in told(repo="you/new")
     assert visible(hub, "you/new") == (["initial commit"], {".gitattributes"})
 
     hub.create(REPO)
     hub.faults = [fault("POST", "/commit/", None, perform=True)]
-    assert f"look at {hub.url}/{REPO}/discussions whether it is open" in message_of("--create-pr")
+    assert f"look at {hub.url}/{REPO}/discussions whether it is open" in told("--create-pr")
     assert "refs/pr/1" in hub.repo(REPO).refs and len(visible(hub)[0]) == 1
 
     # ... and since then the Hub has been down, so that nobody can tell
@@ -406,9 +406,9 @@ def test_without_a_valid_token(hub, commands, tiny_checkpoint, capsys, monkeypat
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     assert push(tiny_checkpoint) == 3
-    printed = capsys.readouterr()
-    assert problem in printed.err and "hf auth login" in printed.err and "HF_TOKEN" in printed.err
-    assert not printed.out and not hub.repos  # seen before the work
+    told = capsys.readouterr()
+    assert problem in told.err and "hf auth login" in told.err and "HF_TOKEN" in told.err
+    assert not told.out and not hub.repos  # seen before the work
 
 
 def test_somebody_else_commits_meanwhile(hub, commands, tiny_checkpoint, capsys):

@@ -31,9 +31,7 @@ def computed(monkeypatch):
     counts = {"embed_images": [], "embed_token_rows": []}
 
     def count(name, original):
-        monkeypatch.setattr(
-            encoding, name, lambda *arguments: counts[name].append(len(arguments[2])) or original(*arguments)
-        )
+        monkeypatch.setattr(encoding, name, lambda *given: counts[name].append(len(given[2])) or original(*given))
 
     for name in counts:
         count(name, getattr(encoding, name))
@@ -86,8 +84,8 @@ def test_what_decides_an_embedding_is_noticed(encoder, computed, files, tiny_mod
     rows = encode_texts(tiny_processor, ["a road"])
 
     def run(**options):
-        changed = encoder(**options)
-        changed.images(again(files)), changed.texts(rows)
+        own = encoder(**options)
+        own.images(again(files)), own.texts(rows)
         numbers = [sum(calls) for calls in computed.values()]
         [calls.clear() for calls in computed.values()]
         return numbers
