@@ -177,6 +177,9 @@ def validate(kind: type[Config], values: Mapping[str, Any], hints: Mapping[str, 
     """
     try:
         return TypeAdapter(kind).validate_python(values)
+    except UnicodeEncodeError as error:  # pydantic's own words for a surrogate
+        half = error.object[error.start : error.end]
+        raise ConfigurationError([f"a field or its value holds half a character, {half!r}; write it anew."]) from None
     except ValidationError as error:
         raise ConfigurationError([_explain(one, kind, values, hints or {}) for one in error.errors()]) from None
 
