@@ -155,9 +155,12 @@ def choose_tasks(names: str) -> list[Task]:
 
 def parse_columns(settings: Sequence[str]) -> dict[str, str]:
     """`["long=description", "image=tile"]` -> names of columns by their kind."""
-    columns = dict(setting.partition("=")[::2] for setting in settings)
-    if bad := [kind for kind, name in columns.items() if kind not in KINDS or not name]:
-        raise ValueError(f"--columns {bad[0]}={columns[bad[0]]} must be KIND=NAME, KIND one of {', '.join(KINDS)}.")
+    columns: dict[str, str] = {}
+    for setting in settings:
+        kind, _, name = setting.partition("=")
+        if kind not in KINDS or not name or kind in columns:
+            raise ValueError(f"--columns {setting} must be KIND=NAME, each KIND of {', '.join(KINDS)} once at most.")
+        columns[kind] = name
     return columns
 
 
@@ -284,6 +287,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """
     transformers_logging.disable_progress_bar()
     tasks = choose_tasks(options.tasks)
+    parse_columns(options.columns)  # also where no task takes them
     for name, least in (("batch_size", 1), ("workers", 0), ("allow_missing", 0)):
         if getattr(options, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least {least}.")

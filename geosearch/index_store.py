@@ -238,7 +238,11 @@ class Index:
 
     def _write_rows(self) -> None:
         schema = _schema_without_vectors().with_metadata({"state": json.dumps(self._vectors_stamp)})
-        with replacing(self.folder / ROWS) as growing, pa.ipc.new_file(str(growing), schema) as writer:
+        with (
+            replacing(self.folder / ROWS) as growing,
+            pa.OSFile(str(growing), "wb") as file,  # the writer does not close a file that it has opened
+            pa.ipc.new_file(file, schema) as writer,
+        ):
             for batch in self._parts_without_vectors():
                 writer.write_batch(batch.replace_schema_metadata(schema.metadata))
 

@@ -257,7 +257,7 @@ def _megabytes(size: int) -> str:
 
 
 def run(options: argparse.Namespace, api: HfApi) -> None:
-    """Stage, verify and push what the arguments name; see `main` for what is raised."""
+    """Stage, verify and push what the arguments name; see `push_to_hub.main` for what is raised."""
     validate_repo_id(options.repo)
     if options.repo.count("/") != 1:
         raise ValueError(f"--repo {options.repo} has no owner; give owner/name.")

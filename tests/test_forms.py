@@ -189,5 +189,7 @@ def test_columns_are_named_on_the_command_line(tiny_checkpoint, forms, tmp_path,
     assert "columns tile and heading" in (tmp_path / "out" / "results.json").read_text()
     assert run.main([*command, "short=head"]) == 2
     assert "has no head; it has tile, heading (is heading what you mean?)" in capsys.readouterr().err
-    assert run.main([*command, "caption=heading"]) == 2
-    assert "--columns caption=heading must be KIND=NAME, KIND one of image, long, short." in capsys.readouterr().err
+    for bad in ("caption=heading", "short=", "image=tile"):  # the last: named twice
+        assert run.main([*command, bad]) == 2
+        sentence = f"--columns {bad} must be KIND=NAME, each KIND of image, long, short once at most."
+        assert sentence in capsys.readouterr().err

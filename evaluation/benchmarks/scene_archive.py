@@ -130,7 +130,9 @@ def _make(task: tuple[Path, int, int, int]) -> list[dict[str, Any]]:
     return [{"scene": name, **row} for row in places]
 
 
-def write_archive(out: Path, scenes: int = 3, seed: int = 0, side: int = SIDE, workers: int | None = None) -> int:
+def write_archive(
+    out: str | Path, scenes: int = 3, seed: int = 0, side: int = SIDE, workers: int | None = None
+) -> int:
     """
     Draws the archive into the folder `out`.
 
@@ -153,6 +155,7 @@ def write_archive(out: Path, scenes: int = 3, seed: int = 0, side: int = SIDE, w
         raise ValueError(f"--side is {side}; at least {SLOT} pixels are needed.")
     from modeling_lrsclip.files.atomic import make_folder  # slow to import; the workers do without
 
+    out = Path(out)
     make_folder(out / "scenes")
     (out / "places.jsonl").unlink(missing_ok=True)
     tasks = [(out, seed, number, side) for number in range(scenes)]

@@ -88,7 +88,9 @@ def draw_mosaic(
     return image, districts, queries
 
 
-def write_mosaics(out: Path, mosaics: int, seed: int = 0, tiles: int = TILES, tile_pixels: int = TILE_PIXELS) -> int:
+def write_mosaics(
+    out: str | Path, mosaics: int, seed: int = 0, tiles: int = TILES, tile_pixels: int = TILE_PIXELS
+) -> int:
     """
     Draws the data set into the folder `out`; `localization.jsonl` is written last.
 
@@ -112,6 +114,7 @@ def write_mosaics(out: Path, mosaics: int, seed: int = 0, tiles: int = TILES, ti
     ):
         if value < low or (high and value > high):
             raise ValueError(f"{name} is {value}; it must be at least {low}" + (f", at most {high}." if high else "."))
+    out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; the data set needs a folder.")
     from modeling_lrsclip.files.atomic import make_folder  # slow to import; the workers do without

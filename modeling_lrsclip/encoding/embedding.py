@@ -377,7 +377,7 @@ def text_batches(model: Any, lengths: Sequence[int], batch_size: int) -> list[ra
         Indices of each batch's texts.
     """
     on_cpu, batches, start = model.device.type == "cpu", [], 0
-    tokens = TEXT_CACHE_BYTES // (4 * model.config.text_config.intermediate_size)  # that the cache holds
+    tokens = TEXT_CACHE_BYTES // (4 * model.config.text_config.intermediate_size) if on_cpu else 0  # in the cache
     while start < len(lengths):
         size = max(1, min(batch_size, tokens // lengths[start])) if on_cpu else batch_size
         batches.append(range(start, min(start + size, len(lengths))))

@@ -9,7 +9,8 @@ from typing import Any
 
 def first_line(error: BaseException) -> str:
     """First line of an error's message, which says most, up to 500 characters; its kind where there is no message."""
-    return next((line.strip()[:500] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if len(line) <= 500 else line[:500] + " …"
 
 
 def read_json(path: str | Path, advice: str) -> dict[str, Any]:

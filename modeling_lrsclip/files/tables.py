@@ -31,7 +31,7 @@ MOST_MEMBERS = 50_000_000  # of a tar
 MOST_ROWS = 500_000_000  # of a file whose rows are indexed
 LONGEST_LOOK = 4 * 3600  # seconds that all headers of a tar, or all line ends of a file, may take
 LONGEST_FIELD = 1 << 24  # characters of a CSV field; more is a quote that was never closed
-LARGEST_GROUP = 2 << 30  # bytes of the columns wanted of a parquet row group that is held in memory
+LARGEST_GROUP = 2 << 30  # bytes of a parquet row group, all its columns, that is held in memory
 _BLOCK = 1 << 20
 
 csv.field_size_limit(LONGEST_FIELD)
