@@ -92,6 +92,7 @@ class SmallModels(Models):
     epoch on the general scenes' long captions with their first sentences and PCM, as Long-CLIP was made from CLIP.
 
     Args:
+        recipe: of the arms; None: that of drawn scenes.
         settings: fields of `--set`, for the arms, not for what they start from.
         scenes, general: the data of the arms, and that of what they start from.
     """

@@ -45,8 +45,8 @@ def hold_out(pairs: Pairs, share: float, keys: list[np.ndarray]) -> tuple[Pairs,
     images = np.unique(np.concatenate(keys))  # sorted by their hashes, which know nothing else of them
     if len(images) < 2:
         raise ValueError(
-            f"data.validation={share} holds out a share of the images, and the data have {len(images)}; name "
-            "held-out data, or leave it out."
+            f"data.validation={share} holds out a share of the images, and the data have only {len(images)} different; "
+            "name held-out data, or leave it out."
         )
     count = int(np.searchsorted(images, np.uint64(share * 2**64)))  # that it leaves on this side, however data grow
     held = images[: min(max(1, count), len(images) - 1)]

@@ -235,6 +235,7 @@ class ParquetRows(FileRows):
         footer = self.file.metadata
         self.chunks = np.array([footer.row_group(number).num_rows for number in range(footer.num_row_groups)])
         self.starts = np.cumsum(self.chunks) - self.chunks
+        self.too_large: set[int] = set()  # groups that are not read again for each of their rows
         if footer.num_rows > MOST_ROWS or self.chunks.min(initial=0) < 0:
             raise ValueError(f"{path} says that it has {footer.num_rows:,} rows; up to {MOST_ROWS:,} are read.")
         self._close()
@@ -263,11 +264,15 @@ class ParquetRows(FileRows):
         return self.cache.get((self.path, group), lambda: self._read_group(group))
 
     def _read_group(self, group: int) -> pa.Table:
+        too_large = ValueError(f"up to {LARGEST_GROUP:,} bytes are held; write {self.name} with smaller row groups")
+        if group in self.too_large:
+            raise too_large
         batches, size = [], 0
         for batch in parquet_batches(self.file, group, list(dict.fromkeys(self.columns.values()))):
             size += batch.nbytes
             if size > LARGEST_GROUP:
-                raise ValueError(f"up to {LARGEST_GROUP:,} bytes are held; write {self.name} with smaller row groups")
+                self.too_large.add(group)
+                raise too_large
             batches.append(batch)
         rows = sum(map(len, batches))
         if rows < self.chunks[group]:

@@ -116,7 +116,7 @@ def test_shares_that_are_none(share, said, run_arguments):
 def test_one_image_cannot_be_divided(forms, tmp_path):
     folder, rows = forms
     (tmp_path / "one.jsonl").write_text(json.dumps(rows[0] | {"image": str(folder / "0.png")}))
-    with pytest.raises(ValueError, match="holds out a share of the images, and the data have 1;"):
+    with pytest.raises(ValueError, match="holds out a share of the images, and the data have only 1 different;"):
         split(tmp_path / "one.jsonl", True)
 
 
