@@ -9,18 +9,13 @@ import json
 import sys
 import time
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from modeling_lrsclip.commands import command, command_parser
 
-from .exact_search import Hits, search
-from .index_store import load_index_encoder, open_index
-from .locate import similarity_map, write_map
-from .page import write_page
-from .pictures import ScenePictures
+
+if TYPE_CHECKING:
+    from .exact_search import Hits
 
 
 QUESTIONS, LOOKED_AT = 10, 50  # descriptions; places of each that are looked through for the right one
@@ -28,7 +23,7 @@ SHOWN = 40  # letters of a description in the table
 SHARED = 0.5  # of the place's pixels that a window must show to be the right one
 
 
-def rank_of(hits: Hits, scene: str, pixel_box: list[int]) -> int | None:
+def rank_of(hits: "Hits", scene: str, pixel_box: list[int]) -> int | None:
     """
     Finds the first hit that shows at least half of a place.
 
@@ -63,6 +58,16 @@ def run(index_folder: Path, places_file: Path, output: Path) -> dict[str, int]:
     Returns:
         How many descriptions were asked (`asked`), and found `first` or `among_five`.
     """
+    from rich.console import Console  # seconds of imports, which --help and a mistyped option do without
+    from rich.table import Table
+    from tqdm import tqdm
+
+    from .exact_search import search
+    from .index_store import load_index_encoder, open_index
+    from .locate import similarity_map, write_map
+    from .page import write_page
+    from .pictures import ScenePictures
+
     index = open_index(index_folder)
     encoder = load_index_encoder(index)
     places = [json.loads(line) for line in places_file.read_text(encoding="utf-8").splitlines()]

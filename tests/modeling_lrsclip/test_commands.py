@@ -86,7 +86,7 @@ COMMANDS += ["training.ablate", "model_cards/push_to_hub.py", "model_cards/evalu
 COMMANDS += ["modeling_lrsclip.convert", "modeling_lrsclip.export_onnx", "model_cards/build_card.py"]
 COMMANDS += [f"evaluation.benchmarks.{name}" for name in ("aerial_scenes", "scene_mosaics", "scene_archive")]
 COMMANDS += [f"training.lrs2m.{name}" for name in ("build", "join", "verify", "statistics", "push", "rejoin")]
-COMMANDS += ["training.lrs2m.retrieval_export"]
+COMMANDS += ["training.lrs2m.retrieval_export", "training.lrs2m.card", "geosearch.demo"]
 ASK_ALL = """
 import contextlib, io, runpy, sys
 
