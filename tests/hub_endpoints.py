@@ -127,9 +127,9 @@ def repo_info(hub: "HubServer", request: Request) -> Answer:
     siblings = [{"rfilename": path} for path in sorted(commit.files)]
     if "blobs" in request.query:
         siblings = [{"rfilename": entry["path"], **_sizes(entry)} for entry in _tree(commit.files, True)]
-    told = {"id": repo.id, "modelId": repo.id, "author": repo.owner, "sha": commit.oid, "private": repo.private}
-    told |= {"lastModified": commit.date, "createdAt": commit.date, "siblings": siblings, "tags": [], "gated": False}
-    return Answer(told | {"disabled": False, "downloads": 0, "likes": 0})
+    info = {"id": repo.id, "modelId": repo.id, "author": repo.owner, "sha": commit.oid, "private": repo.private}
+    info |= {"lastModified": commit.date, "createdAt": commit.date, "siblings": siblings, "tags": [], "gated": False}
+    return Answer(info | {"disabled": False, "downloads": 0, "likes": 0})
 
 
 def _sizes(entry: dict[str, Any]) -> dict[str, Any]:
@@ -202,10 +202,10 @@ def discussion(hub: "HubServer", request: Request) -> Answer:
     opened = next((each for each in repo.pull_requests if each.num == int(request.rest["num"])), None)
     if opened is None:
         raise Refused(404, "Discussion not found")
-    told = {"title": opened.title, "num": opened.num, "status": opened.status, "author": {"name": opened.author}}
-    told |= {"createdAt": repo.history()[-1].date, "isPullRequest": True, "events": [], "filesWithConflicts": []}
-    told |= {"repo": {"name": repo.id, "type": repo.kind}, "changes": {"base": "refs/heads/main"}, "diff": ""}
-    return Answer(told)
+    details = {"title": opened.title, "num": opened.num, "status": opened.status, "author": {"name": opened.author}}
+    details |= {"createdAt": repo.history()[-1].date, "isPullRequest": True, "events": [], "filesWithConflicts": []}
+    details |= {"repo": {"name": repo.id, "type": repo.kind}, "changes": {"base": "refs/heads/main"}, "diff": ""}
+    return Answer(details)
 
 
 # ---------------------------------------------------------------------------------------------------------------- upload
@@ -242,15 +242,15 @@ def _card_errors(text: str) -> list[str]:
 
 def preupload(hub: "HubServer", request: Request) -> Answer:
     repo = find_for_commit(hub, request)
-    commit, told = find_commit(repo, request.rest["rev"]), []
+    commit, uploads = find_commit(repo, request.rest["rev"]), []
     for file in request.json()["files"]:
         binary = b"\0" in base64.b64decode(file["sample"])
         large = file["path"].endswith(LARGE) or file["size"] > LARGE_BYTES or binary
         here = commit.files.get(file["path"])
         oid = here and (here.sha256 if here.lfs else here.blob_id)
-        told.append({"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False})
-        told[-1] |= {"oid": oid} if oid else {}
-    return Answer({"files": told, "commitOid": commit.oid})
+        uploads.append({"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False})
+        uploads[-1] |= {"oid": oid} if oid else {}
+    return Answer({"files": uploads, "commitOid": commit.oid})
 
 
 def xet_token(hub: "HubServer", request: Request) -> Answer:
@@ -297,13 +297,13 @@ def commit(hub: "HubServer", request: Request) -> Answer:
         _apply(hub, files, operation["key"], operation["value"])
     if "README.md" in files and (errors := _card_errors(files["README.md"].content.decode())):
         raise Refused(400, "; ".join(errors))
-    ref, told = repo.ref(revision), {}
+    ref, pull_request = repo.ref(revision), {}
     if "create_pr" in request.query:
         opened = _open(repo, about["summary"], about["description"], request.user)
-        ref, told = opened.ref, {"pullRequestUrl": f"{hub.url}/{repo.id}/discussions/{opened.num}"}
+        ref, pull_request = opened.ref, {"pullRequestUrl": f"{hub.url}/{repo.id}/discussions/{opened.num}"}
     made = repo.commit(ref, files, about["summary"], about["description"], request.user, parent)
     url = f"{hub.url}/{'datasets/' if repo.kind == 'dataset' else ''}{repo.id}/commit/{made.oid}"
-    return Answer({"success": True, "commitOid": made.oid, "commitUrl": url} | told)
+    return Answer({"success": True, "commitOid": made.oid, "commitUrl": url} | pull_request)
 
 
 def _apply(hub: "HubServer", files: dict[str, File], key: str, value: dict[str, Any]) -> None:
@@ -361,17 +361,17 @@ def paths_info(hub: "HubServer", request: Request) -> Answer:
 def resolve(hub: "HubServer", request: Request) -> Answer:
     """A file, or for a large one the way to the storage; the headers name the commit and the content in either case."""
     request.kind = request.kind or "model"
-    found, path = find_commit(find(hub, request), request.rest["rev"]), request.rest["path"]
-    headers = {"X-Repo-Commit": found.oid}
-    file = found.files.get(path)
+    commit, path = find_commit(find(hub, request), request.rest["rev"]), request.rest["path"]
+    headers = {"X-Repo-Commit": commit.oid}
+    file = commit.files.get(path)
     if file is None:
         refused = Refused(404, f"{path} is not in this revision", "EntryNotFound")
         refused.headers |= headers
         raise refused
     if file.lfs:
         headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.content))}
-        place = f"{hub.storage_url}/objects/{file.sha256}/{quote(path.rpartition('/')[2])}"
-        return Answer(b"", 302, headers | {"Location": place})
+        location = f"{hub.storage_url}/objects/{file.sha256}/{quote(path.rpartition('/')[2])}"
+        return Answer(b"", 302, headers | {"Location": location})
     return _content(hub, request, path, file.content, headers | {"ETag": f'"{file.blob_id}"'})
 
 

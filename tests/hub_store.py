@@ -79,8 +79,8 @@ class Repo:
         name = self.ref(revision)
         if name:
             return self.commits[self.refs[name]]
-        found = [oid for oid in self.commits if len(revision) >= 7 and oid.startswith(revision)]
-        return self.commits[found[0]] if len(found) == 1 else None
+        matches = [oid for oid in self.commits if len(revision) >= 7 and oid.startswith(revision)]
+        return self.commits[matches[0]] if len(matches) == 1 else None
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
         """Path -> content, for tests that look at what is visible."""
@@ -88,11 +88,11 @@ class Repo:
 
     def history(self, revision: str = "main") -> list[Commit]:
         """Newest first."""
-        commit, found = self.resolve(revision), []
+        commit, commits = self.resolve(revision), []
         while commit:
-            found.append(commit)
+            commits.append(commit)
             commit = self.commits.get(commit.parent)
-        return found
+        return commits
 
     def commit(
         self, ref: str, files: dict[str, File], title: str, message: str, author: str, parent: Commit | None
@@ -100,8 +100,8 @@ class Repo:
         """Moves `ref` to a new commit with exactly these files."""
         date = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.000Z")
         tree = {path: file.blob_id for path, file in sorted(files.items())}
-        told = [tree, title, message, author, date, parent and parent.oid, len(self.commits)]
-        oid = hashlib.sha1(json.dumps(told).encode()).hexdigest()
+        parts = [tree, title, message, author, date, parent and parent.oid, len(self.commits)]
+        oid = hashlib.sha1(json.dumps(parts).encode()).hexdigest()
         self.commits[oid] = Commit(oid, parent and parent.oid, title, message, author, files, date)
         self.refs[ref] = oid
         return self.commits[oid]

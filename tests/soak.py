@@ -162,11 +162,13 @@ def results_of(folder: Path) -> tuple[str, dict[int, dict], dict[int, list[str]]
     losses, batches = {}, {}
     path = folder / "log.jsonl"
     for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
-        told = json.loads(line) if line.endswith("\n") else {"kind": None}  # a kill may fall into the last one
-        if told["kind"] == "batch":
-            batches[told["step"]] = told["ids"]
-        elif told["kind"] == "train":
-            losses[told["step"]] = {name: told[name] for name in ("loss", "long_loss", "short_loss", "gradient_norm")}
+        entry = json.loads(line) if line.endswith("\n") else {"kind": None}  # a kill may fall into the last one
+        if entry["kind"] == "batch":
+            batches[entry["step"]] = entry["ids"]
+        elif entry["kind"] == "train":
+            losses[entry["step"]] = {
+                name: entry[name] for name in ("loss", "long_loss", "short_loss", "gradient_norm")
+            }
     return digest, losses, batches
 
 
@@ -176,13 +178,13 @@ def differences(folder: Path, reference: Path, done: bool) -> list[str]:
     expected_digest, expected_losses, expected_batches = results_of(reference)
     assert all(expected_batches.values()), "the batches carry no sample ids"
     samples = [step for step, ids in batches.items() if ids != expected_batches[step]]
-    values = [step for step, told in losses.items() if told != expected_losses[step]]
-    found = [f"the samples from step {samples[0]}"] if samples else []
-    found += [f"the losses from step {values[0]}"] if values else []
+    values = [step for step, figures in losses.items() if figures != expected_losses[step]]
+    mismatches = [f"the samples from step {samples[0]}"] if samples else []
+    mismatches += [f"the losses from step {values[0]}"] if values else []
     if done:
-        found += [] if digest == expected_digest else ["the final weights"]
-        found += [] if batches.keys() == expected_batches.keys() else ["the steps in the log"]
-    return found
+        mismatches += [] if digest == expected_digest else ["the final weights"]
+        mismatches += [] if batches.keys() == expected_batches.keys() else ["the steps in the log"]
+    return mismatches
 
 
 def state_of(folder: Path) -> str:
@@ -214,13 +216,13 @@ def survive(
     Args:
         starter: starts, or resumes, a run in a folder.
     """
-    found, run, left = [], 0, list(kills)
+    mismatches, run, left = [], 0, list(kills)
     while run <= len(kills) + MISSED:
         folder = reference.with_name(f"killed-{run}")
         attempt = starter(folder)
         if left and kill_at(attempt, left[0], folder):
             kill, wrong = left.pop(0), differences(folder, reference, done=False)
-            found += wrong
+            mismatches += wrong
             say(
                 f"{len(kills) - len(left):4d}  {kill.moment:10s}  {kill.victim:8s}  {kill.after:6.2f} s  "
                 f"{state_of(folder):60s}  {'; '.join(wrong) or 'equal so far'}"
@@ -228,11 +230,11 @@ def survive(
             continue
         assert attempt.wait() == 0, f"a resumed run failed, see {folder.parent}"
         wrong = differences(folder, reference, done=True)
-        found += wrong
+        mismatches += wrong
         say(f"done  weights {results_of(folder)[0][:16]}: {'; '.join(wrong) or 'equal to the bit'}")
         run += 1
         if not left:
-            return found
+            return mismatches
         left[0] = replace(left[0], moment="time", after=left[0].after / 2)  # it came too late
     raise AssertionError(f"{len(left)} kills never met a run")
 
@@ -244,7 +246,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="kept, with the output of all runs; a temporary folder by default")
     options = parser.parse_args()
     output = options.output or Path(tempfile.mkdtemp(prefix="soak-"))
-    captions, rng, found = make_data(output / "data"), random.Random(options.seed), []
+    captions, rng, mismatches = make_data(output / "data"), random.Random(options.seed), []
     scenarios = [(processes, streaming) for streaming in (False, True) for processes in (1, 2)]
     for index, (processes, streaming) in enumerate(scenarios):
         count = options.kills * (index + 1) // len(scenarios) - options.kills * index // len(scenarios)
@@ -260,11 +262,11 @@ def main() -> None:
         print(f"\n{name}: left alone {seconds:.0f} s, weights {results_of(folder / 'left-alone')[0][:16]}")
         print("kill  moment      victim       after  left behind", flush=True)
         kills = [plan_kill(rng, seconds, processes) for _ in range(count)]
-        found += survive(starter, folder / "left-alone", kills, partial(print, flush=True))
+        mismatches += survive(starter, folder / "left-alone", kills, partial(print, flush=True))
     if not options.output:
         shutil.rmtree(output, ignore_errors=True)
-    print(f"\n{options.kills} kills, {len(found)} differences")
-    raise SystemExit(bool(found))
+    print(f"\n{options.kills} kills, {len(mismatches)} differences")
+    raise SystemExit(bool(mismatches))
 
 
 if __name__ == "__main__":

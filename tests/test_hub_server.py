@@ -44,8 +44,8 @@ def test_up_and_down(hub, api, kind, tmp_path):
     assert info.sha == oid and weights.size == len(WEIGHTS) and weights.rfilename == "model.safetensors"
     top = {entry.path for entry in api.list_repo_tree("you/tiny", repo_type=kind)}
     assert top == {".gitattributes", "config.json", "model.safetensors", "deep"}
-    (found,) = api.get_paths_info("you/tiny", ["config.json"], repo_type=kind)
-    assert found.size == 2
+    (config,) = api.get_paths_info("you/tiny", ["config.json"], repo_type=kind)
+    assert config.size == 2
 
     folder = api.snapshot_download("you/tiny", repo_type=kind, cache_dir=tmp_path)
     down = {path: (tmp_path / folder / path).read_bytes() for path in files}
@@ -112,11 +112,11 @@ def test_who_may_do_what(hub, api):
 def test_a_card_with_bad_metadata_is_refused(hub, api):
     api.create_repo("you/tiny")
     card = ModelCard(f"---\n{ModelCardData(license='mit').to_yaml()}\n---\nText.")
-    place = {"path_in_repo": "README.md", "repo_id": "you/tiny"}
-    api.upload_file(path_or_fileobj=str(card).encode(), **place)
+    target = {"path_in_repo": "README.md", "repo_id": "you/tiny"}
+    api.upload_file(path_or_fileobj=str(card).encode(), **target)
     for metadata in ("license: [", "license: 3", "model-index:\n- results: []"):
         with pytest.raises((ValueError, HfHubHTTPError), match="metadata|license|model-index"):
-            api.upload_file(path_or_fileobj=f"---\n{metadata}\n---\n".encode(), **place)
+            api.upload_file(path_or_fileobj=f"---\n{metadata}\n---\n".encode(), **target)
     assert hub.repo("you/tiny").files()["README.md"] == str(card).encode()
 
 

@@ -130,21 +130,21 @@ def test_labels_without_names(rows, tiny_checkpoint, tmp_path, capsys):
 @pytest.fixture
 def folders(tmp_path, tiny_clip, tiny_model, tiny_processor) -> dict[str, Path]:
     """Folders that people give for a model."""
-    found = {name: tmp_path / name for name in ("clip", "siglip", "open_clip", "run", "nothing")}
-    tiny_clip.save_pretrained(found["clip"])
-    tiny_processor.save_pretrained(found["clip"])
+    paths = {name: tmp_path / name for name in ("clip", "siglip", "open_clip", "run", "nothing")}
+    tiny_clip.save_pretrained(paths["clip"])
+    tiny_processor.save_pretrained(paths["clip"])
     towers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes = {
         "vision_config": towers | {"image_size": 32, "patch_size": 8},
         "text_config": towers | {"vocab_size": 700},
     }
-    SiglipModel(SiglipConfig(**sizes)).save_pretrained(found["siglip"])
-    tiny_model.save_pretrained(found["run"] / "final")
+    SiglipModel(SiglipConfig(**sizes)).save_pretrained(paths["siglip"])
+    tiny_model.save_pretrained(paths["run"] / "final")
     for name in ("open_clip", "nothing"):
-        found[name].mkdir()
+        paths[name].mkdir()
     for name in ("open_clip_config.json", "open_clip_pytorch_model.bin"):
-        (found["open_clip"] / name).write_text("{}")
-    return found
+        (paths["open_clip"] / name).write_text("{}")
+    return paths
 
 
 NO_MODEL = {

@@ -75,8 +75,8 @@ def workplace(tmp_path, monkeypatch, images, long_texts, short_texts):
 
 def command(*words: str) -> list[str]:
     """The arguments of the one README command that contains all the words."""
-    (found,) = [line for line in COMMANDS if all(word in line for word in words)]
-    return shlex.split(found)
+    (match,) = [line for line in COMMANDS if all(word in line for word in words)]
+    return shlex.split(match)
 
 
 def test_every_target_is_in_the_makefile():

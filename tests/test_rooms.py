@@ -21,13 +21,13 @@ MAY_IMPORT_EVALUATION = {"training/train.py", "training/validation.py"}
 
 def imports_of(path: Path) -> list[tuple[int, str]]:
     """(dots, module) of every import statement, wherever it stands."""
-    found = []
+    imports = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found += [(0, alias.name) for alias in node.names]
+            imports += [(0, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            found.append((node.level, node.module or ""))
-    return found
+            imports.append((node.level, node.module or ""))
+    return imports
 
 
 @pytest.mark.parametrize("room", sorted(room for room in ROOMS if (ROOT / room).is_dir()))

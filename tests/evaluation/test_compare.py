@@ -15,8 +15,8 @@ HASHES = ("images_sha256", "texts_sha256", "labels_sha256", "queries_sha256")
 def document(path, **models):
     """`label=result` or `label=[results]`."""
     results = []
-    for label, own in models.items():
-        for result in own if isinstance(own, list) else [own]:
+    for label, entry in models.items():
+        for result in entry if isinstance(entry, list) else [entry]:
             known = {"task": "zcrl", "dataset": "tiles"} | dict.fromkeys(HASHES, "0") | result
             results.append(known | {"model": label})
     path.write_text(json.dumps({"results": results}), encoding="utf-8")

@@ -67,9 +67,9 @@ def test_two_processes_give_what_one_gives(folder, monkeypatch):
     done = processes.run_ranks([sys.executable, folder / "script.py", folder], 2, project=True)
     for rank in range(2):
         assert done[rank].returncode == 0, done[rank].stderr[-3000:]
-        found = torch.load(folder / f"{rank}_of_2.pt")
-        assert torch.equal(found["images"], alone["images"]) and torch.equal(found["texts"], alone["texts"])
-        assert found["error"].startswith("image broken.png cannot be read")
+        encoded = torch.load(folder / f"{rank}_of_2.pt")
+        assert torch.equal(encoded["images"], alone["images"]) and torch.equal(encoded["texts"], alone["texts"])
+        assert encoded["error"].startswith("image broken.png cannot be read")
     assert len(list((folder / "kept").glob("*/*.safetensors"))) == 4 + 4  # each part by one process
     with_cache = encode(folder, cache_dir=folder / "kept")
     assert torch.equal(with_cache["images"], alone["images"])

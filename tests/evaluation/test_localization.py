@@ -48,7 +48,7 @@ def scene() -> Image.Image:
 def images_seen(tiny_model):
     """How many images each call of the tower got."""
     seen = []
-    hook = tiny_model.vision_model.embeddings.register_forward_hook(lambda module, given, out: seen.append(len(out)))
+    hook = tiny_model.vision_model.embeddings.register_forward_hook(lambda module, inputs, out: seen.append(len(out)))
     yield seen
     hook.remove()
 
@@ -58,10 +58,10 @@ def images_seen(tiny_model):
 
 def test_windows_counted_by_hand():
     # 7 x 10 pixels, windows of 4. From 0: left 0, 3; top 0, 4, 6. Half a window on: left 2, 3; top 2, 6.
-    found = grid_windows(10, 7, Protocol("v1", (4,)))
+    windows = grid_windows(10, 7, Protocol("v1", (4,)))
     corners = [(0, 0), (4, 0), (6, 0), (0, 3), (4, 3), (6, 3), (2, 2), (6, 2), (2, 3)]  # (6, 3) comes once
-    assert [(window.top, window.left) for window in found] == corners
-    assert all(window.bottom - window.top == window.right - window.left == 4 for window in found)
+    assert [(window.top, window.left) for window in windows] == corners
+    assert all(window.bottom - window.top == window.right - window.left == 4 for window in windows)
     assert len(grid_windows(10, 7, Protocol("v2", (4,)))) == 6
     # As many as the published loop leaves files for a scene of 2000 x 2000.
     assert (
@@ -80,20 +80,20 @@ def test_every_pixel_is_covered(seed):
     sides = tuple(int(side) for side in rng.integers(2, 40, 2))
     height, width = (int(side) for side in rng.integers(max(sides), 120, 2))
     covered = np.zeros((height, width), bool)
-    found = grid_windows(height, width, Protocol("v1", sides))
-    for top, bottom, left, right in found:
+    windows = grid_windows(height, width, Protocol("v1", sides))
+    for top, bottom, left, right in windows:
         assert 0 <= top < bottom <= height and 0 <= left < right <= width
         covered[top:bottom, left:right] = True
-    assert covered.all() and len(set(found)) == len(found)
+    assert covered.all() and len(set(windows)) == len(windows)
 
 
 def test_windows_around_a_window_in_the_corner():
-    found = near_windows(Window(488, 1000, 0, 512), 1000, 900)
-    assert len(found) == 18
-    assert (424, 552, 0, 128) in found and (360, 616, 0, 256) in found  # upper left corner: moved inside
-    assert (936, 1000, 448, 576) in found and (872, 1000, 384, 640) in found  # lower right corner: cut off
-    assert (680, 808, 192, 320) in found  # the middle
-    assert (552, 680, 64, 192) in found  # half way to the upper left corner
+    windows = near_windows(Window(488, 1000, 0, 512), 1000, 900)
+    assert len(windows) == 18
+    assert (424, 552, 0, 128) in windows and (360, 616, 0, 256) in windows  # upper left corner: moved inside
+    assert (936, 1000, 448, 576) in windows and (872, 1000, 384, 640) in windows  # lower right corner: cut off
+    assert (680, 808, 192, 320) in windows  # the middle
+    assert (552, 680, 64, 192) in windows  # half way to the upper left corner
     assert (936, 1000, 836, 900) in near_windows(Window(488, 1000, 388, 900), 1000, 900)  # cut off twice
 
 
@@ -131,8 +131,10 @@ def slow_map(encode, texts_embed, scene, protocol, reference_io):
     values = np.zeros((height, width))
     for y in range(height):
         for x in range(width):
-            own = [value for (top, bottom, left, right), value in scored if top <= y < bottom and left <= x < right]
-            values[y, x] = sum(own) / len(own) if own else 0
+            covering = [
+                value for (top, bottom, left, right), value in scored if top <= y < bottom and left <= x < right
+            ]
+            values[y, x] = sum(covering) / len(covering) if covering else 0
     values -= values.min()
     heat = np.uint8(255 * (values / values.max()))
     heat = cv2.medianBlur(heat, 251) if protocol.name == "v1" else cv2.GaussianBlur(heat, (255, 255), 0)
@@ -260,7 +262,7 @@ def test_the_task_measures_what_the_functions_do(reference_io, source, tiny_mode
         (heat,) = similarity_map(tiny_model, tiny_processor, scene, [query], SMALL["v1"], reference_io, batch_size=16)
         expected.append(localization_metrics(heat, data.regions[index]))
     for name in ("Rsu", "Ras", "Rda", "Rmi"):
-        assert result["per_query"][name] == pytest.approx([own[name] for own in expected], abs=2e-3)
+        assert result["per_query"][name] == pytest.approx([measures[name] for measures in expected], abs=2e-3)
         assert result["metrics"][name] == pytest.approx(np.mean(result["per_query"][name]))
     assert (result["images"], result["texts"], result["regions"], result["regions_over_the_edge"]) == (2, 3, 4, 1)
     assert result["windows"] == 2 * len(grid_windows(180, 230, SMALL["v1"]))

@@ -59,7 +59,7 @@ print(json.dumps(said))
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory):
+def metric_inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("given")
     rng = np.random.default_rng(0)
     images, texts = rng.standard_normal((4, 8)).astype(np.float32), rng.standard_normal((9, 8)).astype(np.float32)
@@ -88,17 +88,17 @@ def ask(folder, metrics, cwd):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_both_modules_in_the_clone(given, tmp_path):
-    folder, values = given
+def test_both_modules_in_the_clone(metric_inputs, tmp_path):
+    folder, values = metric_inputs
     said = ask(folder, "evaluation/metrics", tmp_path)
     recall, localization = said["retrieval_recall"], said["semantic_localization"]
     arrays = (values["images"], values["texts"], values["owners"])
     assert recall["default"] == pytest.approx(retrieval_recall(*arrays))
     assert recall["few"] == pytest.approx(retrieval_recall(*arrays, ks=(1, 3)))
-    own = [
+    per_map = [
         localization_metrics(heat, regions) for heat, regions in zip(values["maps"], values["regions"], strict=True)
     ]
-    means = {name: np.mean([one[name] for one in own]) for name in own[0]}
+    means = {name: np.mean([one[name] for one in per_map]) for name in per_map[0]}
     assert localization["arrays"] == pytest.approx(means) and localization["files"] == pytest.approx(means)
     assert "wanted (H, W) of uint8" in localization["floats"] or "TypeError" in localization["floats"]
     for module in said.values():
@@ -107,8 +107,8 @@ def test_both_modules_in_the_clone(given, tmp_path):
         assert module["examples"][0] == 0 and module["examples"][1] >= 5  # failed, tried
 
 
-def test_elsewhere_localization_works_and_recall_says_what_it_needs(given, tmp_path):
-    folder, _ = given
+def test_elsewhere_localization_works_and_recall_says_what_it_needs(metric_inputs, tmp_path):
+    folder, _ = metric_inputs
     said = ask(folder, str(ROOT / "evaluation" / "metrics"), tmp_path)
     assert set(said["semantic_localization"]["arrays"]) == {"Rsu", "Ras", "Rda", "Rmi"}
     assert said["retrieval_recall"]["default"].startswith(

@@ -37,9 +37,9 @@ def slow_ranks(image_embeds, text_embeds, text_to_image):
     text_ranks = [list(np.argsort(-row)).index(image) for row, image in zip(scores, text_to_image, strict=True)]
     image_ranks = []
     for image, column in enumerate(scores.T):
-        own = [text for text, owner in enumerate(text_to_image) if owner == image]
+        positives = [text for text, owner in enumerate(text_to_image) if owner == image]
         order = list(np.argsort(-column))
-        image_ranks.append(min(order.index(text) for text in own))
+        image_ranks.append(min(order.index(text) for text in positives))
     return text_ranks, image_ranks
 
 

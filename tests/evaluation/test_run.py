@@ -99,7 +99,7 @@ def test_images_are_encoded_once_for_both_tasks(tiny_checkpoint, data, tmp_path,
 
     calls = []
     original = encoding.embed_images
-    monkeypatch.setattr(encoding, "embed_images", lambda *given: calls.append(len(given[2])) or original(*given))
+    monkeypatch.setattr(encoding, "embed_images", lambda *inputs: calls.append(len(inputs[2])) or original(*inputs))
     assert run.main(arguments([tiny_checkpoint], data, tmp_path / "out", "--tokens-kept", "none")) == 0
     assert calls == [4]
     assert not (tmp_path / "out" / "recall_vs_tokens.png").exists()
@@ -203,10 +203,10 @@ def test_a_task_without_data_is_left_out_of_all(tiny_checkpoint, data, tmp_path,
 
 def test_a_source_that_no_task_can_use(tiny_checkpoint, data, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    given = ["--model", str(tiny_checkpoint), "--output", str(tmp_path / "out")]
-    assert run.main([*given, "--data", str(data), str(tmp_path / "empty")]) == 2
+    options = ["--model", str(tiny_checkpoint), "--output", str(tmp_path / "out")]
+    assert run.main([*options, "--data", str(data), str(tmp_path / "empty")]) == 2
     assert f"--data {tmp_path / 'empty'} holds nothing for zcrl, zcrs, zic, selo" in capsys.readouterr().err
-    assert run.main([*given, "--data", str(data), str(data)]) == 2
+    assert run.main([*options, "--data", str(data), str(data)]) == 2
     assert "twice" in capsys.readouterr().err
 
 

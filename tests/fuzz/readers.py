@@ -221,8 +221,8 @@ def _read_embeddings(path: Path) -> None:
     next(path.parent.rglob("??/*.safetensors")).write_bytes(path.read_bytes())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is computed again
-        found = kept.load("content")
-    assert found is None or torch.equal(found[0], torch.eye(3)), "other embeddings than were kept"
+        loaded = kept.load("content")
+    assert loaded is None or torch.equal(loaded[0], torch.eye(3)), "other embeddings than were kept"
 
 
 def _log() -> Wholes:

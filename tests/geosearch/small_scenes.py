@@ -72,13 +72,13 @@ def write_index(folder: str | Path, tables: Iterable[pa.Table], metadata: dict[s
         The index, opened.
     """
     folder = Path(folder)
-    given = folder / ".given"
-    shutil.rmtree(given, ignore_errors=True)
-    given.mkdir(parents=True)
+    staging = folder / ".given"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
     files = []
     for number, table in enumerate(tables):
-        files.append(given / f"{number:05d}.parquet")
+        files.append(staging / f"{number:05d}.parquet")
         pq.write_table(table, files[-1])
     publish(folder, files, metadata)
-    shutil.rmtree(given)
+    shutil.rmtree(staging)
     return open_index(folder)

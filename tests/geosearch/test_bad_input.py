@@ -92,9 +92,9 @@ def test_a_bad_scene_is_named_and_the_good_one_indexed(make_index, tmp_path, kin
     make, sentence = SCENES[kind]
     make(folder / kind)
     content = make_index(folder)
-    (told,) = [json.loads(line) for line in (tmp_path / "index" / "skipped.jsonl").read_text().splitlines()]
-    assert told["scene"] == str(folder / kind) and sentence in told["reason"], told
-    assert str(folder / kind) in told["reason"] and "\n" not in told["reason"]
+    (entry,) = [json.loads(line) for line in (tmp_path / "index" / "skipped.jsonl").read_text().splitlines()]
+    assert entry["scene"] == str(folder / kind) and sentence in entry["reason"], entry
+    assert str(folder / kind) in entry["reason"] and "\n" not in entry["reason"]
     assert content["sources"][str(good)]["windows"] == 9
     assert set(open_index(tmp_path / "index").rows(["scene"])["scene"].to_pylist()) == {str(good)}
 
@@ -115,8 +115,8 @@ def test_unreadable_scenes_are_named(tmp_path, checkpoint):
         if parent != Path("/tmp"):
             parent.chmod(0o755)
     command = [sys.executable, "-c", code, str(folder / "locked.tif")]
-    told = processes.run(command, cwd=Path(__file__).parents[2], project=True)
-    assert "locked.tif cannot be read (Permission denied)" in told.stdout, told
+    result = processes.run(command, cwd=Path(__file__).parents[2], project=True)
+    assert "locked.tif cannot be read (Permission denied)" in result.stdout, result
 
 
 def test_the_same_scene_twice_is_indexed_once(make_index, tmp_path):
@@ -197,8 +197,8 @@ def test_a_bad_command_gets_one_sentence(material, tmp_path, capsys, kind):
     before = open_index(material["index"]).metadata
     capsys.readouterr()
     assert command.main(arguments.format(tmp=tmp_path, **material).split()) == 2
-    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert sentence in told
+    (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert sentence in message
     assert open_index(material["index"]).metadata == before
 
 
@@ -219,9 +219,9 @@ def test_two_processes_do_not_write_one_index(make_index, tmp_path):
 
 def test_the_help_is_there_at_once():
     code = "import sys; import geosearch.__main__ as c; c.main(['--help'])"
-    told = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True)
-    assert "index" in told.stdout and not {"torch", "rasterio", "pyarrow", "numpy"} & {
-        line.rsplit("|", 1)[-1].strip() for line in told.stderr.splitlines()
+    result = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True)
+    assert "index" in result.stdout and not {"torch", "rasterio", "pyarrow", "numpy"} & {
+        line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines()
     }
 
 
@@ -252,10 +252,10 @@ def test_stac_documents_lead_to_local_files(tmp_path):
     (tmp_path / "collection.json").write_text(json.dumps({"type": "Collection", "links": links}))
     (tmp_path / "wrong.json").write_text('{"type": "FeatureInfo"}')
     (tmp_path / "broken.json").write_text("{")
-    found = find_scenes([tmp_path / name for name in ("collection.json", "wrong.json", "broken.json")])
-    assert [scene.path for scene in found.scenes] == [f"{tmp_path}/items/data/a.tif", f"{tmp_path}/with space.tif"]
-    assert found.scenes[0].timestamp.isoformat() == "2023-06-01T10:00:00+00:00"
-    reasons = [entry["reason"] for entry in found.skipped]
+    listing = find_scenes([tmp_path / name for name in ("collection.json", "wrong.json", "broken.json")])
+    assert [scene.path for scene in listing.scenes] == [f"{tmp_path}/items/data/a.tif", f"{tmp_path}/with space.tif"]
+    assert listing.scenes[0].timestamp.isoformat() == "2023-06-01T10:00:00+00:00"
+    reasons = [entry["reason"] for entry in listing.skipped]
     for sentence in ("several images (B04, B03): name one with --asset", "far.tif is not on this machine", "has no asset that is an image",
                      "item.json, which is not on this machine", "is no STAC item", "is no STAC document"):  # fmt: skip
         assert sum(sentence in reason for reason in reasons) == 1, sentence
@@ -266,8 +266,8 @@ def test_stac_documents_lead_to_local_files(tmp_path):
 def test_tables_lead_to_files(tmp_path, make_index):
     scene = write_scene(tmp_path / "d" / "a.tif", noise(3, 100, 100))
     (tmp_path / "list.csv").write_text("path,datetime\nd/a.tif,2022-03-04\n,\nhttp://x/y.tif,2022\nb\0.tif,\n")
-    found = find_scenes([tmp_path / "list.csv"])
-    assert [entry.path for entry in found.scenes] == [str(scene)] and len(found.skipped) == 3
+    listing = find_scenes([tmp_path / "list.csv"])
+    assert [entry.path for entry in listing.scenes] == [str(scene)] and len(listing.skipped) == 3
     make_index(tmp_path / "list.csv")
     times = set(open_index(tmp_path / "index").rows(["timestamp"])["timestamp"].to_pylist())
     assert [time.isoformat() for time in times] == ["2022-03-04T00:00:00+00:00"]

@@ -44,7 +44,7 @@ def test_the_demo_counts_what_was_found(archive_index, tmp_path, capsys):
         {"text": f"place {number}", "scene": row["scene"], "pixel_box": row["pixel_box"]}
         for number, row in enumerate(archive_index.rows(["scene", "pixel_box"]).to_pylist()[:20])
     ]
-    (tmp_path / "places.jsonl").write_text("".join(json.dumps(place) + "\n" for place in places))
+    (tmp_path / "places.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in places))
     command = [str(archive_index.folder), str(tmp_path / "places.jsonl"), str(tmp_path / "out")]
     assert main(command) == 0
     assert "Of 10 descriptions" in capsys.readouterr().out

@@ -67,8 +67,8 @@ def test_other_programs_read_the_parts_as_they_are(index):
 
 
 def test_metadata_of_geoparquet_and_of_the_embeddings_extension(index):
-    told = pq.read_schema(index.part_files[0]).metadata
-    geo, emb = json.loads(told[b"geo"]), json.loads(told[b"emb"])
+    metadata = pq.read_schema(index.part_files[0]).metadata
+    geo, emb = json.loads(metadata[b"geo"]), json.loads(metadata[b"emb"])
     column = geo["columns"]["geometry"]
     assert geo["version"] == "1.1.0" and column["geometry_types"] == ["Polygon"]
     assert column["covering"]["bbox"]["xmin"] == ["bbox", "xmin"] and "crs" not in column

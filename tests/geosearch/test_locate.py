@@ -24,8 +24,8 @@ def slow_map(width: int, height: int, boxes, scores, scales, shape) -> np.ndarra
             means = []
             for scale in sorted(set(scales)):
                 total = weights = 0.0
-                for (left, top, across, down), score, own in zip(boxes, scores, scales):
-                    if own == scale and left <= x < left + across and top <= y < top + down:
+                for (left, top, across, down), score, window_scale in zip(boxes, scores, scales):
+                    if window_scale == scale and left <= x < left + across and top <= y < top + down:
                         weight = (
                             min(x - left, left + across - x) / (across / 2) * min(y - top, top + down - y) / (down / 2)
                         )

@@ -106,17 +106,17 @@ def requests_of(browser) -> list[str]:
 
 
 def test_the_page_opens_from_disk_and_follows_clicks(archive_index, checkpoint, browser, tmp_path, capsys):
-    place = json.loads(
+    query = json.loads(
         (tmp_path / "question.json").write_text('{"text": "two tanks beside a road"}') and '"two tanks"'
     )
     page = tmp_path / "hits.html"
-    arguments = ["search", str(archive_index.folder), place, "--top", "6", "--html", str(page)]
+    arguments = ["search", str(archive_index.folder), query, "--top", "6", "--html", str(page)]
     assert main([*arguments, "--output", str(tmp_path / "hits.geojson")]) == 0
     assert str(page) in capsys.readouterr().out
     features = json.loads((tmp_path / "hits.geojson").read_text())["features"]
     browser.get_log("performance")
     browser.get(page.as_uri())
-    assert browser.find_element("css selector", "h1").text == place
+    assert browser.find_element("css selector", "h1").text == query
     cards = browser.find_elements("css selector", "li")
     assert [card.get_attribute("data-rank") for card in cards] == list("123456")
     for card, feature in zip(cards, features):

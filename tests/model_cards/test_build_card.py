@@ -114,9 +114,9 @@ def numbers(value) -> set[str]:
 
 
 def assert_numbers_come_from(text: str, *sources) -> None:
-    found = re.findall(r"(?<![\w@])\d[\d,]*(?:\.\d+)?", text)
+    figures = re.findall(r"(?<![\w@])\d[\d,]*(?:\.\d+)?", text)
     known = set().union(*map(numbers, sources))
-    assert found and set(found) <= known, sorted(set(found) - known)
+    assert figures and set(figures) <= known, sorted(set(figures) - known)
 
 
 # ------------------------------------------------------------------------------------------------- a model of one's own
@@ -279,14 +279,14 @@ def test_mistakes_are_one_sentence(tiny_checkpoint, tiny_clip, tmp_path):
     ):
         with pytest.raises(ValueError, match=problem):
             build_card(folder)
-    for given, problem in (
+    for options, problem in (
         ({"results": {"models": []}}, "give the results.json of evaluation.run"),
         ({"results": document(tiny_checkpoint, []) | {"models": []}}, "those of no model"),
         ({"repo_id": "a/b/c"}, "a/b/c"),
         ({"published": "lrsclip-vit-h-14"}, "there are lrsclip-vit-b-16, lrsclip-vit-l-14"),
     ):
         with pytest.raises(ValueError, match=problem):
-            build_card(tiny_checkpoint, **given)
+            build_card(tiny_checkpoint, **options)
     with pytest.raises(ValueError, match="needs a checkpoint folder or"):
         build_card(None)
     with pytest.raises(ValueError, match="give the checkpoint folder that was measured"):
@@ -483,9 +483,9 @@ def test_the_data_set_card_template():
     source |= {"short_source": "people", "short_mean_tokens": 12.25, "licence": "CC-BY-4.0", "images": "yes"}
     counts = {"rows": 1234, "images": 1200, "failed": 3, "duplicates": 4, "long_mean_tokens": 101.5}
     shares = {"short_mean_tokens": 12.25, "over_77": 80.0, "over_248": 1.5}
-    told = {"name": "Mine", "captioners": ["a model"], "evaluation_sets": ["RSITMD"], "commands": ["a", "b"]}
+    details = {"name": "Mine", "captioners": ["a model"], "evaluation_sets": ["RSITMD"], "commands": ["a", "b"]}
     full = DatasetCard.from_template(
-        DatasetCardData(), template_path=str(template), sources=[source], **counts, **shares, **told
+        DatasetCardData(), template_path=str(template), sources=[source], **counts, **shares, **details
     )
     assert "not yet" not in full.content.lower() and "# Mine\n" in full.content
     assert "| Tiles | 3 | 1,234 | a model | 101.50 | people | 12.25 |" in full.content

@@ -68,16 +68,16 @@ def test_the_figures_of_evaluation_run(script, repo, data, capsys):
     results = json.loads((repo / "results.json").read_text())["results"]
     assert results[0]["curve"] and results[0]["share_truncated"] > 0
     assert script(["--data", str(data), "--tolerance", "1e-9"]) == 0
-    told = capsys.readouterr().out
-    assert "zcrl on data: 4 images, 5 texts" in told and "zcrs on data: 4 images, 9 texts" in told
-    assert "skipped  zic on AID" in told and "those that were measured" in told
-    assert f"{2 * 9 + 2 * len(results[0]['curve'])} figures compared" in told and told.endswith("all agree.\n")
+    output = capsys.readouterr().out
+    assert "zcrl on data: 4 images, 5 texts" in output and "zcrs on data: 4 images, 9 texts" in output
+    assert "skipped  zic on AID" in output and "those that were measured" in output
+    assert f"{2 * 9 + 2 * len(results[0]['curve'])} figures compared" in output and output.endswith("all agree.\n")
 
     stored = results[0]["metrics"]
     change(repo, metrics=stored | {"mR": stored["mR"] + 1})
     assert script(["--data", str(data / "test.jsonl")]) == 1
-    told = capsys.readouterr().out
-    assert "-1.00" in told and "allowed 0.5: they do not agree." in told
+    output = capsys.readouterr().out
+    assert "-1.00" in output and "allowed 0.5: they do not agree." in output
     assert script(["--data", str(data), "--tolerance", "1.5"]) == 0
 
 
@@ -142,8 +142,8 @@ def test_other_forms_of_data(form, data):
         lines = [f'images/{row["image"]},"{text}"' for row in rows for text in row["short_text"]]
         table = "\n".join(["filename,title", *lines, "images/0.png,\u536b\u661f"])
         (data / "tiles_test.csv").write_bytes(table.encode("gb18030"))
-    found, expected = evaluate_checkpoint.read_pairs(data, "zcrs"), load_retrieval(data, "short_text")
-    assert found.texts_sha256 == expected.texts_hash and found.images_sha256 == expected.images.content_hash
+    pairs, expected = evaluate_checkpoint.read_pairs(data, "zcrs"), load_retrieval(data, "short_text")
+    assert pairs.texts_sha256 == expected.texts_hash and pairs.images_sha256 == expected.images.content_hash
 
 
 def test_recall_is_that_of_evaluation():
@@ -155,5 +155,5 @@ def test_recall_is_that_of_evaluation():
     boundary = 0.75 + 2.0**-25  # between two numbers of float32: one score below it, one above, and yet a tie
     for bits in ([-1e-15, 1e-15], [1e-15, -1e-15]):
         images, texts = torch.tensor(bits, dtype=torch.float64)[:, None] + boundary, torch.ones(2, 1)
-        found = evaluate_checkpoint.recall(images, texts, [0, 1])
-        assert found == retrieval_recall(images, texts, [0, 1]) and found["text_to_image_R@1"] == 0
+        metrics = evaluate_checkpoint.recall(images, texts, [0, 1])
+        assert metrics == retrieval_recall(images, texts, [0, 1]) and metrics["text_to_image_R@1"] == 0

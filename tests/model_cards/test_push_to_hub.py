@@ -189,8 +189,8 @@ def test_up_and_down_again(hub, tiny_model, tiny_processor, data, tmp_path, monk
 def test_the_same_weights_as_a_stock_clip_beside_it(hub, tiny_checkpoint, tmp_path, capsys):
     (tiny_checkpoint / "notes.txt").write_text("mine")
     assert push(tiny_checkpoint, "--plain-clip", "you/tiny-clip", "--license", "mit") == 0
-    told = capsys.readouterr().out
-    assert told.count("verified: same token ids and weights") == 2
+    output = capsys.readouterr().out
+    assert output.count("verified: same token ids and weights") == 2
     plain, files = hub.repo("you/tiny-clip").files(), visible(hub)[1]
     assert files == OURS | {".gitattributes", "model.safetensors"}
     assert not any(name.endswith(".py") for name in plain) and json.loads(plain["config.json"])["model_type"] == "clip"
@@ -215,11 +215,11 @@ def test_a_dry_run_contacts_nothing(hub, tiny_clip, tiny_processor, tmp_path, ca
     for path in folder.glob("*.py"):
         path.unlink()
     assert push(folder, "--dry-run") == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name in OURS | {"model.safetensors"}:
-        assert f"  {name} " in told
-    assert "verified: same token ids and weights" in told and "a CLIP for remote-sensing" not in told
-    assert "# tiny\n" in told and "not yet measured here" in told and told.endswith("nothing was contacted\n")
+        assert f"  {name} " in output
+    assert "verified: same token ids and weights" in output and "a CLIP for remote-sensing" not in output
+    assert "# tiny\n" in output and "not yet measured here" in output and output.endswith("nothing was contacted\n")
     assert not hub.requests and not list(folder.glob("*.py"))
 
 
@@ -254,8 +254,8 @@ def test_the_next_push_replaces_what_the_last_one_left(hub, commands, tiny_model
     titles, files = visible(hub)
     assert titles == ["Whole", "By hand", MESSAGE, "initial commit"]
     assert files == OURS | {".gitattributes", "model.safetensors", "notes.md"}
-    told = capsys.readouterr().out
-    assert all(name in told for name in ("old_lrsclip.py", "results.json", "model-00001-of-", ".index.json"))
+    output = capsys.readouterr().out
+    assert all(name in output for name in ("old_lrsclip.py", "results.json", "model-00001-of-", ".index.json"))
 
     assert push(single) == 0
     assert "unchanged: the repository holds these very files already" in capsys.readouterr().out
@@ -406,9 +406,9 @@ def test_without_a_valid_token(hub, commands, tiny_checkpoint, capsys, monkeypat
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     assert push(tiny_checkpoint) == 3
-    told = capsys.readouterr()
-    assert problem in told.err and "hf auth login" in told.err and "HF_TOKEN" in told.err
-    assert not told.out and not hub.repos  # seen before the work
+    captured = capsys.readouterr()
+    assert problem in captured.err and "hf auth login" in captured.err and "HF_TOKEN" in captured.err
+    assert not captured.out and not hub.repos  # seen before the work
 
 
 def test_somebody_else_commits_meanwhile(hub, commands, tiny_checkpoint, capsys):

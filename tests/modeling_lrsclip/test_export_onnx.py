@@ -74,10 +74,10 @@ def test_the_names_that_transformers_js_looks_for(exported):
         "text_model": ("input_ids", ["batch_size", "sequence_length"], "text_embeds"),
         "vision_model": ("pixel_values", ["batch_size", 3, 32, 32], "image_embeds"),
     }
-    for name, (given, shape, told) in expected.items():
+    for name, (input_name, shape, output_name) in expected.items():
         session = onnxruntime.InferenceSession(folder / "onnx" / f"{name}.onnx")
         (one,), (other,) = session.get_inputs(), session.get_outputs()
-        assert (one.name, list(one.shape), other.name) == (given, shape, told)
+        assert (one.name, list(one.shape), other.name) == (input_name, shape, output_name)
         assert list(other.shape) == ["batch_size", 24]
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "export.json"):
         assert (folder / name).is_file(), name

@@ -153,9 +153,9 @@ def test_consumers_without_this_package(folders, texts, images, tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     wanted = expected(folders["lrsclip"], texts, images)
     for name in CONSUMERS:
-        found = np.load(tmp_path / f"{name}.npz")
-        for key in found.files:
-            difference = np.abs(found[key] - wanted[key]).max()
+        embeds = np.load(tmp_path / f"{name}.npz")
+        for key in embeds.files:
+            difference = np.abs(embeds[key] - wanted[key]).max()
             print(f"{name}: {key} within {difference:.1e}")
             assert difference <= TOLERANCE, (name, key)
 
@@ -253,11 +253,11 @@ class TestOpenClip:
         processor = LRSCLIPProcessor.from_pretrained(tmp_path / "ours")
         wanted = expected(tmp_path / "ours", texts, images)
         ids = torch.tensor([row + [0] * (248 - len(row)) for row in processor.encode_text(texts)])
-        found = published_text_embeds(restored, ids, heads[1], "quick_gelu").numpy()
-        assert np.abs(found - wanted["texts"]).max() <= TOLERANCE
+        embeds = published_text_embeds(restored, ids, heads[1], "quick_gelu").numpy()
+        assert np.abs(embeds - wanted["texts"]).max() <= TOLERANCE
         pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        found = published_image_embeds(restored, pixels, heads[0], "quick_gelu").numpy()
-        assert np.abs(found - wanted["images"]).max() <= TOLERANCE
+        embeds = published_image_embeds(restored, pixels, heads[0], "quick_gelu").numpy()
+        assert np.abs(embeds - wanted["images"]).max() <= TOLERANCE
 
     def test_what_open_clip_has_no_field_for(self, tiny_model, tiny_processor, tmp_path):
         tiny_model.config.text_config.hidden_act = "gelu"

@@ -197,11 +197,11 @@ class TestPixels:
 
 
 def test_auto_classes_after_a_save(tiny_checkpoint, tiny_processor, long_texts, short_texts, images):
-    given = {"text": long_texts, "short_text": short_texts, "images": images, "return_tensors": "pt"}
-    expected = tiny_processor(**given)
+    inputs = {"text": long_texts, "short_text": short_texts, "images": images, "return_tensors": "pt"}
+    expected = tiny_processor(**inputs)
     again = AutoProcessor.from_pretrained(tiny_checkpoint)
     assert type(again) is LRSCLIPProcessor
-    got = again(**given)
+    got = again(**inputs)
     assert got.keys() == expected.keys() and all(torch.equal(got[key], expected[key]) for key in got)
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     assert isinstance(tokenizer, CLIPTokenizer) and tokenizer.model_max_length == 248

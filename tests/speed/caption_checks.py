@@ -217,12 +217,12 @@ def repeated(texts: Sequence[str]) -> list[bool]:
     """Which of some long answers, each of another image, serve too many."""
     rows = [
         {
-            "image_sha256": hashlib.sha256(str(place).encode()).hexdigest(),
+            "image_sha256": hashlib.sha256(str(index).encode()).hexdigest(),
             "long_text": text,
             "short_text": "",
             "long_captioner": "m",
         }
-        for place, text in enumerate(texts)
+        for index, text in enumerate(texts)
     ]
     with tempfile.TemporaryDirectory() as work:
         return (find_repeats(iter(rows), len(rows), Path(work)).images > MOST_IMAGES).tolist()
@@ -282,24 +282,24 @@ def falsehoods(examples: Sequence[Example], rows: int) -> Iterator[list[str]]:
         for kind, plant in plants.items():
             rng = random.Random(kind)
             planted = []
-            for place in range(rows):
-                one, other = examples[place % len(examples)], examples[(place * 7 + 3) % len(examples)]
+            for index in range(rows):
+                one, other = examples[index % len(examples)], examples[(index * 7 + 3) % len(examples)]
                 if (text := plant(rng, one, other)) is not None and text != getattr(one, which):
                     planted.append((text, one))
             if not planted:
                 continue
-            found = [found_by(text, which, one) for text, one in planted]
+            flags = [found_by(text, which, one) for text, one in planted]
             if which == "long":
-                for names, again in zip(found, repeated([clean_answer(text) for text, _ in planted])):
+                for names, again in zip(flags, repeated([clean_answer(text) for text, _ in planted])):
                     names += ["repeated_answer"] * again
-            by_check = Counter(name for names in found for name in names)
-            told = ", ".join(f"{name} {100 * times / len(found):.0f}" for name, times in by_check.most_common(4))
+            by_check = Counter(name for names in flags for name in names)
+            shares = ", ".join(f"{name} {100 * times / len(flags):.0f}" for name, times in by_check.most_common(4))
             claims = ""
             if kind in OF_THE_IMAGE and planted[0][1].content:
                 texts, ones = zip(*planted)
                 denied = asyncio.run(denied_claims(texts, ones))
                 claims = f"{100 * sum(denied) / len(denied):.0f}"
-            yield [kind, str(len(planted)), f"{100 * sum(map(bool, found)) / len(found):.0f}", told, claims]
+            yield [kind, str(len(planted)), f"{100 * sum(map(bool, flags)) / len(flags):.0f}", shares, claims]
 
 
 def true_captions(count: int, tiles: Sequence[Example]) -> Iterator[list[str]]:
@@ -318,13 +318,13 @@ def true_captions(count: int, tiles: Sequence[Example]) -> Iterator[list[str]]:
     }
     for name, texts in sets.items():
         began = time.process_time()
-        found = [[check for check in found_by(*text) if check != "invented_landmark"] for text in texts]
+        flags = [[check for check in found_by(*text) if check != "invented_landmark"] for text in texts]
         seconds = time.process_time() - began
         by_check = ", ".join(
-            f"{check} {times}" for check, times in Counter(one for names in found for one in names).items()
+            f"{check} {times}" for check, times in Counter(one for names in flags for one in names).items()
         )
         if texts:
-            yield [name, str(len(texts)), str(sum(map(bool, found))), by_check, f"{1e3 * seconds / len(texts):.1f}"]
+            yield [name, str(len(texts)), str(sum(map(bool, flags))), by_check, f"{1e3 * seconds / len(texts):.1f}"]
 
 
 def styled_captions(count: int) -> list[str]:

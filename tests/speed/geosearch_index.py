@@ -43,13 +43,13 @@ def draw_scene(path: Path, side: int) -> None:
     """Four bands of 16 bits with blotches, tile by tile: the whole is never in memory."""
     profile = {"driver": "GTiff", "width": side, "height": side, "count": 4, "dtype": "uint16", "nodata": 0}
     tiles = {"tiled": True, "blockxsize": 512, "blockysize": 512, "compress": "deflate", "zlevel": 1}
-    place = {"crs": "EPSG:32633", "transform": from_origin(400_000, 5_500_000, 0.5, 0.5), "bigtiff": "IF_SAFER"}
+    geo = {"crs": "EPSG:32633", "transform": from_origin(400_000, 5_500_000, 0.5, 0.5), "bigtiff": "IF_SAFER"}
     rng = np.random.default_rng(0)
     drawn = [
         np.kron(rng.integers(1, 3000, (4, 32, 32), dtype=np.uint16), np.ones((16, 16), np.uint16)) for _ in range(16)
     ]
     drawn = [tile + rng.integers(0, 60, tile.shape, np.uint16) for tile in drawn]
-    with rasterio.open(path, "w", **profile, **tiles, **place) as file:
+    with rasterio.open(path, "w", **profile, **tiles, **geo) as file:
         for number, (top, left) in enumerate(itertools.product(range(0, side, 512), repeat=2)):
             height, width = min(512, side - top), min(512, side - left)
             tile = drawn[number * 7 % 16][:, :height, :width]

@@ -182,8 +182,8 @@ def compare(arguments: argparse.Namespace, side: int, processor: LRSCLIPProcesso
         for label, measured in rates.items():
             wall, cpu = (statistics.median(values) for values in zip(*measured))
             ratios = [[ours[kind] / theirs[kind] for ours, theirs in zip(measured, base)] for kind in (0, 1)]
-            told = " and ".join(f"{statistics.median(ratio):.2f}x" for ratio in ratios)
-            print(f"  {label:24s} {wall:7.1f} images/s   {cpu:7.1f} images per CPU second   {told}")
+            speedups = " and ".join(f"{statistics.median(ratio):.2f}x" for ratio in ratios)
+            print(f"  {label:24s} {wall:7.1f} images/s   {cpu:7.1f} images per CPU second   {speedups}")
 
 
 def write_pairs(folder: Path, form: str, count: int) -> DataConfig:
@@ -217,10 +217,10 @@ def write_pairs(folder: Path, form: str, count: int) -> DataConfig:
 
 def open_and_read(form: str, count: int, arguments: argparse.Namespace) -> None:
     """In a process of its own: a line of what it takes."""
-    processor, own = make_processor(32), psutil.Process()
+    processor, parent = make_processor(32), psutil.Process()
     config = write_pairs(arguments.folder, form, count)
     config.workers = arguments.workers
-    before, start = own_memory(own), time.perf_counter()
+    before, start = own_memory(parent), time.perf_counter()
     loader = our_loader(config, processor, 512, arguments.steps)
     opened = time.perf_counter() - start
     batches = iter(loader)
@@ -229,7 +229,7 @@ def open_and_read(form: str, count: int, arguments: argparse.Namespace) -> None:
     start, seen, held = time.perf_counter(), 0, []
     for batch in batches:
         seen += len(batch["ids"])
-        held.append(sum(own_memory(process) for process in (own, *own.children())) - before)
+        held.append(sum(own_memory(process) for process in (parent, *parent.children())) - before)
     rate = seen / (time.perf_counter() - start)
     early, late = (max(half) / 2**20 for half in (held[: len(held) // 2], held[len(held) // 2 :]))
     print(

@@ -148,8 +148,8 @@ def build(layers: int) -> tuple[LRSCLIPModel, LRSCLIPProcessor]:
 
 
 def check(ours: np.ndarray, theirs: list[tuple[np.ndarray, dict[str, float]]], regions: list[list]) -> None:
-    for own, (heat, measures), polygons in zip(ours, theirs, regions, strict=True):
-        assert np.abs(own.astype(int) - heat).max() <= LEVELS, "the maps differ"
+    for our_heat, (heat, measures), polygons in zip(ours, theirs, regions, strict=True):
+        assert np.abs(our_heat.astype(int) - heat).max() <= LEVELS, "the maps differ"
         for name, value in localization_metrics(heat, polygons).items():
             assert abs(value - measures[name]) < 1e-6, f"{name} differs"
 
@@ -177,15 +177,15 @@ def main() -> None:
         for number in range(options.rounds):
             start = time.perf_counter()
             theirs = [
-                published.locate(scene_file, text, own, Path(folder) / f"{number}_{index}")
-                for index, (text, own) in enumerate(zip(texts, regions, strict=True))
+                published.locate(scene_file, text, polygons, Path(folder) / f"{number}_{index}")
+                for index, (text, polygons) in enumerate(zip(texts, regions, strict=True))
             ]
             middle = time.perf_counter()
             with Image.open(scene_file) as scene:
                 speed = {"batch_size": options.batch_size, "dtype": DTYPES[options.dtype]}
                 maps = similarity_map(model, processor, scene, texts, **speed)
-            for heat, own in zip(maps, regions, strict=True):
-                localization_metrics(heat, own)
+            for heat, polygons in zip(maps, regions, strict=True):
+                localization_metrics(heat, polygons)
             end = time.perf_counter()
             ratios.append((middle - start) / (end - middle))
             print(

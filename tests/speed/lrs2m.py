@@ -152,11 +152,11 @@ def client(rows: int, concurrency: int, work: Path) -> dict[str, Any]:
         }
         seconds, memory = run_build(recipe(work, [source], captioners={"mllm": engine}), work / "set")
         with urllib.request.urlopen(url.removesuffix("/v1") + "/busy") as answer:
-            told = json.load(answer)
+            report = json.load(answer)
     finally:
         server.terminate()
         server.wait()
-    return told | {"concurrency": concurrency, "build_seconds": round(seconds, 1), "peak_memory_MiB": round(memory)}
+    return report | {"concurrency": concurrency, "build_seconds": round(seconds, 1), "peak_memory_MiB": round(memory)}
 
 
 def main() -> None:

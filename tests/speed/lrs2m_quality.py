@@ -81,8 +81,8 @@ def watermark(image: Image.Image) -> Image.Image:
     """Three lines of white capitals, a seventh of the width high, across the image."""
     image = image.copy()
     for line in range(3):
-        place = image.width * 0.05, image.height * (0.15 + 0.3 * line)
-        ImageDraw.Draw(image).text(place, "PREVIEW COPY", fill="white", font_size=max(10, image.width // 7))
+        corner = image.width * 0.05, image.height * (0.15 + 0.3 * line)
+        ImageDraw.Draw(image).text(corner, "PREVIEW COPY", fill="white", font_size=max(10, image.width // 7))
     return image
 
 
@@ -138,7 +138,7 @@ def kinds(folder: Path) -> dict[str, Any]:
     """Copies found by the guard and by `imagehash`, and images that are taken for copies though they are none."""
     tiles = real_tiles(folder)
     measured: dict[str, Any] = {"tiles": len(tiles)}
-    own = np.stack([imagehash.phash(tile).hash.ravel() for tile in tiles])
+    tile_hashes = np.stack([imagehash.phash(tile).hash.ravel() for tile in tiles])
     with tempfile.TemporaryDirectory() as work:
         for index, tile in enumerate(tiles):
             tile.save(Path(work) / f"{index:04d}.png")
@@ -149,7 +149,7 @@ def kinds(folder: Path) -> dict[str, Any]:
         matches = [finder.check(f"{kind}-{index}", copy) for index, copy in enumerate(copies)]
         milliseconds = 1e3 * (now() - began)[1] / len(tiles)
         right = sum(match is not None and match.match == f"{index:04d}.png" for index, match in enumerate(matches))
-        bits = (np.stack([imagehash.phash(copy).hash.ravel() for copy in copies]) != own).sum(axis=1)
+        bits = (np.stack([imagehash.phash(copy).hash.ravel() for copy in copies]) != tile_hashes).sum(axis=1)
         measured[kind] = {
             "guard": right,
             "another_tile": sum(map(bool, matches)) - right,
@@ -170,7 +170,7 @@ def unrelated(tiles: list[Image.Image]) -> dict[str, Any]:
     counted = {}
     for name, images in shown.items():
         finder = DuplicateFinder()
-        matches = [finder.check(f"{place}/{index}", image) for place, (index, image) in enumerate(images)]
+        matches = [finder.check(f"{number}/{index}", image) for number, (index, image) in enumerate(images)]
         pairs = [(match.id.split("/")[1], match.match.split("/")[1]) for match in matches if match]
         counted[name] = {"shown": len(images), "matches": sum(one != other for one, other in pairs)}
         counted[name] |= {"matches_in_one_photograph": sum(one == other for one, other in pairs)}
@@ -202,7 +202,7 @@ def overlap(folder: Path) -> dict[str, Any]:
     stored = [np.asarray(tile.crop((0, 55, side, 55 + side)).convert("L")) for tile in tiles]
     for share in (0.75, 0.5, 0.25):
         shift = round(side * (1 - share))
-        finder, found, points = DuplicateFinder(), 0, []
+        finder, hits, points = DuplicateFinder(), 0, []
         began = now()
         for index, tile in enumerate(tiles):
             shown = tile.crop((shift, 55, shift + side, 55 + side))
@@ -212,10 +212,10 @@ def overlap(folder: Path) -> dict[str, Any]:
             finder.check(f"{index}", Image.fromarray(one))
         for index, tile in enumerate(tiles):
             match = finder.check(f"shown-{index}", tile.crop((shift, 55, shift + side, 55 + side)))
-            found += match is not None and match.match == f"{index}"
+            hits += match is not None and match.match == f"{index}"
         wrong = [sift_overlap(stored[index], stored[index - 1]) for index in range(len(tiles))]
         measured[f"{share:.0%} shared"] = {
-            "guard": found,
+            "guard": hits,
             "sift_8_points": sum(count >= 8 for count in points),
             "sift_8_points_unrelated": sum(count >= 8 for count in wrong),
             "sift_ms_cpu_a_pair": round(sift_ms, 1),
@@ -249,8 +249,8 @@ def fill(store: Path, pool: np.ndarray, start: int, end: int) -> None:
             thumbs = mixtures(pool, first, min(PIECE, end - first))
             codes = hashes(coefficients(thumbs))
             rows = (
-                (first + place, "", f"row-{first + place}", code.tobytes(), thumb.tobytes(), None)
-                for place, (code, thumb) in enumerate(zip(codes, thumbs))
+                (first + offset, "", f"row-{first + offset}", code.tobytes(), thumb.tobytes(), None)
+                for offset, (code, thumb) in enumerate(zip(codes, thumbs))
             )
             with database:
                 database.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", rows)
@@ -309,10 +309,10 @@ def statistics(rows: int, folder: Path) -> dict[str, float]:
         count = min(shard, rows - number)
         drawn = rng.integers(0, 10_000, count)
         columns = {name: [None] * count for name in schema().names} | {
-            "id": [f"row-{number + place}" for place in range(count)],
-            "long_text": [longs[place] for place in drawn],
-            "short_text": [shorts[place] for place in drawn],
-            "source": ["MillionAID" if place % 2 else "fMoW" for place in range(count)],
+            "id": [f"row-{number + offset}" for offset in range(count)],
+            "long_text": [longs[index] for index in drawn],
+            "short_text": [shorts[index] for index in drawn],
+            "source": ["MillionAID" if index % 2 else "fMoW" for index in range(count)],
             "licence": ["CC0-1.0"] * count,
             "route": ["merge"] * count,
             "long_captioner": ["given"] * count,
@@ -331,8 +331,8 @@ def statistics(rows: int, folder: Path) -> dict[str, float]:
     manifest["splits"] = {"train": {"rows": rows, "files": files}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     began, before = now(), peak_mb()
-    told = write(folder)
-    return {"rows": told["rows"], "before_MB": before} | with_times("seconds", now() - began)
+    summary = write(folder)
+    return {"rows": summary["rows"], "before_MB": before} | with_times("seconds", now() - began)
 
 
 def peak_mb() -> float:

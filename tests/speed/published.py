@@ -36,18 +36,18 @@ def published_model(checkout: Path, model: LRSCLIPModel) -> torch.nn.Module:
 
 
 def published_weights(model: LRSCLIPModel) -> dict[str, torch.Tensor]:
-    own = model.state_dict()
-    table = own["text_model.embeddings.position_embedding.weight"]
+    state = model.state_dict()
+    table = state["text_model.embeddings.position_embedding.weight"]
     weights = {
-        "token_embedding.weight": own["text_model.embeddings.token_embedding.weight"],
+        "token_embedding.weight": state["text_model.embeddings.token_embedding.weight"],
         "positional_embedding": table,
         "positional_embedding_res": table,
-        "text_projection": own["text_projection.weight"].T,
-        "logit_scale": own["logit_scale"],
-        "visual.conv1.weight": own["vision_model.embeddings.patch_embedding.weight"],
-        "visual.class_embedding": own["vision_model.embeddings.class_embedding"],
-        "visual.positional_embedding": own["vision_model.embeddings.position_embedding.weight"],
-        "visual.proj": own["visual_projection.weight"].T,
+        "text_projection": state["text_projection.weight"].T,
+        "logit_scale": state["logit_scale"],
+        "visual.conv1.weight": state["vision_model.embeddings.patch_embedding.weight"],
+        "visual.class_embedding": state["vision_model.embeddings.class_embedding"],
+        "visual.positional_embedding": state["vision_model.embeddings.position_embedding.weight"],
+        "visual.proj": state["visual_projection.weight"].T,
     }
     norms = {
         "ln_final": "text_model.final_layer_norm",
@@ -55,7 +55,7 @@ def published_weights(model: LRSCLIPModel) -> dict[str, torch.Tensor]:
         "visual.ln_post": "vision_model.post_layernorm",
     }
     for kind in ("weight", "bias"):
-        weights |= {f"{theirs}.{kind}": own[f"{ours}.{kind}"] for theirs, ours in norms.items()}
+        weights |= {f"{theirs}.{kind}": state[f"{ours}.{kind}"] for theirs, ours in norms.items()}
     for theirs, ours, layers in (
         ("transformer.resblocks", "text_model.encoder.layers", model.text_model.encoder.layers),
         ("visual.transformer.resblocks", "vision_model.encoder.layers", model.vision_model.encoder.layers),
@@ -63,8 +63,8 @@ def published_weights(model: LRSCLIPModel) -> dict[str, torch.Tensor]:
         for layer in range(len(layers)):
             for kind in ("weight", "bias"):
                 weights |= {
-                    f"{theirs}.{layer}.{a}.{kind}": own[f"{ours}.{layer}.{b}.{kind}"] for a, b in LAYER_NAMES.items()
+                    f"{theirs}.{layer}.{a}.{kind}": state[f"{ours}.{layer}.{b}.{kind}"] for a, b in LAYER_NAMES.items()
                 }
-                parts = [own[f"{ours}.{layer}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
+                parts = [state[f"{ours}.{layer}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
                 weights[f"{theirs}.{layer}.attn.in_proj_{kind}"] = torch.cat(parts)
     return weights

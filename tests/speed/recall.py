@@ -40,8 +40,8 @@ def embeddings(texts: int, images: int, width: int) -> tuple[Tensor, Tensor, Ten
 
 def recall_at_k(scores: Tensor, positive_pairs: Tensor, k: int) -> Tensor:
     """(B,) share of the right candidates among the best k, by way of (B, k, candidates) one-hot rows."""
-    found = one_hot(scores.topk(k, dim=1)[1], num_classes=scores.shape[1])
-    right = (found * positive_pairs[:, None]).sum(dim=(1, 2))
+    hits = one_hot(scores.topk(k, dim=1)[1], num_classes=scores.shape[1])
+    right = (hits * positive_pairs[:, None]).sum(dim=(1, 2))
     return right / positive_pairs.sum(dim=1)
 
 
@@ -64,23 +64,23 @@ def full_matrix(checkout: str | None) -> Callable[[Tensor, Tensor, Tensor], dict
         scores = texts @ images.t()
         pairs = torch.zeros_like(scores, dtype=bool)
         pairs[torch.arange(len(scores)), owners] = True
-        found = {}
+        figures = {}
         for direction, *both in (("text_to_image", scores, pairs), ("image_to_text", scores.T, pairs.T)):
             for k in KS:
                 hits = batches(at_k, *both, BATCH, "cpu", k=k) > 0
-                found[f"{direction}_R@{k}"] = 100 * hits.double().mean().item()
-        return found
+                figures[f"{direction}_R@{k}"] = 100 * hits.double().mean().item()
+        return figures
 
     return recall
 
 
 def measure(way: str, options: argparse.Namespace) -> dict:
     """Seconds, peak bytes and figures of one way, in this process."""
-    given = embeddings(options.texts, options.images, options.width)
+    inputs = embeddings(options.texts, options.images, options.width)
     recall = retrieval_recall if way == "ours" else full_matrix(options.published)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started, worked = time.perf_counter(), time.process_time()
-    metrics = recall(*given)
+    metrics = recall(*inputs)
     seconds, worked = time.perf_counter() - started, time.process_time() - worked
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
     metrics.pop("mR", None)
@@ -106,16 +106,16 @@ def main() -> None:
         if done.returncode:
             print(f"{way}: ended with status {done.returncode} (-9: out of memory) {done.stderr[-300:]}")
             continue
-        results[way] = found = json.loads(done.stdout)
+        results[way] = stats = json.loads(done.stdout)
         print(
-            f"{way}: {found.pop('seconds'):.1f} s ({found.pop('worked'):.1f} processor seconds), peak "
-            f"{found.pop('peak') / 2**30:.2f} GiB, of it {found.pop('more') / 2**30:.2f} GiB beside the embeddings",
+            f"{way}: {stats.pop('seconds'):.1f} s ({stats.pop('worked'):.1f} processor seconds), peak "
+            f"{stats.pop('peak') / 2**30:.2f} GiB, of it {stats.pop('more') / 2**30:.2f} GiB beside the embeddings",
             flush=True,
         )
     if len(results) == 2:
         for name, value in results["ours"].items():
             assert abs(value - results["theirs"][name]) < 0.01, f"{name}: {value}, {results['theirs'][name]}"
-        print("the figures are the same: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
+        print("the figures are the same: " + ", ".join(f"{name} {value:.2f}" for name, value in stats.items()))
 
 
 if __name__ == "__main__":

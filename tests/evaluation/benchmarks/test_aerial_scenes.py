@@ -158,8 +158,8 @@ def test_long_captions_tell_the_truth(rows):
         about_objects = [text for text in sentences if THING.search(text)]
         assert sum(check_sentence(text, row["objects"]) for text in about_objects) == len(row["objects"])
         for text in set(sentences) - set(about_objects):
-            if place := PLACE.search(text):  # an empty cell
-                assert CELLS[place.group().removeprefix("the ")] not in {cell(item) for item in row["objects"]}
+            if phrase := PLACE.search(text):  # an empty cell
+                assert CELLS[phrase.group().removeprefix("the ")] not in {cell(item) for item in row["objects"]}
             if number := re.search(r"(\w+) objects (?:can|in)|holds (\w+) objects", text):
                 assert NUMBERS[len(row["objects"])] in number.groups()
 
@@ -193,15 +193,15 @@ def test_canvases_and_their_polygons(data):
         assert pixels(row).shape == (side, side, 3)
         assert len(row["class_names"]) == GRID * GRID and row["queries"]
         for query in row["queries"]:
-            found = []
+            classes = []
             for polygon in query["polygons"]:
                 (x0, y0), (x1, y1) = np.min(polygon, 0), np.max(polygon, 0)
                 assert 0 <= x0 < x1 <= side and 0 <= y0 < y1 <= side
-                found.append(row["class_names"][y0 // SIDE * GRID + x0 // SIDE])
-            (name,) = set(found)
+                classes.append(row["class_names"][y0 // SIDE * GRID + x0 // SIDE])
+            (name,) = set(classes)
             assert name in query["text"].lower()
             if not THING.search(query["text"].lower().replace(with_article(name), "")):  # only the class is named
-                assert len(found) == row["class_names"].count(name)
+                assert len(classes) == row["class_names"].count(name)
 
 
 def test_ceiling_of_ambiguous_texts():

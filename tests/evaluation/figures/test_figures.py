@@ -28,11 +28,11 @@ def test_curves_of_any_shape_are_drawn_inside_the_picture(curves, tmp_path):
     assert frame == [255, 255]  # labels that are pushed apart stay on the page
 
 
-@pytest.mark.parametrize("found", [[0], [3, 2, 1], [1, 2, 0]])
-def test_galleries_of_few_images_and_texts_with_dollars_are_drawn(found, images, tmp_path):
+@pytest.mark.parametrize("retrieved", [[0], [3, 2, 1], [1, 2, 0]])
+def test_galleries_of_few_images_and_texts_with_dollars_are_drawn(retrieved, images, tmp_path):
     text = "A $5 and $6 road with 100% _sand_ \\alpha " + "verylongword" * 12
     words = list(range(1, 1 + len(text.split())))
-    example = {"text": text, "word_tokens": words, "image": 0, "rank": 3, "found": found}
+    example = {"text": text, "word_tokens": words, "image": 0, "rank": 3, "found": retrieved}
     path = draw_retrieval_gallery([example] * 2, images, tmp_path / "gallery.png", "a_model$", positions=77)
     assert Image.open(path).width > 1000
 

@@ -31,7 +31,7 @@ def computed(monkeypatch):
     counts = {"embed_images": [], "embed_token_rows": []}
 
     def count(name, original):
-        monkeypatch.setattr(encoding, name, lambda *given: counts[name].append(len(given[2])) or original(*given))
+        monkeypatch.setattr(encoding, name, lambda *inputs: counts[name].append(len(inputs[2])) or original(*inputs))
 
     for name in counts:
         count(name, getattr(encoding, name))
@@ -84,8 +84,8 @@ def test_what_decides_an_embedding_is_noticed(encoder, computed, files, tiny_mod
     rows = encode_texts(tiny_processor, ["a road"])
 
     def run(**options):
-        own = encoder(**options)
-        own.images(again(files)), own.texts(rows)
+        instance = encoder(**options)
+        instance.images(again(files)), instance.texts(rows)
         numbers = [sum(calls) for calls in computed.values()]
         [calls.clear() for calls in computed.values()]
         return numbers

@@ -104,7 +104,7 @@ class Readable:
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return Readable(self.images[index], [place - (index.start or 0) for place in self.bad])
+            return Readable(self.images[index], [position - (index.start or 0) for position in self.bad])
         if index in self.bad:
             raise ValueError(f"image {index} cannot be read")
         return self.images[index]
@@ -112,8 +112,8 @@ class Readable:
 
 def test_workers_decode_the_same_images(tiny_model, tiny_processor, images):
     expected = embed_images(tiny_model, tiny_processor, images, batch_size=3)
-    found = embed_images(tiny_model, tiny_processor, Readable(images), batch_size=3, workers=1)
-    assert torch.equal(found, expected)
+    embeds = embed_images(tiny_model, tiny_processor, Readable(images), batch_size=3, workers=1)
+    assert torch.equal(embeds, expected)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -138,8 +138,8 @@ def test_threads_change_nothing(tiny_model, tiny_processor, mixed_texts, images,
 
     threaded = both()
     torch.set_num_threads(1)
-    for found, expected in zip(threaded, both(), strict=True):
-        assert torch.equal(found, expected)
+    for embeds, expected in zip(threaded, both(), strict=True):
+        assert torch.equal(embeds, expected)
     assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 

@@ -109,13 +109,13 @@ def one_by_one(folder, texts, images, **text_options):
     model, processor = (kind.from_pretrained(folder, **options) for kind in (AutoModel, AutoProcessor))
     model.eval()
     with torch.no_grad():
-        told = [
+        text_outputs = [
             model.get_text_features(**processor(text=[text], truncation=True, return_tensors="pt", **text_options))
             for text in texts
         ]
         seen = [model.get_image_features(**processor(images=image, return_tensors="pt")) for image in images]
     return tuple(
-        normalize(torch.cat([output.pooler_output for output in outputs]), dim=-1) for outputs in (told, seen)
+        normalize(torch.cat([output.pooler_output for output in outputs]), dim=-1) for outputs in (text_outputs, seen)
     )
 
 

@@ -99,17 +99,17 @@ def test_bands_by_colour_description_order_and_name(tmp_path):
     with Raster(path) as raster:
         assert (raster.bands, raster.chosen_by) == ((3, 2, 1), "descriptions")
         assert raster.rendering.names == ("B04", "B03", "B02")
-    for given, expected in ([("b08", "B04", "3"), (4, 3, 3)], [(4, 3, 2), (4, 3, 2)], [("B08",), (4,)]):
-        with Raster(path, given) as raster:
+    for bands, expected in ([("b08", "B04", "3"), (4, 3, 3)], [(4, 3, 2), (4, 3, 2)], [("B08",), (4,)]):
+        with Raster(path, bands) as raster:
             assert (raster.bands, raster.chosen_by) == (expected, "given")
     with Raster(write(tmp_path / "c.tif", values(4))) as raster:
         assert (raster.bands, raster.chosen_by) == ((1, 2, 3), "order")
-    for given, sentence in [
+    for bands, sentence in [
         ((1, 2, 9), "has no band 9; its bands are 1 to 4"),
         (("nir",) * 3, "has no band named nir; its 4 bands are named"),
     ]:
         with pytest.raises(RasterError, match=sentence):
-            Raster(path, given)
+            Raster(path, bands)
     with pytest.raises(ValueError, match="name three"):
         Raster(path, (1, 2))
 

@@ -90,8 +90,8 @@ def test_a_key_does_not_lead_out_of_the_folder(tmp_path):
 def test_the_image_of_a_tar_is_its_own_member(tmp_path):
     row = {"id": "a-1", "short_text": "A road."}
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        told = row | {"image": {"bytes": None, "path": "/etc/passwd"}}
-        for name, content in (("a-1.png", b"pixels"), ("a-1.json", json.dumps(told).encode())):
+        metadata = row | {"image": {"bytes": None, "path": "/etc/passwd"}}
+        for name, content in (("a-1.png", b"pixels"), ("a-1.json", json.dumps(metadata).encode())):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))

@@ -114,7 +114,7 @@ def read_sheet(path: Path, data_sha256: str) -> dict[str, Any]:
         raise ValueError(
             f"{path} lacks columns of {', '.join(('id', *FILLED))}; write the sheet again with --sheet N."
         )
-    read = [values for place, line in enumerate(lines, start=2) if (values := _filled(line, f"{path}, row {place}"))]
+    read = [values for number, line in enumerate(lines, start=2) if (values := _filled(line, f"{path}, row {number}"))]
     if not read:
         raise ValueError(f"{path} has no row with numbers in {' and '.join(FILLED)}; fill it in first.")
     columns = {"long": [one[0] > 0 for one in read], "short": [one[1] > 0 for one in read]}

@@ -245,8 +245,8 @@ def _fit(whole: np.ndarray, details: np.ndarray, matrix: np.ndarray) -> float:
     nearest = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
     shared = cv2.warpAffine(np.ones_like(whole), matrix, (SIDE, SIDE), flags=nearest)[..., None]
     one, other = _details(laid) * shared, details * shared
-    shared, *own = (np.einsum("rcd,rcd->d", *pair) for pair in ((one, other), (one, one), (other, other)))
-    return float((shared / np.sqrt(own[0] * own[1] + 1e-6)).mean())
+    shared, *energies = (np.einsum("rcd,rcd->d", *pair) for pair in ((one, other), (one, one), (other, other)))
+    return float((shared / np.sqrt(energies[0] * energies[1] + 1e-6)).mean())
 
 
 def _details(thumb: np.ndarray) -> np.ndarray:

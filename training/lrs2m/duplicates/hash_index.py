@@ -78,13 +78,13 @@ class HashIndex:
             lists = self._lists_of_queries(margins)
             self._index.nprobe = lists.shape[1]
             bits, entries = self._index.search_preassigned(_bytes(hashes), min(most, len(self)), lists, None)
-        query, place = np.nonzero((bits <= reach) & (entries >= 0))
-        entries = entries[query, place]
+        query, rank = np.nonzero((bits <= reach) & (entries >= 0))
+        entries = entries[query, rank]
         if flat:
             if len(self._entries) > 1:
                 self._entries = [np.concatenate(self._entries)]
             entries = self._entries[0][entries]
-        return query, entries, bits[query, place]
+        return query, entries, bits[query, rank]
 
     def _add_to_lists(self, hashes: np.ndarray, entries: np.ndarray) -> None:
         codes, lists = _bytes(hashes), self._lists(hashes)
@@ -93,8 +93,8 @@ class HashIndex:
     def _lists(self, hashes: np.ndarray) -> np.ndarray:
         """(n,) int64: the list that each hash lies in."""
         lists = np.zeros(hashes.shape, np.int64)
-        for place, bit in enumerate(self._key_bits.tolist()):
-            lists |= (hashes >> np.uint64(63 - bit) & np.uint64(1)).astype(np.int64) << place
+        for position, bit in enumerate(self._key_bits.tolist()):
+            lists |= (hashes >> np.uint64(63 - bit) & np.uint64(1)).astype(np.int64) << position
         return lists
 
     def _lists_of_queries(self, margins: np.ndarray) -> np.ndarray:

@@ -86,14 +86,14 @@ def test_the_lists_looked_through_are_those_of_the_least_sure_bits():
     spread = np.zeros(256, np.uint64)
     index = HashIndex(1, 8, 8)  # 2 lists at least
     bits = [1, 8, 9, 2, 16, 10, 17, 18]  # of the lowest frequencies
-    for place, bit in enumerate(bits):
-        spread |= (every >> np.uint64(place) & np.uint64(1)) << np.uint64(63 - bit)
+    for position, bit in enumerate(bits):
+        spread |= (every >> np.uint64(position) & np.uint64(1)) << np.uint64(63 - bit)
     index.add(spread, np.arange(256))
-    for place, bit in enumerate(bits):
+    for position, bit in enumerate(bits):
         above = np.full((1, 64), -100.0)
         above[0, bit] = -1.0
         query, entry, _ = index.search(above, 64, 256)
-        assert set(entry.tolist()) == {0, 1 << place}
+        assert set(entry.tolist()) == {0, 1 << position}
 
 
 def test_what_a_query_finds_does_not_hang_on_the_steps():
