@@ -37,6 +37,12 @@ def test_equals_the_formula(positions, kept, ratio, length):
     assert torch.equal(stretched[kept::ratio], weight[kept:])  # CLIP's own rows are all still there
 
 
+def test_77_positions_become_those_of_the_paper():
+    """The published numbers are what is done where none is given."""
+    weight = torch.randn(77, 6, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(stretch_position_embedding(weight), stretch_position_embedding(weight, 20, 4))
+
+
 def test_the_last_block_extrapolates():
     weight = torch.arange(77.0)[:, None]  # a straight line stays straight past its end
     stretched = stretch_position_embedding(weight)
