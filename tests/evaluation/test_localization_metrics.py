@@ -246,6 +246,7 @@ GOOD = np.ones((100, 200), np.uint8)
             "from x 200, y 10 to x 300, y 50; it lies outside the scene of 200 x 100 pixels",
         ),
         (GOOD, [box(-50, -40, -1, -1)], "lies outside the scene"),
+        (GOOD, [[[-10, 5], [5, -10], [-10, -10]]], r"the regions \(1\) cover no pixel of the scene of 200 x 100"),
         (GOOD, [[[5, 5]] * 4], "region 0 has no extent: all its corners are at x 5, y 5"),
     ],
 )
