@@ -103,7 +103,9 @@ def check_regions(regions: Polygons, height: int, width: int) -> list[np.ndarray
     if not polygons:
         raise ValueError("no region is given; wanted at least one polygon of corners (x, y) in pixels.")
     if not region_mask(polygons, height, width).any():
-        raise ValueError(f"the regions ({len(polygons)}) cover no pixel of the scene of {width} x {height}; give some within it.")
+        raise ValueError(
+            f"the regions ({len(polygons)}) cover no pixel of the scene of {width} x {height}; give some within it."
+        )
     return polygons
 
 
