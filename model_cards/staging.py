@@ -288,8 +288,8 @@ def verify(checkpoint: Path, staged: Staged) -> dict[str, float]:
         raise NotVerified("the card that was written is read as another one; this is a fault of its template.")
     of_clip = _model_type(checkpoint) != LRSCLIPConfig.model_type  # modeling_lrsclip.convert has compared its weights
     plain = _model_type(staged.folder) != LRSCLIPConfig.model_type  # likewise
-    weights = (staged.folder, checkpoint) if not of_clip and not plain else ()
-    if len({read_checkpoint(folder).weights_sha256 for folder in weights}) > 1:
+    same_class = not of_clip and not plain
+    if same_class and read_checkpoint(staged.folder).weights_sha256 != read_checkpoint(checkpoint).weights_sha256:
         raise NotVerified(f"the staged weights are not those of {checkpoint}; was it written to meanwhile? Run again.")
     work = staged.folder.with_name(f"{staged.folder.name}-verified")
     work.mkdir()
@@ -297,8 +297,11 @@ def verify(checkpoint: Path, staged: Staged) -> dict[str, float]:
     Image.linear_gradient("L").resize((300, 260)).convert("RGB").rotate(30).save(work / "image.png")
     apart = ("PYTHONPATH", "HF_HOME", "HF_ENDPOINT", "HF_TOKEN")
     environment = {name: value for name, value in os.environ.items() if name not in apart}
-    environment |= {"HF_MODULES_CACHE": str(work / "modules"), "HF_HUB_OFFLINE": "1"}
-    environment["TOKENIZERS_PARALLELISM"] = "false"
+    environment |= {
+        "HF_MODULES_CACHE": str(work / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     files = [str(work / name) for name in ("texts.json", "image.png", "outputs.pt")]
     code = "none" if plain else "remote"
     command = [sys.executable, str(CLEAN_PROCESS), str(staged.folder.resolve()), *files, code]

@@ -247,17 +247,27 @@ class LRSCLIPModel(_CLIPInitialization, CLIPModel):
         vision_output = text_output = short_text_output = None
         image_embeds = text_embeds = short_text_embeds = logits_per_text = None
         if pixel_values is not None:
-            images = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
-            vision_output = self.get_image_features(**images, return_dict=True, **kwargs)
+            vision_output = self.get_image_features(
+                pixel_values=pixel_values,
+                interpolate_pos_encoding=interpolate_pos_encoding,
+                return_dict=True,
+                **kwargs,
+            )
             image_embeds = _unit(vision_output.pooler_output)  # (B, P)
         if input_ids is not None:
-            texts = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-            text_output = self.get_text_features(**texts, return_dict=True, **kwargs)
+            text_output = self.get_text_features(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                return_dict=True,
+                **kwargs,
+            )
             text_embeds = _unit(text_output.pooler_output)  # (N, P)
         if short_input_ids is not None:
             _check_text(short_input_ids, self.config.text_config, "short_input_ids")
-            texts = {"input_ids": short_input_ids, "attention_mask": short_attention_mask}
-            short_text_output = self.get_text_features(**texts, return_dict=True, **kwargs)
+            short_text_output = self.get_text_features(
+                input_ids=short_input_ids, attention_mask=short_attention_mask, return_dict=True, **kwargs
+            )
             short_text_embeds = _unit(short_text_output.pooler_output)  # (N, P)
         if image_embeds is not None and text_embeds is not None:
             logits_per_text = self._logits(text_embeds, image_embeds)  # (N, B)

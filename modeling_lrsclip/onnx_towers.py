@@ -125,9 +125,17 @@ def _export(model: LRSCLIPModel, name: str, example: Tensor, path: Path) -> None
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        names = {"input_names": [INPUTS[name]], "output_names": [OUTPUTS[name]], "dynamic_shapes": (axes,)}
-        options = {"dynamo": True, "external_data": False, "verbose": False}
-        torch.onnx.export(_Tower(model, METHODS[name]).eval(), (example,), path, **names, **options)
+        torch.onnx.export(
+            _Tower(model, METHODS[name]).eval(),
+            (example,),
+            path,
+            input_names=[INPUTS[name]],
+            output_names=[OUTPUTS[name]],
+            dynamic_shapes=(axes,),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
 
 
 def quantize(source: Path, target: Path) -> None:

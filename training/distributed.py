@@ -372,10 +372,8 @@ def check_checkpoint(accelerator: Accelerator, folder: Path) -> None:
     Raises:
         `ValueError`: for one that was saved in another way, or under DeepSpeed by another number of processes.
     """
-    ways = (
-        ("pytorch_model_fsdp_0", DistributedType.FSDP),
-        ("pytorch_model", DistributedType.DEEPSPEED),
-    )  # accelerate's
+    # Folders of a checkpoint as accelerate writes it.
+    ways = (("pytorch_model_fsdp_0", DistributedType.FSDP), ("pytorch_model", DistributedType.DEEPSPEED))
     saved = next((way for name, way in ways if (folder / name).is_dir()), DistributedType.NO)
     now = accelerator.distributed_type if accelerator.distributed_type in _LAUNCH_FILES else DistributedType.NO
     if saved != now:

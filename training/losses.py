@@ -252,9 +252,10 @@ def dual_text_loss(
         raise ValueError("dual_text_loss got neither long nor short text embeddings; give at least one of them.")
 
     def one_kind(images, texts, hashes):
-        options = {"label_smoothing": config.label_smoothing}
-        options |= {"text_hashes": hashes} if config.mask_identical_captions else {}
-        return info_nce(images, texts, logit_scale, config.chunk_size, **options)
+        hashes = hashes if config.mask_identical_captions else None
+        return info_nce(
+            images, texts, logit_scale, config.chunk_size, label_smoothing=config.label_smoothing, text_hashes=hashes
+        )
 
     long_loss = None if long_embeds is None else one_kind(image_embeds, long_embeds, long_hashes)
     if short_embeds is None:

@@ -271,9 +271,8 @@ def _read_rows(source: str, dataset: Dataset | None, parquet: list[Path]) -> _La
     advice = " (labels are numbers without names; add a column class_name, or store them as a ClassLabel of datasets)"
     what = f"{table.row_name}s of {table.origin} have no class name"
     tables.complain(odd, len(table), what, advice if numbered else "")
-    images, owners, beside = tables.table_images(
-        table, merge_embedded=False
-    )  # a copy of an image is an image of its own
+    # A copy of an image is an image of its own.
+    images, owners, beside = tables.table_images(table, merge_embedded=False)
     label_of: dict[int, str] = {}
     for image, label in zip(owners, labels, strict=True):
         if label_of.setdefault(image, label) != label:

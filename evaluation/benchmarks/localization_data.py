@@ -131,9 +131,7 @@ def load_localization(source: str | Path, allow_missing: int = 0) -> Localizatio
     queries = [query for query in queries if query.image in index_of]
     sizes, owners, texts = images.sizes, [index_of[query.image] for query in queries], list(map(_text, queries))
     regions = [_regions(query, sizes[owner]) for query, owner in zip(queries, owners, strict=True)]
-    name = (
-        path.absolute().parent.name if path.stem == "localization" else path.stem
-    )  # scenes/localization.jsonl: scenes
+    name = path.absolute().parent.name if path.stem == "localization" else path.stem  # of scenes/localization.jsonl
     name, expected = (AIR_SLT, AIR_SLT_COUNTS) if path.suffix == ".json" else (name, {})
     return LocalizationData(name, images, sizes, texts, owners, regions, str(path), expected, skipped)
 

@@ -276,9 +276,15 @@ class Encoder:
             return None
         where_saved = ("_name_or_path", "transformers_version")
         config = {name: value for name, value in self.model.config.to_dict().items() if name not in where_saved}
-        origin = {"kind": kind, "weights": self.weights_sha256, "config": config, "device": self.model.device.type}
-        origin |= {"attention": self.model.config._attn_implementation, "width": self.model.config.projection_dim}
-        origin["dtype"] = str(self.dtype or self.model.dtype)
+        origin = {
+            "kind": kind,
+            "weights": self.weights_sha256,
+            "config": config,
+            "attention": self.model.config._attn_implementation,
+            "dtype": str(self.dtype or self.model.dtype),
+            "device": self.model.device.type,
+            "width": self.model.config.projection_dim,
+        }
         if kind == "image":
             origin["image_processor"] = self.processor.image_processor.to_dict()
             # Its own name of itself is the same with torchvision, whose pixels differ.

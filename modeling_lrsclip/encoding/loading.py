@@ -235,9 +235,8 @@ def _load_pretrained(source: ModelSource, trust_remote_code: bool) -> tuple[Any,
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise ValueError(f"{path} {CODE_OF_ITS_OWN}.") from error
         raise ValueError(f"{path}: not loadable with AutoModel and AutoProcessor ({reason})") from error
-    if missing := sorted(
-        report["missing_keys"]
-    ):  # transformers would evaluate them at random values, with no more than a warning
+    # transformers would evaluate them at random values, with no more than a warning.
+    if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{path}: {len(missing)} weights are missing from the checkpoint, first: {missing[0]}")
     return model, processor
 

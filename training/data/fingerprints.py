@@ -73,9 +73,8 @@ def content_hash(part: Rows) -> str:
         if part.filesystem is None:
             columns = _text_leaves(part)
             return _kept_hash(Path(part.path), f"texts {columns}", lambda _: _hash_parquet(part, columns))
-        info = part.filesystem.info(
-            part.path
-        )  # of a version, as the remote file system knows it; at the least the size
+        # Of the version, as the remote file system knows it; at the least the size.
+        info = part.filesystem.info(part.path)
         versions = [(info.get("lfs") or {}).get("sha256"), *(info.get(name) for name in ("blob_id", "ETag", "md5"))]
         return json_sha256(next(filter(None, versions), info.get("size")), default=str)
     assert isinstance(part, LineRows)

@@ -70,10 +70,8 @@ class Output:
                 stale.unlink()
         self.before_checkpoint: Callable[[], None] = lambda: None  # makes durable what others keep of the rows so far
         self.journal = journal  # name of a further list, of all that is counted and listed
-        self._event: dict[str, list] = {
-            "counts": [],
-            "entries": [],
-        }  # counted and listed since the journal's last line
+        # Counted and listed since the journal's last line.
+        self._event: dict[str, list] = {"counts": [], "entries": []}
         names = (*LISTS, journal) if journal else LISTS
         self._lists = {name: _open_at(folder / f"{name}.jsonl", progress.lists.get(name, 0)) for name in names}
 
@@ -223,7 +221,10 @@ class Output:
             stream.close()
 
     def finish(self, manifest: dict[str, Any]) -> None:
-        """Move the files to their places below `data/` and write the manifest, last, with counts, shards and lists. Can be repeated after a kill."""
+        """
+        Move the files to their places below `data/` and write the manifest, last, with counts, shards and lists. Can be
+        repeated after a kill.
+        """
         self.progress.complete = True
         save_progress(self.folder, self.progress)
         self.close()
@@ -327,9 +328,7 @@ def load_progress(folder: Path, command: str | None = None) -> Progress | None:
     """
     path = folder / WORK / PROGRESS
     if path.is_file():
-        values = json.loads(path.read_text(encoding="utf-8"))
-        values["files"] = values.pop("parts", values.get("files"))  # the name that builds began with before
-        progress = Progress(**values)
+        progress = Progress(**json.loads(path.read_text(encoding="utf-8")))
         if command not in (None, progress.command) and not progress.complete:
             raise ValueError(
                 f"{folder} holds an unfinished {progress.command}; run that again until it ends well, or take another "

@@ -60,9 +60,8 @@ class Pipeline:
 
     writer: Writer  # of the texts
     labels: LabelReader | None  # of the source, where it has any
-    check: (
-        Callable[[Item], Any] | None
-    )  # tells of what an item is a near-duplicate; called in the order of the records
+    # Tells of what an item is a near-duplicate; called in the order of the records.
+    check: Callable[[Item], Any] | None
     min_side: int  # pixels of an image, at least
     lookahead: int  # rows whose texts are worked on at a time
     gate: Gate  # shared with captioners that gather batches

@@ -14,15 +14,8 @@ from .recipe import Recipe, SourceConfig, resolve
 from .routes import Text, Writer
 
 
-OF_RECORDS = (
-    "id",
-    "image_key",
-    "short_texts",
-    "class_name",
-    "longitude",
-    "latitude",
-    "gsd",
-)  # columns taken as they are
+# Columns taken as they are.
+OF_RECORDS = ("id", "image_key", "short_texts", "class_name", "longitude", "latitude", "gsd")
 
 
 class TokenCounter:

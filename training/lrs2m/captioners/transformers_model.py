@@ -156,8 +156,8 @@ class Engine:
         ids = self.model.generate(
             **inputs,
             max_new_tokens=max(request.sampling.max_tokens for request in requests),
-            **dict.fromkeys(("temperature", "top_p", "top_k")),  # the sampler has drawn already
-            do_sample=False,
+            do_sample=False,  # the sampler has drawn already
+            **dict.fromkeys(("temperature", "top_p", "top_k")),
             num_beams=1,
             pad_token_id=self.tokenizer.pad_token_id,
             logits_processor=LogitsProcessorList([sampler]),

@@ -104,9 +104,7 @@ def read_sheet(path: Path, data_sha256: str) -> dict[str, Any]:
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
-    except (
-        UnicodeDecodeError
-    ):  # as Excel saves it in western countries: ids and numbers are ASCII, and only they are read
+    except UnicodeDecodeError:  # of Excel in western countries: ids and numbers, all that is read, are ASCII
         text = content.decode("cp1252", errors="replace")
     delimiter = ";" if text.split("\n")[0].count(";") > text.split("\n")[0].count(",") else ","
     lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)

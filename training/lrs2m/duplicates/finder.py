@@ -256,9 +256,8 @@ class DuplicateFinder:
         views, best, laid = turned(thumb), None, set()
         alike = (theirs * profile(low[turn, np.where(contains, part, 0)])).sum(axis=-1)
         close = (part == 0) & (bits <= (CLOSE if stored < MANY else CLOSE_OF_MANY))
-        for row in best_first(
-            alike + 0.1 * close
-        ):  # of a pattern that repeats another part may be a little more alike
+        # Of a pattern that repeats another part may be a little more alike.
+        for row in best_first(alike + 0.1 * close):
             if alike[row] < LIKE or len(laid) == LAID:
                 break
             pair = numbers[row], part[row] == 0  # once as a whole, once by a part

@@ -163,9 +163,8 @@ def hashes(coefficients: np.ndarray) -> np.ndarray:
 
 def margins(coefficients: np.ndarray) -> np.ndarray:
     """By how much low frequencies (…, K * K) are above the median and `NOISE`: positive where a hash has a 1."""
-    middle = np.sort(coefficients, axis=-1)[
-        ..., LOW * LOW // 2 - 1 : LOW * LOW // 2 + 1
-    ]  # four times as fast as median
+    half = LOW * LOW // 2
+    middle = np.sort(coefficients, axis=-1)[..., half - 1 : half + 1]  # four times as fast as median
     return coefficients - (middle.mean(axis=-1, keepdims=True) + NOISE)
 
 
