@@ -18,7 +18,7 @@ from modeling_lrsclip.encoding.ties import SCORE_TIE
 from modeling_lrsclip.files.hashing import json_sha256
 
 from .benchmarks.class_names import Templates, known_datasets, load_templates
-from .benchmarks.classification_data import ClassificationData, load_classification
+from .benchmarks.classification_data import ClassificationData, find_sources, load_classification
 from .paper import paper_note
 from .results import SEEN, Aside, Column, Gap, Table, rows_beside, seen_notes
 from .retrieval import check_embeddings, check_indices
@@ -137,6 +137,9 @@ class ClassificationTask:
 
     def __post_init__(self):
         load_templates(self.templates)
+
+    def find_sources(self, path: str) -> list[str]:
+        return find_sources(path)
 
     def load(self, source: str, allow_missing: int = 0) -> ClassificationData:
         return load_classification(source, allow_missing)

@@ -21,7 +21,7 @@ from modeling_lrsclip.encoding.model_inputs import share_truncated, token_length
 from modeling_lrsclip.image_processing_lrsclip import to_rgb
 from modeling_lrsclip.published.registry import PAPER_ONLY
 
-from .benchmarks.localization_data import LocalizationData, load_localization
+from .benchmarks.localization_data import LocalizationData, find_sources, load_localization
 from .benchmarks.tables import Unusable
 from .localization_maps import Locator, Protocol, choose_protocol, query_embeddings
 from .metrics.semantic_localization.measures import localization_metrics
@@ -90,6 +90,9 @@ class LocalizationTask:
 
     protocol: str | Protocol = "v1"
     reference_io: bool = False  # as published: through JPEG; measured beside the figures without
+
+    def find_sources(self, path: str) -> list[str]:
+        return find_sources(path)
 
     def load(self, source: str, allow_missing: int = 0) -> LocalizationData:
         """Load by [`~benchmarks.localization_data.load_localization`]; `Unusable` also for a scene smaller than a window."""

@@ -17,7 +17,7 @@ from modeling_lrsclip.encoding import Encoder, embed_images, embed_texts
 from modeling_lrsclip.encoding.model_inputs import cut_tokens, encode_texts, share_truncated, token_lengths
 from modeling_lrsclip.encoding.ties import SCORE_TIE, best_first
 
-from .benchmarks.retrieval_data import RetrievalData, load_retrieval
+from .benchmarks.retrieval_data import RetrievalData, find_sources, load_retrieval
 from .bootstrap import KS
 
 
@@ -214,6 +214,9 @@ class RetrievalTask:
     text_column: str  # `long_text` or `short_text`
     tokens_kept: Sequence[int] = ()  # text lengths for the curve of recall, in tokens; none: no curve
     columns: Mapping[str, str] | None = None  # names of the user's own, see [`load_retrieval`]
+
+    def find_sources(self, path: str) -> list[str]:
+        return find_sources(path, self.text_column, self.columns)
 
     def load(self, source: str, allow_missing: int = 0) -> RetrievalData:
         return load_retrieval(source, self.text_column, allow_missing, self.columns)

@@ -26,10 +26,7 @@ from modeling_lrsclip.files.documents import first_line
 from modeling_lrsclip.files.locks import only_process
 from modeling_lrsclip.published.registry import ModelSource, label_models, resolve
 
-from .benchmarks.classification_data import find_sources as find_classification
-from .benchmarks.localization_data import find_sources as find_localization
 from .benchmarks.retrieval_data import KINDS
-from .benchmarks.retrieval_data import find_sources as find_retrieval
 from .benchmarks.tables import NotHere, Unusable
 from .bootstrap import intervals
 from .classification import ClassificationTask, classification_table
@@ -53,10 +50,9 @@ class Task:
     A row of the registry.
 
     Args:
-        make: from the command's options, which it checks, the object with `load(source, allow_missing)` and
-            `evaluate(encoder, data)`.
-        sources: a path or Hub id, and the command's options -> those below it that hold this task's data; raises
-            `NotHere` where there are none.
+        make: from the command's options, which it checks, the object with `find_sources(path)`, which lists what holds
+            the task's data in a path or under a Hub id and raises `NotHere` where nothing does,
+            `load(source, allow_missing)` and `evaluate(encoder, data)`.
         tables: results of one data set (of all, with `one_table`) and the models' descriptions -> tables.
         figures: results of one data set, its data, the models' descriptions, and a function from a figure's name to its
             path -> paths written.
@@ -66,7 +62,6 @@ class Task:
     name: str
     title: str
     make: Callable[[argparse.Namespace], Any]
-    sources: Callable[[str, argparse.Namespace], list[str]]
     tables: Callable[[str, Results, Results], list[Table | None]]
     figures: Callable[[Results, Any, Results, Callable[[str], Path]], list[Path]]
     headline: str
@@ -81,7 +76,6 @@ def _retrieval(name: str, title: str, column: str, studies_tokens: bool) -> Task
         make=lambda options: RetrievalTask(
             column, parse_tokens(options.tokens_kept) if studies_tokens else (), parse_columns(options.columns)
         ),
-        sources=lambda source, options: find_retrieval(source, column, parse_columns(options.columns)),
         tables=lambda title, results, models: [retrieval_table(title, results, models), tokens_table(title, results)],
         figures=_draw_retrieval,
         headline="mR",
@@ -128,7 +122,6 @@ TASKS = {
             "zic",
             "Zero-shot classification (ZIC)",
             make=lambda options: ClassificationTask(options.templates, options.class_names),
-            sources=lambda source, options: find_classification(source),
             tables=lambda title, results, models: [classification_table(title, results)],
             figures=_draw_classification,
             headline="accuracy",
@@ -138,7 +131,6 @@ TASKS = {
             "selo",
             "Semantic localization (SeLo)",
             make=lambda options: LocalizationTask(options.protocol, options.reference_io),
-            sources=lambda source, options: find_localization(source),
             tables=lambda title, results, models: [localization_table(title, results)],
             figures=_draw_localization,
             headline="Rmi",
@@ -235,7 +227,7 @@ def load_benchmarks(tasks: Sequence[Task], options: argparse.Namespace, say: Cal
         method, loaded = task.make(options), []
         for path in options.data:
             try:
-                sources = task.sources(path, options)
+                sources = method.find_sources(path)
             except NotHere as error:
                 absent[task.name] = error
                 continue

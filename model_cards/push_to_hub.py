@@ -47,7 +47,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 @command()
-def main(arguments: Sequence[str] | None = None, api: Any = None) -> int:
+def main(arguments: Sequence[str] | None = None, api: Any = None) -> None:
     """
     Run the command; what goes wrong is one sentence on standard error and an exit status, see above.
 
@@ -58,18 +58,9 @@ def main(arguments: Sequence[str] | None = None, api: Any = None) -> int:
     options = parse_arguments(arguments)
     from huggingface_hub import HfApi  # seconds of imports, which --help and a mistyped option do without
 
-    from model_cards.staging import NotVerified
-    from model_cards.upload import HubError, run
+    from model_cards.upload import run
 
-    try:
-        run(options, api or HfApi())
-    except NotVerified as error:
-        print(f"error: {error} Nothing was sent.", file=sys.stderr)
-        return 4
-    except HubError as error:
-        print(f"\nerror: {error}", file=sys.stderr)  # the client leaves its progress bar without an end of line
-        return error.status
-    return 0
+    run(options, api or HfApi())
 
 
 if __name__ == "__main__":

@@ -51,7 +51,12 @@ OWN_NAMES = (*SETTINGS, *TOKENIZER, CONVERSION, RESULTS, RECORD, SUMS)
 
 
 class NotVerified(Exception):
-    """The staged folder does not do what the checkpoint does."""
+    """The staged folder does not do what the checkpoint does, so that nothing is sent."""
+
+    exit_status = 4
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} Nothing was sent."
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,13 +29,13 @@ FAILURES = (OSError, RuntimeError, ValueError, *HfHubHTTPError.__bases__)  # the
 class HubError(Exception):
     """The Hub refused or could not be reached; one sentence with what to do."""
 
-    status = 3
+    exit_status = 3
 
 
 class TagError(HubError):
     """The commit was made, its tag was not."""
 
-    status = 5
+    exit_status = 5
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def push(api: HfApi, staged: Staged, target: Target, message: str, create_pr: bo
         else:
             oid, url = _commit(api, staged, repo_id, head, functools.partial(send, parent_commit=head))
     except FAILURES as error:
+        print(file=sys.stderr)  # the client leaves its progress bar without an end of line
         left = "The repository was made and is empty" if made else "Nothing new is to be seen there"
         left += "; what was uploaded before is not sent twice."
         raise HubError(f"{repo_id}: {_explain(error, repo_id)} {left}") from error

@@ -24,14 +24,13 @@ def command_parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 
 def command(
-    *errors: type[Exception], status: int = 2, interrupted: str = "interrupted"
+    status: int = 2, interrupted: str = "interrupted"
 ) -> Callable[[Callable[Arguments, int | None]], Callable[Arguments, int]]:
     """
     Decorate the function of a command: what goes wrong is one sentence on standard error and an exit status.
 
     Args:
-        errors: exceptions that are the user's to mend, besides `ValueError` and `OSError`.
-        status: exit status for these; an exception with an `exit_status` has its own.
+        status: exit status for `ValueError` and `OSError`; any exception with an `exit_status` has its own.
         interrupted: the sentence for Ctrl-C, which ends with status 130, as shells count it.
 
     Returns:
@@ -43,7 +42,9 @@ def command(
         def run(*args: Arguments.args, **options: Arguments.kwargs) -> int:
             try:
                 return main(*args, **options) or 0
-            except (ValueError, OSError, *errors) as error:
+            except Exception as error:
+                if not isinstance(error, (ValueError, OSError)) and not hasattr(error, "exit_status"):
+                    raise  # a fault of this project, which its traceback tells
                 print(f"error: {error}", file=sys.stderr)
                 return getattr(error, "exit_status", status)
             except KeyboardInterrupt:

@@ -51,12 +51,11 @@ def test_without_a_clone(tmp_path, monkeypatch):
         (None, 0, ""),
         (ValueError("--top 0 is too few."), 3, "error: --top 0 is too few.\n"),
         (FileNotFoundError(2, "No such file", "a.json"), 3, "error: [Errno 2] No such file: 'a.json'\n"),
-        (LookupError("no row a"), 3, "error: no row a\n"),
         (KeyboardInterrupt(), 130, "stopped; run it again\n"),
     ],
 )
 def test_what_ends_a_command_is_a_sentence_and_a_status(raised, status, message, capsys):
-    @commands.command(LookupError, status=3, interrupted="stopped; run it again")
+    @commands.command(status=3, interrupted="stopped; run it again")
     def main(arguments: list[str]) -> None:
         """Run it."""
         if raised:
@@ -66,7 +65,7 @@ def test_what_ends_a_command_is_a_sentence_and_a_status(raised, status, message,
 
 
 def test_an_error_may_have_a_status_and_a_mistake_of_ours_is_shown(capsys):
-    refused = ValueError("not pushed")
+    refused = RuntimeError("not pushed")
     refused.exit_status = 4
 
     @commands.command()

@@ -141,7 +141,7 @@ def _prepare(api: HfApi, repo_id: str, private: bool) -> dict[str, RepoFile]:
 
 
 class _Public(Exception):
-    pass
+    exit_status = 2
 
 
 def _is_there(file: File, folder: Path, present: dict[str, RepoFile]) -> bool:
@@ -208,7 +208,7 @@ def run(options: argparse.Namespace, api: HfApi) -> None:
     _say("done", push(api, options.folder, options.repo, options.private))
 
 
-@command(HubError, _Public)
+@command()
 def main(arguments: Sequence[str] | None = None, api: HfApi | None = None) -> None:
     """Run the command; what goes wrong is one sentence on standard error and an exit status, see above."""
     parser = command_parser("python -m training.lrs2m.push", __doc__)
