@@ -37,11 +37,12 @@ BLACK, WHITE = 4, 251  # grey levels from which on a pixel may be a border or no
 NEARLY_BLACK, NEARLY_WHITE = 24, 231  # beside a border, after JPEG
 BLANK_LINE, NEARLY_BLANK_LINE = 0.99, 0.8  # share of such pixels in a row or column of a border, and at its rim
 LEAST_CONTENT = 0.25  # of a side, that a border leaves
+SHARP = 0.7  # share of the nearly black or white of a region that is black or white, if it ends sharply, as no-data does
 MASK_SIDE = 128  # pixels, at which no-data in the corners is looked for
 HOPELESS = 0.18  # correlation below which two thumbnails are not moved to fit
 FARTHEST = 5.0  # pixels of the thumbnail by which an alignment may move a corner
 FREQUENCIES = np.hypot(*np.divmod(np.arange(LOW * LOW), LOW)).astype(np.float32)  # (K * K,)
-_STEPS = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 25, 1e-3)  # of an alignment
+_STEPS = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 10, 1e-3)  # of an alignment
 
 
 def thumbnail(image: Image.Image) -> np.ndarray:
@@ -68,7 +69,7 @@ def without_border(grey: Image.Image) -> Image.Image:
         if bottom - top < LEAST_CONTENT * len(mask) or right - left < LEAST_CONTENT * mask.shape[1]:
             continue
         grey = grey.crop((left, top, right, bottom))
-        pixels = _filled(np.asarray(grey), mask[top:bottom, left:right])
+        pixels = _filled(np.asarray(grey), mask[top:bottom, left:right], near[top:bottom, left:right])
         grey = Image.fromarray(pixels)
     return grey
 
@@ -96,15 +97,23 @@ def _content(blank: np.ndarray, nearly: np.ndarray) -> tuple[int, int]:
     return first, last
 
 
-def _filled(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """A grey image whose masked regions at its edges, where they are large, have the mean of the other pixels."""
+def _filled(pixels: np.ndarray, mask: np.ndarray, near: np.ndarray) -> np.ndarray:
+    """
+    A grey image whose masked regions at its edges, where they are large, have the mean of the other pixels. A region that
+    fades into the image, such as an overexposed beach, is none.
+
+    Args:
+        pixels (H, W): grey levels.
+        mask, near (H, W): pixels that are blank, and those that JPEG may have made of them.
+    """
     scale = min(1.0, MASK_SIDE / max(mask.shape))
     size = max(1, round(mask.shape[1] * scale)), max(1, round(mask.shape[0] * scale))
-    small = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
-    count, labels = cv2.connectedComponents(small, connectivity=4)
+    blank, nearly = (cv2.resize(one.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) for one in (mask, near))
+    count, labels = cv2.connectedComponents(nearly, connectivity=4)
     at_edges = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
-    areas = np.bincount(labels.ravel(), minlength=count)
-    large = [label for label in at_edges if label and areas[label] >= 0.02 * labels.size]
+    areas, blanks = (np.bincount(labels.ravel(), weights, minlength=count) for weights in (None, blank.ravel()))
+    sharp = blanks >= np.maximum(0.02 * labels.size, SHARP * areas)
+    large = [label for label in at_edges if label and sharp[label]]
     share = areas[large].sum() / labels.size
     if not large or share > 1 - LEAST_CONTENT:
         return pixels
