@@ -19,7 +19,6 @@ import argparse
 import io
 import json
 import resource
-import sqlite3
 import tempfile
 import time
 from contextlib import closing
@@ -39,6 +38,7 @@ from modeling_lrsclip.encoding.imagery import is_image_file
 from training.lrs2m.data_row import schema
 from training.lrs2m.duplicates.finder import DuplicateFinder
 from training.lrs2m.duplicates.fingerprints import SIDE, coefficients, hashes, thumbnail, turned
+from training.lrs2m.duplicates.store import INSIDE, ImageStore
 from training.lrs2m.statistics import write
 
 
@@ -244,16 +244,11 @@ def cuts(images: list[Image.Image]) -> np.ndarray:
 
 def fill(store: Path, pool: np.ndarray, start: int, end: int) -> None:
     """Stores mixtures with these numbers, as `check` would."""
-    with closing(sqlite3.connect(store)) as database:
+    with closing(ImageStore(store)) as images:
         for first in range(start, end, PIECE):
             thumbs = mixtures(pool, first, min(PIECE, end - first))
-            codes = hashes(coefficients(thumbs))
-            rows = (
-                (first + offset, "", f"row-{first + offset}", code.tobytes(), thumb.tobytes(), None)
-                for offset, (code, thumb) in enumerate(zip(codes, thumbs))
-            )
-            with database:
-                database.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", rows)
+            for offset, (code, thumb) in enumerate(zip(hashes(coefficients(thumbs)), thumbs)):
+                images.add(first + offset, INSIDE, f"row-{first + offset}", code, thumb)
 
 
 def duplicates(sizes: list[int], crops: bool, folder: Path, tiles: Path | None) -> dict[str, Any]:

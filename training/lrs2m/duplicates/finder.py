@@ -7,10 +7,10 @@ laid over the image, moved until they fit, and count when their details correlat
 """
 
 import json
-import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from evaluation.benchmarks import classification_data, localization_data, retrieval_data
-from evaluation.benchmarks.tables import NotHere
-from modeling_lrsclip.encoding.imagery import ImageFiles, is_image_file
+from modeling_lrsclip.encoding.imagery import ImageFiles
 from modeling_lrsclip.encoding.ties import best_first
-from modeling_lrsclip.files.hashing import bytes_sha256
 
+from .evaluation_images import evaluation_images, signature
 from .fingerprints import (
     LOW,
     PARTS,
-    SIDE,
     TURNS,
     align,
     coefficients,
@@ -41,6 +38,7 @@ from .fingerprints import (
     turned,
 )
 from .hash_index import HashIndex
+from .store import INSIDE, ImageStore
 
 
 REACH = 18  # bits by which the hash of a part may differ from that of a crop
@@ -53,17 +51,12 @@ CANDIDATES = 48, 6  # entries a query: of parts for the image in one turn, of wh
 # Indices of whole images and of their parts; the former have 24 times the queries, where crops are looked for.
 OF_WHOLES, OF_PARTS = (
     {"looked_through": 8_000, "key_bits": 12, "most_lists": 32},
-    {"looked_through": 100_000, "key_bits": 16, "most_lists": 512},
+    {"looked_through": 60_000, "key_bits": 16, "most_lists": 512},
 )
-LOOKED_AT, LAID = 256, 3  # candidates of one image: compared by low frequencies, laid over each other
+# Candidates of one image that are compared by low frequencies, before the current block and in it; those laid over it.
+LOOKED_AT, LOOKED_AT_IN_BLOCK, LAID = 256, 64, 3
 WHOLE = 0.95  # share of a side from which on a match is not a crop
 BLOCK = 1024  # images that are searched apart from all before them
-INSIDE = ""  # the owner of rows of the set itself
-_TABLES = """
-CREATE TABLE IF NOT EXISTS images (
-    number INTEGER PRIMARY KEY, owner TEXT, id TEXT, hashes BLOB, thumb BLOB, match TEXT, UNIQUE (owner, id));
-CREATE TABLE IF NOT EXISTS owners (owner TEXT PRIMARY KEY, signature TEXT);
-"""
 
 
 @dataclass(frozen=True)
@@ -127,6 +120,70 @@ class _Prints:
         return np.stack([number, turn, part, bits, contains], axis=1).astype(np.int64)
 
 
+@dataclass
+class Query:
+    """
+    An image that is asked about.
+
+    Args:
+        row_id: of the row.
+        thumb (S, S): the image's thumbnail; None: of one without anything to compare.
+        key: the image's own name, where rows may share an image: rows of one key get one answer. None: the row's id.
+        against: which of the finder's evaluation sets count for this row; None: all.
+    """
+
+    row_id: str
+    thumb: np.ndarray | None
+    key: str | None = None
+    against: Sequence[str] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.row_id if self.key is None else self.key
+
+    @property
+    def comparable(self) -> bool:
+        return self.thumb is not None and not is_flat(self.thumb)
+
+    @cached_property
+    def views(self) -> np.ndarray:
+        """(8, S, S): the thumbnail in all `TURNS`."""
+        return turned(self.thumb)
+
+    @cached_property
+    def low(self) -> np.ndarray:
+        """(8, P, K * K): [`coefficients`] of the views."""
+        return coefficients(self.views)
+
+    @cached_property
+    def margins(self) -> np.ndarray:
+        """(8, P, K * K): how sure the hashes' bits are."""
+        return margins(self.low)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A stored image that may be the one asked about, as a whole or a part of it."""
+
+    score: float  # cosine of low frequencies; more for whole images that differ in few bits
+    number: int
+    turn: int
+    part: int
+    distance: int  # bits of 64 that differ
+    contains: bool  # the image asked about holds it
+    least: float  # correlation that is enough
+    correlation: float | None = None  # of the details, once one was laid over the other
+    share: float = 1.0  # of a side of the larger one
+
+
+@dataclass
+class Seen:
+    """The likeliest images for a query among those stored before the current block, laid over it."""
+
+    evaluated: list[Candidate]
+    earlier: list[Candidate]
+
+
 class DuplicateFinder:
     """
     Remembers the images it was shown and says which are near-duplicates of an earlier one or of an evaluation image.
@@ -137,8 +194,8 @@ class DuplicateFinder:
         inside: compare with the images shown before, too.
         distance: bits of 64 by which the hashes of two whole images may differ for the two to be copies.
         crops: look for crops, at 25 times the hashes.
-        store: SQLite file that keeps fingerprints and answers: a new finder on it goes on where the last one stopped,
-            and evaluation images are read once. None: in memory.
+        store: file of an [`ImageStore`] that keeps fingerprints and answers: a new finder on it goes on where the last
+            one stopped, and evaluation images are read once. None: in memory.
 
     Raises:
         `ValueError`: for evaluation data that cannot be found or read.
@@ -159,25 +216,33 @@ class DuplicateFinder:
         # Evaluation images; images shown, up to the last whole block; those after it, with their numbers and hashes.
         self._evaluated, self._earlier, self._recent = _Prints(crops), _Prints(crops), _Prints(crops)
         self._recent_codes: list[tuple[int, np.ndarray]] = []
-        self._shown, self._next = 0, 0  # images shown; number of the next one in the store
+        self.shown, self._next = 0, 0  # images shown; number of the next one in the store
         self._owner_of: dict[int, str] = {}  # of evaluation images, by number
-        self._store = sqlite3.connect(store or ":memory:", check_same_thread=False)
-        self._store.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + _TABLES)
+        self.store = ImageStore(store)
         self._lock = threading.Lock()  # what is written by the thread that checks is committed by another
         for source in self.against:
-            self._read_evaluation(source)
+            images = evaluation_images(source)
+            self.store.set_evaluation(source, signature(images), _fingerprints(source, images))
         self._load()
+
+    @property
+    def stored(self) -> int:
+        """Images that a new one is compared with."""
+        return sum(map(len, (self._evaluated, self._earlier, self._recent)))
+
+    @property
+    def blocks(self) -> int:
+        """Whole blocks of images that were shown: what [`look`] finds changes with these alone."""
+        return self.shown // BLOCK
 
     def commit(self) -> None:
         """Force all answers so far to disk; may be called while another thread checks an image."""
         with self._lock:
-            self._store.commit()
-            self._store.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            self.store.commit()
 
     def close(self) -> None:
         """Writes what is pending."""
-        self._store.commit()
-        self._store.close()
+        self.store.close()
 
     # ------------------------------------------------------------------------------------------------------ asking
 
@@ -188,136 +253,135 @@ class DuplicateFinder:
         Tell whether an image is a near-duplicate; remember it if not.
 
         Args:
-            row_id: of the row.
-            image: its image, upright.
-            key: the image's own name, where rows may share an image: rows of one key get one answer. By default the
-                row's id.
-            against: which of the finder's evaluation sets count for this row; by default all.
+            row_id, key, against: as of [`Query`].
+            image: the row's, upright.
 
         Returns:
             [`Match`] with the most correlated image, or None.
         """
-        return self.check_thumbnail(row_id, thumbnail(image), key, against)
+        return self.check_all([Query(row_id, thumbnail(image), key, against)])[0]
 
-    def check_thumbnail(
-        self, row_id: str, thumb: np.ndarray | None, key: str | None = None, against: Sequence[str] | None = None
-    ) -> Match | None:
+    def check_all(
+        self, queries: Sequence[Query], look: Callable[[list[Query]], Iterable[Seen]] | None = None
+    ) -> list[Match | None]:
         """
-        Tell the same from a thumbnail.
+        Tell the same of several images, one after another.
 
         Args:
-            row_id, key, against: as of [`check`].
-            thumb: the image's; None: of one without anything to compare.
+            queries: in the order of the rows.
+            look: [`look`] for several queries, in other processes, say; by default one after another.
 
         Returns:
-            As [`check`].
+            As [`check`], in the order of the queries.
         """
         with self._lock:
-            name = row_id if key is None else key
-            known = self._store.execute(
-                "SELECT match FROM images WHERE owner = ? AND id = ?", (INSIDE, name)
-            ).fetchone()
-            if known:
-                return known[0] and Match(**json.loads(known[0]) | {"id": row_id})
-            if thumb is None or is_flat(thumb):
-                self._remember(INSIDE, name, None, thumb)
-                return None
-            allowed = (
-                self.against if against is None else tuple(source for source in self.against if source in against)
-            )
-            low = coefficients(turned(thumb))  # (8, P, 64)
-            above = margins(low)
-            # Evaluation images first and by themselves: whether an image is near one does not hang on the set.
-            match = None
-            if allowed and len(self._evaluated):
-                near = self._evaluated.candidates(above, self.distance)
-                if len(allowed) < len(self.against):
-                    kept = [self._owner_of[number] in allowed for number in near[:, 0].tolist()]
-                    near = near[np.array(kept, bool)]
-                match = self._find(row_id, thumb, low, near, len(self._evaluated))
-            if match is None and self.inside:
-                both = [one.candidates(above, self.distance) for one in (self._earlier, self._recent) if len(one)]
-                stored = len(self._earlier) + len(self._recent)
-                match = self._find(row_id, thumb, low, np.concatenate(both), stored) if both else None
-            self._remember(INSIDE, name, pack(above[0]), thumb, match)
-            return match
+            found: list[Match | None] = []
+            while len(found) < len(queries):
+                rest = queries[len(found) :]
+                new = {query.name: query for query in reversed(rest) if self.store.answer(query.name) is None}
+                of_block = list(new.values())[::-1][: BLOCK - self.shown % BLOCK]
+                asked = [query for query in of_block if query.comparable]
+                seen = iter(look(asked)) if look else map(self.look, asked)
+                left = {query.name for query in of_block}
+                for query in rest:
+                    if query.name in left:
+                        left.remove(query.name)
+                        found.append(self._decide(query, next(seen) if query.comparable else None))
+                    elif known := self.store.answer(query.name):
+                        found.append(known[0] and Match(**json.loads(known[0]) | {"id": query.row_id}))
+                    else:
+                        break  # of the next block
+            return found
 
-    def _find(
-        self, row_id: str, thumb: np.ndarray, low: np.ndarray, candidates: np.ndarray, stored: int
-    ) -> Match | None:
-        """The most correlated of an image's candidates, of so many images stored, that is the same."""
-        if not len(candidates):
+    def look(self, query: Query) -> Seen:
+        """Search what was stored before the current block; changes nothing, so that any process may do it."""
+        allowed = [source for source in self.against if query.against is None or source in query.against]
+        # Evaluation images first and by themselves: whether an image is near one does not hang on the set.
+        evaluated: list[Candidate] = []
+        if allowed and len(self._evaluated):
+            near = self._evaluated.candidates(query.margins, self.distance)
+            if len(allowed) < len(self.against):
+                near = near[np.array([self._owner_of[number] in allowed for number in near[:, 0].tolist()], bool)]
+            evaluated = self._lay(query, self._likeliest(query, near, LOOKED_AT, len(self._evaluated)))
+        earlier: list[Candidate] = []
+        if self.inside and len(self._earlier) and _best(evaluated) is None:
+            near = self._earlier.candidates(query.margins, self.distance)
+            earlier = self._lay(query, self._likeliest(query, near, LOOKED_AT, len(self._earlier)))
+        return Seen(evaluated, earlier)
+
+    def _decide(self, query: Query, seen: Seen | None) -> Match | None:
+        """Answer a query, with what is in the current block besides, and remember it; None: nothing to compare."""
+        if seen is None:
+            self._remember(query.name, None, None)
             return None
+        best = _best(seen.evaluated)
+        if best is None and self.inside:
+            likely = seen.earlier
+            if len(self._recent):
+                near = self._recent.candidates(query.margins, self.distance)
+                both = [*likely, *self._likeliest(query, near, LOOKED_AT_IN_BLOCK, len(self._earlier))]
+                order = best_first(np.array([candidate.score for candidate in both]))[:LAID]
+                likely = self._lay(query, [both[index] for index in order])
+            best = _best(likely)
+        match = None
+        if best is not None:
+            holds = best.contains != (best.share > 1)
+            kind = "copy" if WHOLE <= best.share <= 1 / WHOLE else "contains" if holds else "crop"
+            owner, name = self.store.owner_of(best.number)
+            match = Match(query.row_id, name, owner, kind, list(TURNS)[best.turn], best.distance, best.correlation)
+        self._remember(query.name, pack(query.margins[0]), query.thumb, match)
+        return match
+
+    def _likeliest(self, query: Query, candidates: np.ndarray, looked_at: int, stored: int) -> list[Candidate]:
+        """The few that are most like an image, of the nearest so many of its candidates, of so many images stored."""
+        if not len(candidates):
+            return []
         by_bits = np.lexsort(candidates.T[[4, 2, 1, 0, 3]])
-        candidates = candidates[by_bits[:LOOKED_AT]]
-        numbers, turn, part, bits, contains = candidates.T
-        thumbs = self._thumbs(numbers)
-        theirs = part_profiles(thumbs, np.where(contains, 0, part))
-        views, best, laid = turned(thumb), None, set()
-        alike = (theirs * profile(low[turn, np.where(contains, part, 0)])).sum(axis=-1)
+        numbers, turn, part, bits, contains = candidates[by_bits[:looked_at]].T
+        listed, places = np.unique(numbers, return_inverse=True)
+        theirs = part_profiles(self.store.thumbs(listed.tolist())[places], np.where(contains, 0, part))
+        alike = (theirs * profile(query.low[turn, np.where(contains, part, 0)])).sum(axis=-1)
         close = (part == 0) & (bits <= (CLOSE if stored < MANY else CLOSE_OF_MANY))
-        # Of a pattern that repeats another part may be a little more alike.
-        for row in best_first(alike + 0.1 * close):
-            if alike[row] < LIKE or len(laid) == LAID:
+        scores = alike + 0.1 * close  # of a pattern that repeats another part may be a little more alike
+        likeliest: dict[tuple[int, bool], Candidate] = {}
+        for row in best_first(scores):
+            if alike[row] < LIKE or len(likeliest) == LAID:
                 break
-            pair = numbers[row], part[row] == 0  # once as a whole, once by a part
-            if pair in laid:
-                continue
-            laid.add(pair)
-            view = views[turn[row]]
-            whole, inner = (view, thumbs[row]) if contains[row] else (thumbs[row], view)
-            correlation, share = align(whole, inner, int(part[row]))
-            correlation = round(correlation, 4)  # its last bits are the processor's: of equal ones the first
             least = SAME
             if close[row]:
                 least = SAME_IF_LIKE if alike[row] >= CLOSELY_LIKE else SAME_IF_CLOSE
-            if correlation >= least and (best is None or correlation > best[0]):
-                best = correlation, row, share
-        if best is None:
-            return None
-        correlation, row, share = best
-        holds = bool(contains[row]) != (share > 1)
-        kind = "copy" if WHOLE <= share <= 1 / WHOLE else "contains" if holds else "crop"
-        query = "SELECT owner, id FROM images WHERE number = ?"
-        owner, name = self._store.execute(query, (int(numbers[row]),)).fetchone()
-        return Match(row_id, name, owner, kind, list(TURNS)[turn[row]], int(bits[row]), correlation)
+            one = *(int(column[row]) for column in (numbers, turn, part, bits)), bool(contains[row])
+            # Once as a whole, once by a part.
+            likeliest.setdefault((one[0], one[2] == 0), Candidate(float(scores[row]), *one, least))
+        return list(likeliest.values())
 
-    def _thumbs(self, numbers: np.ndarray) -> np.ndarray:
-        """(n, S, S): thumbnails by their images' numbers."""
-        listed, places = np.unique(numbers, return_inverse=True)
-        query = f"SELECT thumb FROM images WHERE number IN ({','.join(map(str, listed.tolist()))}) ORDER BY number"
-        content = b"".join(row[0] for row in self._store.execute(query))
-        return np.frombuffer(content, np.uint8).reshape(len(listed), SIDE, SIDE)[places]
+    def _lay(self, query: Query, candidates: list[Candidate]) -> list[Candidate]:
+        """The candidates with their correlations."""
+        return [one if one.correlation is not None else self._laid(query, one) for one in candidates]
+
+    def _laid(self, query: Query, one: Candidate) -> Candidate:
+        view, thumb = query.views[one.turn], self.store.thumbs([one.number])[0]
+        correlation, share = align(*((view, thumb) if one.contains else (thumb, view)), one.part)
+        return replace(one, correlation=round(correlation, 4), share=share)  # its last bits are the processor's
 
     # ------------------------------------------------------------------------------------------------- remembering
 
     def _remember(
-        self,
-        owner: str,
-        name: str,
-        codes: np.ndarray | None,
-        thumb: np.ndarray | None,
-        match: Match | None = None,
+        self, name: str, codes: np.ndarray | None, thumb: np.ndarray | None, match: Match | None = None
     ) -> None:
         """Keeps an answer, and the thumbnail and the (P,) hashes of an image that others may match."""
         codes = None if match else codes
-        number = self._next
-        stored_match = match and json.dumps(asdict(match))
-        content = thumb.tobytes() if codes is not None else None
-        blob = codes.tobytes() if codes is not None else None
-        self._store.execute(
-            "INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", (number, owner, name, blob, content, stored_match)
-        )
+        self.store.add(self._next, INSIDE, name, codes, thumb, match and json.dumps(asdict(match)))
         self._next += 1
-        self._show(number, codes)
+        self._show(self._next - 1, codes)
 
     def _show(self, number: int, codes: np.ndarray | None) -> None:
         """Take an image into the search, or one that is not to be found (None)."""
-        self._shown += 1
+        self.shown += 1
         if codes is not None and self.inside:
             self._recent.add(np.array([number]), codes[None])
             self._recent_codes.append((number, codes))
-        if self._shown % BLOCK == 0 and self._recent_codes:
+        if self.shown % BLOCK == 0 and self._recent_codes:
             numbers, blocked = zip(*self._recent_codes)
             self._earlier.add(np.array(numbers), np.stack(blocked))
             self._recent.clear()
@@ -325,18 +389,16 @@ class DuplicateFinder:
 
     def _load(self) -> None:
         """Builds the index from the store."""
-        rows = self._store.execute("SELECT number, owner, hashes FROM images ORDER BY number")
-        shown = self._store.execute("SELECT COUNT(*) FROM images WHERE owner = ?", (INSIDE,)).fetchone()[0]
-        whole_blocks = shown // BLOCK * BLOCK
-        while piece := rows.fetchmany(65536):
+        whole_blocks = self.store.count(INSIDE) // BLOCK * BLOCK
+        for piece in self.store.images():
             self._next = piece[-1][0] + 1
             kept: dict[bool, list[tuple[int, bytes]]] = {True: [], False: []}  # of evaluation images, of others
             for number, owner, blob in piece:
                 if owner != INSIDE and blob and owner in self.against:
                     self._owner_of[number] = owner
                     kept[True].append((number, blob))
-                elif owner == INSIDE and self._shown < whole_blocks:
-                    self._shown += 1
+                elif owner == INSIDE and self.shown < whole_blocks:
+                    self.shown += 1
                     kept[False] += [(number, blob)] if blob and self.inside else []
                 elif owner == INSIDE:
                     self._show(number, np.frombuffer(blob, np.uint64) if blob else None)
@@ -346,120 +408,33 @@ class DuplicateFinder:
                     prints = self._evaluated if evaluated else self._earlier
                     prints.add(np.array([number for number, _ in some]), codes)
 
-    def _read_evaluation(self, source: str) -> None:
-        """Fingerprints of an evaluation set, unless the store has them for these very files."""
-        images = evaluation_images(source)
-        signature = _signature(images)
-        known = self._store.execute("SELECT signature FROM owners WHERE owner = ?", (source,)).fetchone()
-        if known == (signature,):
-            return
-        with self._store:  # all of a set, or none of it
-            self._store.execute("DELETE FROM images WHERE owner = ?", (source,))
-            (last,) = self._store.execute("SELECT COALESCE(MAX(number), -1) FROM images").fetchone()
-            rows = _fingerprints(source, images, last + 1)
-            self._store.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?, NULL)", rows)
-            self._store.execute("INSERT OR REPLACE INTO owners VALUES (?, ?)", (source, signature))
-
     def counts(self) -> dict[str, Any]:
         """Images shown so far, matches by kind, evaluation images by set, images too flat to compare."""
-        count = "SELECT COUNT(*) FROM images WHERE owner = ?"
-        shown = self._store.execute(count, (INSIDE,)).fetchone()[0]
-        matches = self._store.execute("SELECT match FROM images WHERE owner = ? AND match IS NOT NULL", (INSIDE,))
         kinds: dict[str, int] = {}
-        for (match,) in matches:
+        for match in self.store.matches():
             kind = json.loads(match)["kind"]
             kinds[kind] = kinds.get(kind, 0) + 1
-        sets = {source: self._store.execute(count, (source,)).fetchone()[0] for source in self.against}
-        flat = self._store.execute(
-            "SELECT COUNT(*) FROM images WHERE owner = ? AND hashes IS NULL AND match IS NULL", (INSIDE,)
-        ).fetchone()[0]
-        return {"images": shown, "matches": kinds, "evaluation_images": sets, "flat": flat}
+        sets = {source: self.store.count(source) for source in self.against}
+        flat = self.store.count(INSIDE, "hashes IS NULL AND match IS NULL")
+        return {"images": self.store.count(INSIDE), "matches": kinds, "evaluation_images": sets, "flat": flat}
 
 
-class StoredThumbnails:
-    """Thumbnails of the images that a finder was shown, from its store."""
-
-    def __init__(self, store: str | Path):
-        self._store = sqlite3.connect(f"file:{Path(store).absolute()}?mode=ro", uri=True)
-
-    def of(self, name: str) -> np.ndarray | None:
-        """The thumbnail kept under an image's name; None of one without anything to compare."""
-        row = self._store.execute("SELECT thumb FROM images WHERE owner = ? AND id = ?", (INSIDE, name)).fetchone()
-        if row is None:
-            raise ValueError(f"the store of a part knows no image {name}; build the part again.")
-        return row[0] and np.frombuffer(row[0], np.uint8).reshape(SIDE, SIDE)
-
-    def close(self) -> None:
-        self._store.close()
+def _best(candidates: list[Candidate]) -> Candidate | None:
+    """The most correlated of those that are the same image; of equal ones the first."""
+    same = [
+        one
+        for one in candidates
+        # A lower correlation is enough for whole images alone.
+        if one.correlation >= (one.least if WHOLE <= one.share <= 1 / WHOLE else SAME)
+    ]
+    return max(same, key=lambda one: one.correlation, default=None)
 
 
-def _fingerprints(source: str, images: ImageFiles, number: int) -> Iterator[tuple[Any, ...]]:
+def _fingerprints(source: str, images: ImageFiles) -> Iterator[tuple[str, np.ndarray | None, np.ndarray]]:
     seen: set[str] = set()
     progress = tqdm(zip(images.names, images, strict=True), source, len(images), leave=False, disable=None)
     for index, (name, image) in enumerate(progress):
         name = name if name not in seen else f"{name} ({index})"
         seen.add(name)
         thumb = thumbnail(image)
-        codes = hashes(coefficients(thumb[None])[0])
-        comparable = not is_flat(thumb)
-        yield number + index, source, name, codes.tobytes() if comparable else None, thumb.tobytes()
-
-
-def evaluation_images(source: str | Path) -> ImageFiles:
-    """
-    Every image that some task of `evaluation.run` would take from `source`; of a folder that none of them knows, every
-    image in and below it; an image file is itself.
-
-    Args:
-        source: folder, caption file, image, Hub id, or name of a known data set.
-
-    Raises:
-        `ValueError`: one sentence where there is no image, or data that a task cannot read.
-    """
-    source, path = str(source), Path(source).expanduser()
-    if path.is_file() and is_image_file(path):
-        return ImageFiles([path], [path.name])
-    names: dict[Any, str] = {}
-    for sources, load in _LOADERS:
-        try:
-            for one in sources(source):
-                images = load(one).images
-                names |= dict(zip(images.sources, images.names, strict=True))
-        except NotHere:
-            continue
-    if not names and path.is_dir():
-        files = sorted(file for file in path.rglob("*") if is_image_file(file))
-        names = {file: str(file.relative_to(path)) for file in files}
-    if not names:
-        what = "holds no evaluation images" if path.exists() else "does not exist here"
-        raise ValueError(f"{source} {what}; give a folder of images, or what --data of evaluation.run takes.")
-    return ImageFiles(list(names), list(names.values()))
-
-
-def _captioned(column: str) -> tuple[Callable[[str], list[str]], Callable[[str], Any]]:
-    return (
-        lambda source: retrieval_data.find_sources(source, column),
-        lambda source: retrieval_data.load_retrieval(source, column),
-    )
-
-
-_LOADERS = (
-    _captioned("short_text"),
-    _captioned("long_text"),
-    (classification_data.find_sources, classification_data.load_classification),
-    (localization_data.find_sources, localization_data.load_localization),
-)
-
-
-def _signature(images: ImageFiles) -> str:
-    """SHA-256 of what tells whether files have changed: names, sizes and times, or the content of embedded ones."""
-
-    def parts() -> Iterable[str]:
-        for name, source in zip(images.names, images.sources, strict=True):
-            if isinstance(source, bytes):
-                yield f"{name} {bytes_sha256(source)}\n"
-            else:
-                stat = source.stat()
-                yield f"{name} {stat.st_size} {stat.st_mtime_ns}\n"
-
-    return bytes_sha256("".join(parts()))
+        yield name, None if is_flat(thumb) else hashes(coefficients(thumb[None])[0]), thumb

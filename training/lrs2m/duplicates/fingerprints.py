@@ -42,7 +42,7 @@ MASK_SIDE = 128  # pixels, at which no-data in the corners is looked for
 HOPELESS = 0.18  # correlation below which two thumbnails are not moved to fit
 FARTHEST = 5.0  # pixels of the thumbnail by which an alignment may move a corner
 FREQUENCIES = np.hypot(*np.divmod(np.arange(LOW * LOW), LOW)).astype(np.float32)  # (K * K,)
-_STEPS = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 10, 1e-3)  # of an alignment
+_STEPS = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 5, 1e-3)  # of an alignment
 
 
 def thumbnail(image: Image.Image) -> np.ndarray:

@@ -20,7 +20,7 @@ class HashIndex:
     Args:
         looked_through: hashes that a query is compared with, about; up to so many, with all.
         key_bits: of a hash, which number its list.
-        most_lists: that a query looks through, a power of two; a quarter of them at least.
+        most_lists: that a query looks through, a power of two; an eighth of them at least.
     """
 
     def __init__(self, looked_through: int, key_bits: int, most_lists: int):
@@ -101,7 +101,7 @@ class HashIndex:
         """(Q, n) int64: the lists to look through, those with the least sum of margins of turned bits."""
         margins = margins[:, self._key_bits]
         wanted = int(self.looked_through * (1 << len(self._key_bits)) / len(self))
-        count = int(np.clip(wanted, self.most_lists // 4, self.most_lists))
+        count = int(np.clip(wanted, self.most_lists // 8, self.most_lists))
         sure = np.abs(margins).round(2)  # the last bits of a margin are the processor's
         unsure = np.argsort(sure, axis=1, kind="stable")[:, : len(self._turned)]  # (Q, unsure)
         cost = np.take_along_axis(sure, unsure, axis=1) @ self._turned  # (Q, subsets)
