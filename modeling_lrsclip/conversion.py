@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
+from . import auto_classes  # noqa: F401  # so that the Auto classes know it
 from .commands import DEFAULT_TOKENIZER, say_once_that_the_hub_is_away
 from .configuration_lrsclip import LRSCLIPConfig
 from .files.atomic import growing_folder, make_folder, publish_folder

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPModel
 
+from .. import auto_classes  # noqa: F401  # so that the Auto classes know it
 from ..files.documents import first_line
 from ..files.hashing import file_sha256
 from ..modeling_lrsclip import LRSCLIPModel
@@ -219,7 +220,7 @@ def _load_pretrained(source: ModelSource, trust_remote_code: bool) -> tuple[Any,
     from safetensors import SafetensorError
     from transformers import AutoModel, AutoProcessor, PreTrainedConfig
 
-    from modeling_lrsclip.configuration_lrsclip import check_layers  # its package registers the Auto classes
+    from modeling_lrsclip.configuration_lrsclip import check_layers
 
     path, hub = source.path, {"revision": source.revision} if source.revision else {}
     options = hub | {"trust_remote_code": trust_remote_code}

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ class Build:
         self.gate = Gate()
         self.captioners = {name: build_captioner(config, self.gate) for name, config in recipe.used_captioners.items()}
         self.gate.captioners = [captioner for captioner in self.captioners.values() if hasattr(captioner, "waiting")]
-        self.finder = self._build_finder()
+        self.guard = self._build_guard()
         self.footprints = None
         if recipe.duplicates.footprints:
             from .duplicates.footprints import Footprints
@@ -119,8 +120,8 @@ class Build:
         # What stands between a part and the whole is parquet.
         form, journal = ("parquet", JOURNAL) if self.part else (recipe.format, None)
         self.output = Output(folder, form, (recipe.shard_rows, recipe.shard_bytes), progress, journal)
-        if self.finder is not None:  # images that a checkpoint counts are known after a kill
-            self.output.before_checkpoint = self.finder.commit
+        if self.guard is not None:  # images that a checkpoint counts are known after a kill
+            self.output.before_checkpoint = self.guard.commit
         self.silent = 0  # rows in a row that got no answer
 
     async def run(self) -> dict[str, Any]:
@@ -138,8 +139,8 @@ class Build:
         finally:
             self.answers.close()
             self.output.close()
-            if self.finder is not None:
-                self.finder.close()
+            if self.guard is not None:
+                self.guard.close()
             for captioner in self.captioners.values():
                 await captioner.close()
 
@@ -248,15 +249,15 @@ class Build:
         paths = [(name, resolve(name, self.root)) for name in dict.fromkeys(name for names in lists for name in names)]
         return [str(path) if path.exists() else name for name, path in paths]
 
-    def _build_finder(self) -> Any:
+    def _build_guard(self) -> Any:
         config, against = self.recipe.duplicates, self._against()
         (self.folder / WORK).mkdir(parents=True, exist_ok=True)
         if not config.inside and not against:
             return None
-        from .duplicates.finder import DuplicateFinder
+        from .duplicates.workers import Guard
 
         inside, store = config.inside and not self.part, self.folder / WORK / "duplicates.sqlite"
-        return DuplicateFinder(against, inside, config.distance, config.crops, store)
+        return Guard(against=against, inside=inside, distance=config.distance, crops=config.crops, store=store)
 
     def _writer(self, source: SourceConfig) -> Writer:
         prompts = self.prompts[source.name]
@@ -266,22 +267,30 @@ class Build:
 
     def _pipeline(self, source: SourceConfig, writer: Writer) -> Pipeline:
         labels = LabelReader(source.labels, self.root) if source.labels else None
-        check = None
-        if self.finder is not None or self.footprints is not None:
-            against = self._against(source)
-
-            def check(item: Item) -> Any:
-                record = item.record
-                if self.footprints is not None:
-                    match = self.footprints.check(record, item.picture.size)
-                    if match is not None or self.finder is None:
-                        return match
-                name = f"{source.name}/{record.image_key or item.picture.sha256}"
-                if self.part:
-                    self.part.names[record.id] = name
-                return self.finder.check(record.id, item.picture.image, name, against)
-
+        look_up = self.guard is not None or self.footprints is not None
+        check = partial(self._check, source, self._against(source)) if look_up else None
         return Pipeline(writer, labels, check, self.recipe.min_side, self._lookahead(source), self.gate)
+
+    def _check(self, source: SourceConfig, against: list[str], items: list[Item]) -> list[Any]:
+        """What each image is a near-duplicate of, or whose ground it shares; None: of none."""
+        matches: list[Any] = [None] * len(items)
+        if self.footprints is not None:
+            matches = [self.footprints.check(item.record, item.picture.size) for item in items]
+        if self.guard is None:
+            return matches
+        from .duplicates.finder import Query
+        from .duplicates.fingerprints import thumbnail
+
+        new, queries = [number for number, match in enumerate(matches) if match is None], []
+        for item in (items[number] for number in new):
+            record = item.record
+            name = f"{source.name}/{record.image_key or item.picture.sha256}"
+            if self.part:
+                self.part.names[record.id] = name
+            queries.append(Query(record.id, thumbnail(item.picture.image), name, against))
+        for number, match in zip(new, self.guard.check_all(queries), strict=True):
+            matches[number] = match
+        return matches
 
     def _lookahead(self, source: SourceConfig) -> int:
         """Rows at a time: enough that a slow one does not empty the others' captioners."""
@@ -304,12 +313,12 @@ def build_captioner(config: CaptionerConfig, gate: Gate) -> Captioner:
 
 
 def forget(folder: Path) -> None:
-    """Takes a build back to its first row; the captioners' answers and the evaluation images' hashes stay."""
+    """Takes a build back to its first row; the captioners' answers stay."""
     (folder / MANIFEST).unlink(missing_ok=True)  # first: it tells that the rest is complete
     for name in (DATA, f"{WORK}/parts"):
         shutil.rmtree(folder / name, ignore_errors=True)
     lists = [folder / f"{name}.jsonl" for name in (*LISTS, JOURNAL)]
-    indices = [*(folder / WORK).glob("join-*.sqlite"), folder / WORK / "duplicates.sqlite"]
+    indices = [*(folder / WORK).glob("join-*.sqlite"), *(folder / WORK).glob("duplicates.*")]
     for path in (*lists, *indices, folder / WORK / PROGRESS):  # last: it tells that the data are a build's
         path.unlink(missing_ok=True)
 

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ from .part import JOURNAL
 from .recipe import Recipe
 from .shards import count_rows, read_manifest, read_rows
 from .statistics import write
+
+
+CHUNK = 64  # events whose images are checked together
 
 
 @dataclass
@@ -114,18 +118,19 @@ class Join:
         self.recipe = validate(Recipe, recipe)
         self.hash = parts[0].manifest["recipe_hash"]
         progress = load_progress(folder, "join") or Progress(self.hash, command="join", parts_hash=hash_parts(parts))
-        self.finder, self.thumbnails = None, {}
+        self.guard, self.stores = None, {}
         if self.recipe.duplicates.inside:
-            from .duplicates.finder import DuplicateFinder, StoredThumbnails
+            from .duplicates.store import ImageStore
+            from .duplicates.workers import Guard
 
-            config = self.recipe.duplicates
-            self.finder = DuplicateFinder((), True, config.distance, config.crops, folder / WORK / "duplicates.sqlite")
-            self.thumbnails = {
-                part.number: StoredThumbnails(part.folder / WORK / "duplicates.sqlite") for part in parts
+            config, store = self.recipe.duplicates, folder / WORK / "duplicates.sqlite"
+            self.guard = Guard(distance=config.distance, crops=config.crops, store=store)
+            self.stores = {
+                part.number: ImageStore(part.folder / WORK / "duplicates.sqlite", read_only=True) for part in parts
             }
         self.output = Output(folder, self.recipe.format, (self.recipe.shard_rows, self.recipe.shard_bytes), progress)
-        if self.finder is not None:  # images that a checkpoint counts are known after a kill
-            self.output.before_checkpoint = self.finder.commit
+        if self.guard is not None:  # images that a checkpoint counts are known after a kill
+            self.output.before_checkpoint = self.guard.commit
 
     def run(self) -> dict[str, Any]:
         """Take what is left of the parts, finish the folder and return the manifest."""
@@ -137,7 +142,7 @@ class Join:
             return self._finish()
         finally:
             self.output.close()
-            for one in (self.finder, *self.thumbnails.values()):
+            for one in (self.guard, *self.stores.values()):
                 if one is not None:
                     one.close()
 
@@ -148,36 +153,52 @@ class Join:
             *(part.events() for part in self.parts), key=lambda one: (one[0]["source"], one[0]["place"])
         )
         done, source, count, batch = self.output.progress.index, 0, 0, []
-        for count, (event, number) in enumerate(tqdm(events, "join", unit=" rows", disable=None), start=1):
-            row = next(rows[number, event["split"]]) if event["split"] else None
-            if count <= done:
-                source = event["source"]
-                continue
-            if event["source"] != source:  # an undivided build ends its shards with every source
-                batch = self._add(batch)
-                self.output.checkpoint(0, count - 1)
-                source = event["source"]
-            if self._take(event, number) and row is not None:
-                batch.append((row, event["split"]))
-            if len(batch) >= min(BATCH, self.output.room):
-                batch = self._add(batch)
-                if self.output.full:
+        bar = tqdm(events, "join", unit=" rows", disable=None)
+        taken = (
+            (event, number, next(rows[number, event["split"]]) if event["split"] else None) for event, number in bar
+        )
+        while chunk := list(islice(taken, CHUNK)):
+            old, chunk = chunk[: max(0, done - count)], chunk[max(0, done - count) :]
+            count += len(old)
+            source = old[-1][0]["source"] if old else source
+            for (event, _, row), match in zip(chunk, self._check(chunk), strict=True):
+                if event["source"] != source:  # an undivided build ends its shards with every source
+                    batch = self._add(batch)
                     self.output.checkpoint(0, count)
+                    source = event["source"]
+                count += 1
+                if self._take(event, match) and row is not None:
+                    batch.append((row, event["split"]))
+                if len(batch) >= min(BATCH, self.output.room):
+                    batch = self._add(batch)
+                    if self.output.full:
+                        self.output.checkpoint(0, count)
         self._add(batch)
         self.output.checkpoint(1, max(count, done))
+
+    def _check(self, chunk: list[tuple[dict[str, Any], int, Row | None]]) -> list[Any]:
+        """What the image of each event is a near-duplicate of; None: of none."""
+        matches: list[Any] = [None] * len(chunk)
+        if self.guard is not None:
+            from .duplicates.finder import Query
+
+            asked = [place for place, (event, _, _) in enumerate(chunk) if event["checked"] is not None]
+            queries = [
+                Query(event["id"], self.stores[number].thumb_of(event["checked"]), event["checked"], [])
+                for event, number, _ in (chunk[place] for place in asked)
+            ]
+            for place, match in zip(asked, self.guard.check_all(queries), strict=True):
+                matches[place] = match
+        return matches
 
     def _add(self, batch: list[tuple[Row, str]]) -> list[tuple[Row, str]]:
         for row, split in batch:
             self.output.add(row, split)
         return []
 
-    def _take(self, event: dict[str, Any], number: int) -> bool:
+    def _take(self, event: dict[str, Any], match: Any) -> bool:
         """Count and list what became of a record; False where its image is nearly that of an earlier one."""
         source = self.recipe.sources[event["source"]].name
-        match = None
-        if self.finder is not None and event["checked"] is not None:
-            thumb = self.thumbnails[number].of(event["checked"])
-            match = self.finder.check_thumbnail(event["id"], thumb, event["checked"], [])
         if match is not None:
             entry = {"id": event["id"], "source": source, "image_key": event["image_key"]}
             self.output.leave_out("duplicates", entry | vars(match))

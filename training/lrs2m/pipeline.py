@@ -60,8 +60,8 @@ class Pipeline:
 
     writer: Writer  # of the texts
     labels: LabelReader | None  # of the source, where it has any
-    # Tells of what an item is a near-duplicate; called in the order of the records.
-    check: Callable[[Item], Any] | None
+    # Tells of what each of some items is a near-duplicate; called in the order of the records.
+    check: Callable[[list[Item]], list[Any]] | None
     min_side: int  # pixels of an image, at least
     lookahead: int  # rows whose texts are worked on at a time
     gate: Gate  # shared with captioners that gather batches
@@ -134,7 +134,7 @@ class Pipeline:
                     prepared = ahead.popleft().result()
                     size = sum(one.picture.memory for one in prepared if isinstance(one, Item))
                     most = min(2 * workers, max(1, AHEAD_BYTES // max(1, size)))
-                    yield [self._checked(one) for one in prepared]
+                    yield self._checked(prepared)
             finally:
                 for future in ahead:
                     future.cancel()
@@ -148,16 +148,18 @@ class Pipeline:
         except Skip as why:
             return Left(record, why)
 
-    def _checked(self, prepared: Prepared) -> Prepared | Written:
+    def _checked(self, chunk: list[Prepared]) -> list[Prepared | Written]:
         """After the check for duplicates, which needs the order; and the texts, where no captioner is asked."""
-        if not isinstance(prepared, Item):
-            return prepared
-        match = self.check(prepared) if self.check else None
+        items = [one for one in chunk if isinstance(one, Item)]
+        matches = iter(self.check(items) if self.check else [None] * len(items))
+        return [self._decided(one, next(matches)) if isinstance(one, Item) else one for one in chunk]
+
+    def _decided(self, item: Item, match: Any) -> Prepared | Written:
         if match is not None:
-            return Duplicate(prepared.record, match)
+            return Duplicate(item.record, match)
         if self.writer.asks:
-            return prepared
+            return item
         try:
-            return Written(prepared, *(self.writer.ready_text(which, prepared) for which in self.writer.source.texts))
+            return Written(item, *(self.writer.ready_text(which, item) for which in self.writer.source.texts))
         except Skip as why:
-            return Left(prepared.record, why)
+            return Left(item.record, why)

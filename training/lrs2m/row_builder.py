@@ -29,6 +29,7 @@ class TokenCounter:
     def __init__(self, name: str, root: Path):
         from transformers import AutoTokenizer
 
+        from modeling_lrsclip import auto_classes  # noqa: F401  # for the tokenizer of an LRSCLIP
         from modeling_lrsclip.processing_lrsclip import clean_text
 
         self.clean, path = clean_text, resolve(name, root)

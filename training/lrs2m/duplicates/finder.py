@@ -278,8 +278,11 @@ class DuplicateFinder:
             found: list[Match | None] = []
             while len(found) < len(queries):
                 rest = queries[len(found) :]
-                new = {query.name: query for query in reversed(rest) if self.store.answer(query.name) is None}
-                of_block = list(new.values())[::-1][: BLOCK - self.shown % BLOCK]
+                new: dict[str, Query] = {}
+                for query in rest:
+                    if self.store.answer(query.name) is None:
+                        new.setdefault(query.name, query)
+                of_block = list(new.values())[: BLOCK - self.shown % BLOCK]
                 asked = [query for query in of_block if query.comparable]
                 seen = iter(look(asked)) if look else map(self.look, asked)
                 left = {query.name for query in of_block}

@@ -10,8 +10,6 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from modeling_lrsclip.image_processing_lrsclip import to_rgb
-
 
 SIDE, LOW = 32, 8
 # Parts of an image as (start, length) of its rows and of its columns, every pair of them; the first is the whole. A
@@ -37,7 +35,9 @@ BLACK, WHITE = 4, 251  # grey levels from which on a pixel may be a border or no
 NEARLY_BLACK, NEARLY_WHITE = 24, 231  # beside a border, after JPEG
 BLANK_LINE, NEARLY_BLANK_LINE = 0.99, 0.8  # share of such pixels in a row or column of a border, and at its rim
 LEAST_CONTENT = 0.25  # of a side, that a border leaves
-SHARP = 0.7  # share of the nearly black or white of a region that is black or white, if it ends sharply, as no-data does
+SHARP = (
+    0.7  # share of the nearly black or white of a region that is black or white, if it ends sharply, as no-data does
+)
 MASK_SIDE = 128  # pixels, at which no-data in the corners is looked for
 HOPELESS = 0.18  # correlation below which two thumbnails are not moved to fit
 FARTHEST = 5.0  # pixels of the thumbnail by which an alignment may move a corner
@@ -47,7 +47,10 @@ _STEPS = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 5, 1e-3)  # of an ali
 
 def thumbnail(image: Image.Image) -> np.ndarray:
     """(S, S) uint8 grey levels, as `imagehash.phash` sees the image once its black or white border is cut off."""
-    image = image if image.mode in ("L", "RGB") else to_rgb(image)
+    if image.mode not in ("L", "RGB"):
+        from modeling_lrsclip.image_processing_lrsclip import to_rgb  # transformers, which few images need
+
+        image = to_rgb(image)
     grey = without_border(image.convert("L"))
     return np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
 

@@ -1,9 +1,9 @@
 """What a search for near-duplicates remembers: hashes and answers in SQLite, thumbnails in a file beside it."""
 
 import contextlib
+import io
 import os
 import sqlite3
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ class ImageStore:
     thumbnails from the start of its file: hundreds are read for every image that is asked about.
 
     Args:
-        path: SQLite file; thumbnails lie beside it with the suffix `.thumbs`. None: in memory and in a temporary file.
+        path: SQLite file; thumbnails lie beside it with the suffix `.thumbs`. None: in memory.
         read_only: of a store that is there, and is not to be changed.
 
     Raises:
@@ -46,7 +46,7 @@ class ImageStore:
             self._thumbs_file.touch()
             self._thumbs = self._thumbs_file.open("r+b", buffering=0)
         else:
-            self._thumbs = tempfile.TemporaryFile(buffering=0)
+            self._thumbs = io.BytesIO()
 
     def open_again(self) -> None:
         """Read thumbnails through a file of one's own, as a forked process must."""
@@ -54,7 +54,8 @@ class ImageStore:
 
     def commit(self) -> None:
         """Force everything so far to disk."""
-        os.fsync(self._thumbs.fileno())  # first: what the tables know is there
+        if self._thumbs_file:
+            os.fsync(self._thumbs.fileno())  # first: what the tables know is there
         self._database.commit()
         self._database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 

@@ -15,7 +15,8 @@ from .store import count_images
 
 
 LARGE = 20_000  # images stored, from which on workers are worth their start
-MOST = 8  # workers: an image's place in the order is decided by one process
+MOST = 8  # workers: one process decides in the order of the images
+_ENDED = "{} for near-duplicates was ended, perhaps for want of memory; run the same command again to go on."
 
 
 class Guard:
@@ -57,10 +58,9 @@ class _Process:
 
     def __init__(self, workers: int, arguments: dict[str, Any]):
         self._connection, other = multiprocessing.Pipe()
-        code = f"from {__name__} import serve; serve({other.fileno()}, {workers})"
         paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-c", code],
+            [sys.executable, "-m", __name__, str(other.fileno()), str(workers)],
             stdin=subprocess.DEVNULL,
             pass_fds=[other.fileno()],
             env=os.environ | paths | {"OPENBLAS_NUM_THREADS": "1"},
@@ -87,10 +87,7 @@ class _Process:
                 self._connection.send((what, arguments))
                 answer = self._connection.recv()
             except (EOFError, OSError) as error:
-                raise ValueError(
-                    f"the process that looks for near-duplicates was ended (status {self._process.wait()}), perhaps for "
-                    "want of memory; run the same command again to go on."
-                ) from error
+                raise ValueError(_ENDED.format("the process that looks")) from error
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -127,7 +124,10 @@ def serve(descriptor: int, workers: int) -> None:
                 answer = getattr(finder, what)()
         except Exception as error:
             answer = error
-        connection.send(answer)
+        try:
+            connection.send(answer)
+        except OSError:
+            return
         if what == "close":
             return
 
@@ -143,10 +143,13 @@ class _Forks:
         """[`DuplicateFinder.look`], in turns by each fork; the first answers are used while the others are found."""
         if self._blocks != self._finder.blocks:
             self._fork()
-        for first, connection in enumerate(self._connections):
-            connection.send(queries[first :: self._workers])
-        for number in range(len(queries)):
-            yield self._connections[number % self._workers].recv()
+        try:
+            for first, connection in enumerate(self._connections):
+                connection.send(queries[first :: self._workers])
+            for number in range(len(queries)):
+                yield self._connections[number % self._workers].recv()
+        except (EOFError, OSError) as error:
+            raise ValueError(_ENDED.format("one of the processes that look")) from error
 
     def _fork(self) -> None:
         for connection in self._connections:
@@ -170,3 +173,7 @@ class _Forks:
                 return
             for query in queries:
                 connection.send(self._finder.look(query))
+
+
+if __name__ == "__main__":
+    serve(*map(int, sys.argv[1:]))

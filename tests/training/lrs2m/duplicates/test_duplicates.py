@@ -84,7 +84,7 @@ def test_the_lists_looked_through_are_those_of_the_least_sure_bits():
     """Of 2 lists of 256 the second is that of the one bit nearest to the median, wherever among the key's bits it is."""
     every = np.arange(256, dtype=np.uint64)
     spread = np.zeros(256, np.uint64)
-    index = HashIndex(1, 8, 8)  # 2 lists at least
+    index = HashIndex(1, 8, 16)  # 2 lists at least
     bits = [1, 8, 9, 2, 16, 10, 17, 18]  # of the lowest frequencies
     for position, bit in enumerate(bits):
         spread |= (every >> np.uint64(position) & np.uint64(1)) << np.uint64(63 - bit)
