@@ -36,9 +36,10 @@ from pyarrow import parquet
 from evaluation.benchmarks.aerial_scenes.data_set import scene_row
 from modeling_lrsclip.encoding.imagery import is_image_file
 from training.lrs2m.data_row import schema
-from training.lrs2m.duplicates.finder import DuplicateFinder
+from training.lrs2m.duplicates.finder import DuplicateFinder, Query
 from training.lrs2m.duplicates.fingerprints import SIDE, coefficients, hashes, thumbnail, turned
 from training.lrs2m.duplicates.store import INSIDE, ImageStore
+from training.lrs2m.duplicates.workers import Guard
 from training.lrs2m.statistics import write
 
 
@@ -272,7 +273,24 @@ def duplicates(sizes: list[int], crops: bool, folder: Path, tiles: Path | None) 
         began, stored = now(), size
         finder = DuplicateFinder(store=store, crops=crops)
         measured[f"{size:,}"] = with_times("load_seconds", now() - began) | ask(finder, originals, scenes[63:])
-    return measured | {"store_MB": store.stat().st_size / 1e6}
+    finder.close()
+    del finder
+    measured["ms_an_image_by_workers"] = {count: shown(count, crops, store, pool) for count in (1, 2)}
+    return measured | {"store_MB": sum(file.stat().st_size for file in folder.iterdir()) / 1e6}
+
+
+def shown(workers: int, crops: bool, store: Path, pool: np.ndarray) -> float:
+    """Milliseconds by the clock for each of 1,024 new mixtures, which are remembered."""
+    guard = Guard(workers, crops=crops, store=store)
+    thumbs = mixtures(pool, 10**9 + workers, 1056)
+    queries = [Query(f"{workers}-{index}", thumb) for index, thumb in enumerate(thumbs)]
+    guard.check_all(queries[:32])  # waits for the processes
+    began = now()
+    for first in range(32, len(queries), 32):
+        guard.check_all(queries[first : first + 32])
+    seconds = (now() - began)[0]
+    guard.close()
+    return 1e3 * float(seconds) / 1024
 
 
 def ask(finder: DuplicateFinder, originals: list[Image.Image], new: list[Image.Image]) -> dict[str, Any]:

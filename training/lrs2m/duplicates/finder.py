@@ -44,9 +44,9 @@ from .store import INSIDE, ImageStore
 REACH = 18  # bits by which the hash of a part may differ from that of a crop
 LIKE = 0.35  # least cosine of low frequencies, before two thumbnails are laid over each other
 SAME = 0.59  # least correlation of the two
-# Of whole images that differ in so few bits, beside many others in fewer, as chance makes such pairs too, the third is
-# enough, of those with such a cosine besides, the last.
-CLOSE, CLOSE_OF_MANY, SAME_IF_CLOSE, CLOSELY_LIKE, SAME_IF_LIKE, MANY = 10, 8, 0.44, 0.8, 0.39, 100_000
+# Of whole images that differ in so few bits, beside fewer others than make such pairs by chance, the third is enough, of
+# those with such a cosine besides, the last.
+CLOSE, MANY, SAME_IF_CLOSE, CLOSELY_LIKE, SAME_IF_LIKE = 10, 100_000, 0.44, 0.8, 0.39
 CANDIDATES = 48, 6  # entries a query: of parts for the image in one turn, of whole images for one of its parts
 # Indices of whole images and of their parts; the former have 24 times the queries, where crops are looked for.
 OF_WHOLES, OF_PARTS = (
@@ -339,19 +339,20 @@ class DuplicateFinder:
         """The few that are most like an image, of the nearest so many of its candidates, of so many images stored."""
         if not len(candidates):
             return []
-        by_bits = np.lexsort(candidates.T[[4, 2, 1, 0, 3]])
+        numbers, turn, part, bits, contains = candidates.T
+        by_bits = np.argsort(bits << 44 | numbers << 9 | turn << 6 | part << 1 | contains, kind="stable")
         numbers, turn, part, bits, contains = candidates[by_bits[:looked_at]].T
         listed, places = np.unique(numbers, return_inverse=True)
         theirs = part_profiles(self.store.thumbs(listed.tolist())[places], np.where(contains, 0, part))
         alike = (theirs * profile(query.low[turn, np.where(contains, part, 0)])).sum(axis=-1)
-        close = (part == 0) & (bits <= (CLOSE if stored < MANY else CLOSE_OF_MANY))
+        close = (part == 0) & (bits <= CLOSE)
         scores = alike + 0.1 * close  # of a pattern that repeats another part may be a little more alike
         likeliest: dict[tuple[int, bool], Candidate] = {}
         for row in best_first(scores):
             if alike[row] < LIKE or len(likeliest) == LAID:
                 break
             least = SAME
-            if close[row]:
+            if close[row] and stored < MANY:
                 least = SAME_IF_LIKE if alike[row] >= CLOSELY_LIKE else SAME_IF_CLOSE
             one = *(int(column[row]) for column in (numbers, turn, part, bits)), bool(contains[row])
             # Once as a whole, once by a part.
