@@ -3,11 +3,13 @@ Rate, peak memory and disk of the data set builder.
 
     python -m tests.speed.lrs2m merge [--rows 2000000] [--work DIR]
     python -m tests.speed.lrs2m client [--rows 2000] [--concurrency 32]
+    python -m tests.speed.lrs2m join [--rows 40000]
 
 `merge` joins long captions (JSON lines, in another order) with images and short captions (parquet, 32 x 32 pixels) on the
 image's name; one key in a thousand is missing on either side. The build runs in a process of its own; run it with two
 numbers of rows to see that memory does not grow. `client` asks a server on loopback that takes 50 ms for every answer,
-in a process of its own, and reports the share of the time that the capped number of requests was at work.
+in a process of its own, and reports the share of the time that the capped number of requests was at work. `join` builds two
+parts of rows with both captions, none of whose images is like another, and joins them with the search for near-duplicates.
 """
 
 import argparse
@@ -44,11 +46,11 @@ LONG = (
 )
 
 
-def tiny_pictures(side: int = 32) -> list[bytes]:
+def tiny_pictures(side: int = 32, count: int = PICTURES, shades: int = 4) -> list[bytes]:
     rng = np.random.default_rng(0)
     contents = []
-    for _ in range(PICTURES):
-        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    for _ in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (shades, shades, 3), dtype=np.uint8))
         buffer = io.BytesIO()
         coarse.resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=80)
         contents.append(buffer.getvalue())
@@ -150,7 +152,9 @@ def client(rows: int, concurrency: int, work: Path) -> dict[str, Any]:
             "read": {"kind": "table", "path": str(work / "tiles" / "captions.jsonl")},
             "long": {"captioner": "mllm", "prompt": "expand@1"},
         }
-        seconds, memory = run_build(recipe(work, [source], captioners={"mllm": engine}), work / "set")
+        checks = {"repeated_answer": "off"}  # the server has one answer
+        path = recipe(work, [source], captioners={"mllm": engine}, checks=checks)
+        seconds, memory = run_build(path, work / "set")
         with urllib.request.urlopen(url.removesuffix("/v1") + "/busy") as answer:
             report = json.load(answer)
     finally:
@@ -159,9 +163,39 @@ def client(rows: int, concurrency: int, work: Path) -> dict[str, Any]:
     return report | {"concurrency": concurrency, "build_seconds": round(seconds, 1), "peak_memory_MiB": round(memory)}
 
 
+def join(rows: int, work: Path) -> dict[str, Any]:
+    table = {
+        "image": [
+            {"bytes": content, "path": f"tile_{index:08d}.jpg"}
+            for index, content in enumerate(tiny_pictures(128, rows, shades=16))
+        ],
+        "long_text": [LONG.format(index, index % 40, index % 7) for index in range(rows)],
+        "short_text": [f"A road with {index % 40} cars and tile number {index}." for index in range(rows)],
+    }
+    parquet.write_table(pyarrow.table(table), work / "rows.parquet")
+    read = {"kind": "table", "path": str(work / "rows.parquet")}
+    source = {"name": "synthetic", "route": "merge", "licence": "CC0-1.0", "read": read}
+    path = recipe(work, [source], duplicates={"inside": True})
+    command = [sys.executable, "-m", "training.lrs2m.build", "--config", path, "--output", work / "parts", "--part"]
+    start = time.perf_counter()
+    for part in [subprocess.Popen([*command, f"{number}/2"]) for number in (1, 2)]:
+        assert part.wait() == 0
+    built = time.perf_counter()
+    command = [sys.executable, "-m", "training.lrs2m.join", work / "parts", "--output", work / "set"]
+    subprocess.run(command, check=True)
+    seconds, totals = time.perf_counter() - built, json.loads((work / "set" / "manifest.json").read_text())["totals"]
+    return {
+        "rows": rows,
+        "duplicates": totals.get("duplicates", 0),
+        "two_parts_rows_per_second": round(rows / (built - start)),
+        "join_rows_per_second": round(rows / seconds),
+        "peak_memory_MiB": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("merge", "client"))
+    parser.add_argument("what", choices=("merge", "client", "join"))
     parser.add_argument("--rows", type=int)
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument(
@@ -172,6 +206,8 @@ def main() -> None:
     try:
         if arguments.what == "merge":
             result = merge(arguments.rows or 2_000_000, work)
+        elif arguments.what == "join":
+            result = join(arguments.rows or 40_000, work)
         else:
             result = client(arguments.rows or 2000, arguments.concurrency, work)
     finally:

@@ -14,7 +14,9 @@ from .fingerprints import SIDE
 
 
 INSIDE = ""  # the owner of rows of the set itself
-_TABLES = """
+VERSION = 2
+_TABLES = f"""
+PRAGMA user_version = {VERSION};
 CREATE TABLE IF NOT EXISTS images (
     number INTEGER PRIMARY KEY, owner TEXT, id TEXT, hashes BLOB, match TEXT, UNIQUE (owner, id));
 CREATE TABLE IF NOT EXISTS owners (owner TEXT PRIMARY KEY, signature TEXT);
@@ -31,6 +33,7 @@ class ImageStore:
         read_only: of a store that is there, and is not to be changed.
 
     Raises:
+        `ValueError`: for a store of an earlier version.
         `OSError`, `sqlite3.OperationalError`: with `read_only`, where there is none.
     """
 
@@ -41,6 +44,14 @@ class ImageStore:
             self.open_again()
             return
         self._database = sqlite3.connect(path or ":memory:", check_same_thread=False)
+        ((tables,), (version,)) = (
+            self._database.execute(query).fetchone()
+            for query in ("SELECT COUNT(*) FROM sqlite_master", "PRAGMA user_version")
+        )
+        if tables and version != VERSION:
+            raise ValueError(
+                f"{path} was written by an earlier version; build again with --restart, which keeps the captioners' answers."
+            )
         self._database.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + _TABLES)
         if self._thumbs_file:
             self._thumbs_file.touch()

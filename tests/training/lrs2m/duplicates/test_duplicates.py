@@ -1,6 +1,8 @@
 """Planted copies are found, other images are not, whatever was stopped in between."""
 
 import io
+import sqlite3
+from contextlib import closing
 
 import imagehash
 import numpy as np
@@ -287,3 +289,10 @@ def test_a_stopped_search_goes_on(scenes, tmp_path):
         str(folder): 6
     }
     assert len(PARTS) == 25
+
+
+def test_a_store_of_an_earlier_version(tmp_path):
+    with closing(sqlite3.connect(tmp_path / "prints.sqlite")) as store:
+        store.execute("CREATE TABLE images (number INTEGER PRIMARY KEY, owner TEXT, id TEXT, thumb BLOB)")
+    with pytest.raises(ValueError, match="was written by an earlier version; build again with --restart"):
+        DuplicateFinder(store=tmp_path / "prints.sqlite")
