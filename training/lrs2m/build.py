@@ -272,7 +272,7 @@ class Build:
         return Pipeline(writer, labels, check, self.recipe.min_side, self._lookahead(source), self.gate)
 
     def _check(self, source: SourceConfig, against: list[str], items: list[Item]) -> list[Any]:
-        """What each image is a near-duplicate of, or whose ground it shares; None: of none."""
+        """Tell of what each image is a near-duplicate, or whose ground it shares; None: of none."""
         matches: list[Any] = [None] * len(items)
         if self.footprints is not None:
             matches = [self.footprints.check(item.record, item.picture.size) for item in items]

@@ -177,7 +177,7 @@ class Join:
         self.output.checkpoint(1, max(count, done))
 
     def _check(self, chunk: list[tuple[dict[str, Any], int, Row | None]]) -> list[Any]:
-        """What the image of each event is a near-duplicate of; None: of none."""
+        """Tell of what the image of each event is a near-duplicate; None: of none."""
         matches: list[Any] = [None] * len(chunk)
         if self.guard is not None:
             from .duplicates.finder import Query

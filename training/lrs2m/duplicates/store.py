@@ -1,4 +1,4 @@
-"""What a search for near-duplicates remembers: hashes and answers in SQLite, thumbnails in a file beside it."""
+"""The memory of a search for near-duplicates: hashes and answers in SQLite, thumbnails in a file beside it."""
 
 import contextlib
 import io
@@ -90,7 +90,17 @@ class ImageStore:
         thumb: np.ndarray | None = None,
         match: str | None = None,
     ) -> None:
-        """Remember an image; without hashes, one that is not to be found."""
+        """
+        Remember an image.
+
+        Args:
+            number: a new one.
+            owner: its evaluation set; `INSIDE` for a row of the set itself.
+            name: of the image there.
+            hashes (P,): of its parts; None: it is not to be found.
+            thumb (S, S): kept where there are hashes.
+            match: the answer it was given, as JSON.
+        """
         blob = None
         if hashes is not None:
             blob = hashes.tobytes()
