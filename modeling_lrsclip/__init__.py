@@ -8,6 +8,7 @@ from typing import Any
 
 
 ROOMS = ("evaluation", "geosearch", "model_cards", "modeling_lrsclip", "training")  # folders that hold commands
+SCRIPTS = ("lrsclip-convert", "lrsclip-evaluate", "lrsclip-train", "geosearch")  # as setup.py names them
 __version__ = "0.1.0"
 
 
@@ -19,7 +20,7 @@ def _runs_a_command() -> bool:
     package = sys.modules.get(module.partition(".")[0])
     folders = {Path(folder).resolve() for folder in (*getattr(package, "__path__", ()), program.parent)}
     ours = folders & {Path(__file__).resolve().parents[1] / room for room in ROOMS}
-    return bool(ours) or program.name.startswith(("lrsclip-", "geosearch"))
+    return bool(ours) or program.stem in SCRIPTS
 
 
 def __getattr__(name: str) -> Any:

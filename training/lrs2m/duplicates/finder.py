@@ -213,11 +213,12 @@ class DuplicateFinder:
             raise ValueError(f"distance={distance} must be 0 to {REACH}: the bits of 64 in which copies may differ.")
         self.against = tuple(dict.fromkeys(map(str, against)))
         self.inside, self.distance, self.crops = inside, distance, crops
-        # Evaluation images; images shown, up to the last whole block; those after it, with their numbers and hashes.
-        self._evaluated, self._earlier, self._recent = _Prints(crops), _Prints(crops), _Prints(crops)
+        # Evaluation images by set, so that a set that does not count for a row hides nothing of one that does; images
+        # shown, up to the last whole block; those after it, with their numbers and hashes.
+        self._evaluated = {source: _Prints(crops) for source in self.against}
+        self._earlier, self._recent = _Prints(crops), _Prints(crops)
         self._recent_codes: list[tuple[int, np.ndarray]] = []
         self.shown, self._next = 0, 0  # images shown; number of the next one in the store
-        self._owner_of: dict[int, str] = {}  # of evaluation images, by number
         self.store = ImageStore(store)
         self._lock = threading.Lock()  # what is written by the thread that checks is committed by another
         for source in self.against:
@@ -228,7 +229,7 @@ class DuplicateFinder:
     @property
     def stored(self) -> int:
         """Images that a new one is compared with."""
-        return sum(map(len, (self._evaluated, self._earlier, self._recent)))
+        return sum(map(len, (*self._evaluated.values(), self._earlier, self._recent)))
 
     @property
     def blocks(self) -> int:
@@ -299,13 +300,12 @@ class DuplicateFinder:
     def look(self, query: Query) -> Seen:
         """Search what was stored before the current block; changes nothing, so that any process may do it."""
         allowed = [source for source in self.against if query.against is None or source in query.against]
+        sets = [self._evaluated[source] for source in allowed if len(self._evaluated[source])]
         # Evaluation images first and by themselves: whether an image is near one does not hang on the set.
         evaluated: list[Candidate] = []
-        if allowed and len(self._evaluated):
-            near = self._evaluated.candidates(query.margins, self.distance)
-            if len(allowed) < len(self.against):
-                near = near[np.array([self._owner_of[number] in allowed for number in near[:, 0].tolist()], bool)]
-            evaluated = self._lay(query, self._likeliest(query, near, LOOKED_AT, len(self._evaluated)))
+        if sets:
+            near = np.concatenate([prints.candidates(query.margins, self.distance) for prints in sets])
+            evaluated = self._lay(query, self._likeliest(query, near, LOOKED_AT, sum(map(len, sets))))
         earlier: list[Candidate] = []
         if self.inside and len(self._earlier) and _best(evaluated) is None:
             near = self._earlier.candidates(query.margins, self.distance)
@@ -396,21 +396,20 @@ class DuplicateFinder:
         whole_blocks = self.store.count(INSIDE) // BLOCK * BLOCK
         for piece in self.store.images():
             self._next = piece[-1][0] + 1
-            kept: dict[bool, list[tuple[int, bytes]]] = {True: [], False: []}  # of evaluation images, of others
+            kept: dict[str, list[tuple[int, bytes]]] = {}  # by owner
             for number, owner, blob in piece:
                 if owner != INSIDE and blob and owner in self.against:
-                    self._owner_of[number] = owner
-                    kept[True].append((number, blob))
+                    kept.setdefault(owner, []).append((number, blob))
                 elif owner == INSIDE and self.shown < whole_blocks:
                     self.shown += 1
-                    kept[False] += [(number, blob)] if blob and self.inside else []
+                    if blob and self.inside:
+                        kept.setdefault(owner, []).append((number, blob))
                 elif owner == INSIDE:
                     self._show(number, np.frombuffer(blob, np.uint64) if blob else None)
-            for evaluated, some in kept.items():
-                if some:
-                    codes = np.frombuffer(b"".join(blob for _, blob in some), np.uint64).reshape(-1, len(PARTS))
-                    prints = self._evaluated if evaluated else self._earlier
-                    prints.add(np.array([number for number, _ in some]), codes)
+            for owner, some in kept.items():
+                codes = np.frombuffer(b"".join(blob for _, blob in some), np.uint64).reshape(-1, len(PARTS))
+                prints = self._earlier if owner == INSIDE else self._evaluated[owner]
+                prints.add(np.array([number for number, _ in some]), codes)
 
     def counts(self) -> dict[str, Any]:
         """Images shown so far, matches by kind, evaluation images by set, images too flat to compare."""

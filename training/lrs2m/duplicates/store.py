@@ -40,10 +40,9 @@ class ImageStore:
     def __init__(self, path: str | Path | None, read_only: bool = False):
         self._thumbs_file = Path(path).with_suffix(".thumbs") if path else None
         if read_only:
-            self._database = sqlite3.connect(f"file:{Path(path).absolute()}?mode=ro", uri=True)
-            self.open_again()
-            return
-        self._database = sqlite3.connect(path or ":memory:", check_same_thread=False)
+            self._database = sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", uri=True)
+        else:
+            self._database = sqlite3.connect(path or ":memory:", check_same_thread=False)
         ((tables,), (version,)) = (
             self._database.execute(query).fetchone()
             for query in ("SELECT COUNT(*) FROM sqlite_master", "PRAGMA user_version")
@@ -52,6 +51,9 @@ class ImageStore:
             raise ValueError(
                 f"{path} was written by an earlier version; build again with --restart, which keeps the captioners' answers."
             )
+        if read_only:
+            self.open_again()
+            return
         self._database.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + _TABLES)
         if self._thumbs_file:
             self._thumbs_file.touch()
@@ -65,16 +67,19 @@ class ImageStore:
 
     def commit(self) -> None:
         """Force everything so far to disk."""
-        if self._thumbs_file:
-            os.fsync(self._thumbs.fileno())  # first: what the tables know is there
-        self._database.commit()
+        self._commit()
         self._database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def close(self) -> None:
         """Writes what is pending."""
-        self._database.commit()
+        self._commit()
         self._database.close()
         self._thumbs.close()
+
+    def _commit(self) -> None:
+        if self._thumbs_file and self._thumbs.writable():
+            os.fsync(self._thumbs.fileno())  # first: what the tables know is there
+        self._database.commit()
 
     def answer(self, name: str) -> tuple[str | None] | None:
         """The match that an image of the set was given, as JSON or None, in a tuple; None of one that was never shown."""
@@ -154,12 +159,13 @@ class ImageStore:
         known = self._database.execute("SELECT signature FROM owners WHERE owner = ?", (owner,)).fetchone()
         if known == (signature,):
             return
-        with self._database:
+        (last,) = self._database.execute("SELECT COALESCE(MAX(number), -1) FROM images").fetchone()
+        with self._database:  # which leaves the old images, and their thumbnails, where it is interrupted
             self._database.execute("DELETE FROM images WHERE owner = ?", (owner,))
-            (last,) = self._database.execute("SELECT COALESCE(MAX(number), -1) FROM images").fetchone()
             for number, (name, hashes, thumb) in enumerate(images, start=last + 1):
                 self.add(number, owner, name, hashes, thumb)
             self._database.execute("INSERT OR REPLACE INTO owners VALUES (?, ?)", (owner, signature))
+            self._commit()
 
     def count(self, owner: str, condition: str = "TRUE") -> int:
         """Images of an owner that fulfil an SQL condition."""
@@ -172,10 +178,10 @@ class ImageStore:
         return (match for (match,) in self._database.execute(query, (INSIDE,)))
 
 
-def count_images(path: str | Path) -> int:
-    """Images in a store; 0 where there is none."""
+def count_images(path: str | Path, inside: bool) -> int:
+    """Images in a store, with or without those of the set itself; 0 where there is none."""
     if not Path(path).exists():
         return 0
     with contextlib.closing(sqlite3.connect(path)) as database, contextlib.suppress(sqlite3.OperationalError):
-        return database.execute("SELECT COUNT(*) FROM images").fetchone()[0]
+        return database.execute("SELECT COUNT(*) FROM images WHERE owner != ? OR ?", (INSIDE, inside)).fetchone()[0]
     return 0  # killed before it had tables

@@ -16,6 +16,7 @@ from .store import count_images
 
 LARGE = 20_000  # images stored, from which on workers are worth their start
 MOST = 8  # workers: one process decides in the order of the images
+LONGEST = 600  # seconds that some images are waited for, before the process is ended
 _ENDED = "{} for near-duplicates was ended, perhaps for want of memory; run the same command again to go on."
 
 
@@ -34,19 +35,24 @@ class Guard:
         forks = sys.platform == "linux"
         processors = len(os.sched_getaffinity(0)) if forks else 1
         self._workers, self._arguments = (workers or min(MOST, processors)) if forks else 1, arguments
-        many = self._workers > 1 and count_images(arguments["store"]) >= LARGE
+        self._lock = threading.Lock()  # of the change from one to the other
+        stored = count_images(arguments["store"], arguments.get("inside", True))
+        many = self._workers > 1 and stored >= LARGE
         self._finder = _Process(self._workers, arguments) if many else DuplicateFinder(**arguments)
 
     def check_all(self, queries: Sequence[Query]) -> list[Match | None]:
         """[`DuplicateFinder.check_all`]; `ValueError` where the process with the workers was ended."""
         if self._workers > 1 and isinstance(self._finder, DuplicateFinder) and self._finder.stored >= LARGE:
-            self._finder.close()
-            self._finder = _Process(self._workers, self._arguments)
+            with self._lock:
+                self._finder.commit()  # so that another process sees it
+                few, self._finder = self._finder, _Process(self._workers, self._arguments)
+                few.close()
         return self._finder.check_all(list(queries))
 
     def commit(self) -> None:
         """Force all answers so far to disk; may be called while another thread checks images."""
-        self._finder.commit()
+        with self._lock:
+            self._finder.commit()
 
     def close(self) -> None:
         """Writes what is pending."""
@@ -66,8 +72,12 @@ class _Process:
             env=os.environ | paths | {"OPENBLAS_NUM_THREADS": "1"},
         )
         other.close()
-        self._lock = threading.Lock()
-        self._ask("start", arguments)
+        self._lock, self._answers = threading.Lock(), True  # whether it has answered all that it was asked
+        try:
+            self._ask("start", arguments)
+        except BaseException:
+            self.close()
+            raise
 
     def check_all(self, queries: list[Query]) -> list[Match | None]:
         return self._ask("check_all", queries)
@@ -76,18 +86,28 @@ class _Process:
         self._ask("commit")
 
     def close(self) -> None:
-        if self._process.poll() is None:
-            self._ask("close")
-        self._connection.close()
-        self._process.wait()
+        try:
+            if self._answers and self._process.poll() is None:
+                self._ask("close")
+        finally:
+            self._connection.close()  # which ends it
+            try:
+                self._process.wait(LONGEST)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
 
     def _ask(self, what: str, *arguments: Any) -> Any:
         with self._lock:
+            self._answers = False  # until it has: an interrupt may come in between
             try:
                 self._connection.send((what, arguments))
+                if what != "start" and not self._connection.poll(LONGEST):  # which reads whole evaluation sets
+                    self._process.kill()
                 answer = self._connection.recv()
             except (EOFError, OSError) as error:
                 raise ValueError(_ENDED.format("the process that looks")) from error
+            self._answers = what != "start" or not isinstance(answer, Exception)
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -123,7 +143,9 @@ def serve(descriptor: int, workers: int) -> None:
             else:
                 answer = getattr(finder, what)()
         except Exception as error:
-            answer = error
+            answer = error.with_traceback(None)
+            if forks is not None:
+                forks.end()  # they may have answers that nobody took
         try:
             connection.send(answer)
         except OSError:
@@ -151,10 +173,15 @@ class _Forks:
         except (EOFError, OSError) as error:
             raise ValueError(_ENDED.format("one of the processes that look")) from error
 
-    def _fork(self) -> None:
+    def end(self) -> None:
+        """End the forks; the next look makes new ones."""
         for connection in self._connections:
-            connection.close()  # which ends the fork
-        context, self._connections = multiprocessing.get_context("fork"), []
+            connection.close()
+        self._connections, self._blocks = [], -1
+
+    def _fork(self) -> None:
+        self.end()
+        context = multiprocessing.get_context("fork")
         for _ in range(self._workers):
             mine, other = context.Pipe()
             context.Process(target=self._work, args=(other, [*self._connections, mine]), daemon=True).start()

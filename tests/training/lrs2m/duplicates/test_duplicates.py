@@ -14,6 +14,7 @@ from training.lrs2m.duplicates import finder as finder_module
 from training.lrs2m.duplicates.finder import DuplicateFinder
 from training.lrs2m.duplicates.fingerprints import PARTS, TURNS, coefficients, hashes, margins, thumbnail, turned
 from training.lrs2m.duplicates.hash_index import HashIndex
+from training.lrs2m.duplicates.store import ImageStore
 
 
 @pytest.fixture(scope="module")
@@ -294,5 +295,30 @@ def test_a_stopped_search_goes_on(scenes, tmp_path):
 def test_a_store_of_an_earlier_version(tmp_path):
     with closing(sqlite3.connect(tmp_path / "prints.sqlite")) as store:
         store.execute("CREATE TABLE images (number INTEGER PRIMARY KEY, owner TEXT, id TEXT, thumb BLOB)")
-    with pytest.raises(ValueError, match="was written by an earlier version; build again with --restart"):
-        DuplicateFinder(store=tmp_path / "prints.sqlite")
+    for read_only in (False, True):
+        with pytest.raises(ValueError, match="was written by an earlier version; build again with --restart"):
+            ImageStore(tmp_path / "prints.sqlite", read_only)
+
+
+def test_a_store_in_a_folder_of_any_name(scenes, tmp_path):
+    folder = tmp_path / "tiles#1 50%41?"
+    folder.mkdir()
+    finder = DuplicateFinder(store=folder / "prints.sqlite")
+    finder.check("row", scenes[0])
+    finder.close()
+    with closing(ImageStore(folder / "prints.sqlite", read_only=True)) as store:
+        assert np.array_equal(store.thumb_of("row"), thumbnail(scenes[0]))
+
+
+def test_a_set_that_does_not_count_hides_nothing(scenes, tmp_path):
+    """Sixty better copies in one set, one copy in the other, which alone counts for the row."""
+    rng = np.random.default_rng(0)
+    for name, noise, count in (("counts", 40, 1), ("other", 4, 60)):
+        (tmp_path / name).mkdir()
+        for index in range(count):
+            pixels = np.asarray(scenes[0]) + rng.normal(0, noise, (96, 96, 3))
+            Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(tmp_path / name / f"{index}.png")
+    counts, other = str(tmp_path / "counts"), str(tmp_path / "other")
+    expected = DuplicateFinder([counts], crops=False).check("row", scenes[0])
+    assert expected is not None
+    assert DuplicateFinder([counts, other], crops=False).check("row", scenes[0], against=[counts]) == expected

@@ -132,3 +132,21 @@ def test_the_processes_end_with_the_one_that_asks(tmp_path):
 def test_a_mistake_in_the_data_is_said_as_without_workers(tmp_path):
     with pytest.raises(ValueError, match="does not exist here; give a folder of images"):
         Guard(2, against=[tmp_path / "nothing"], store=tmp_path / "prints.sqlite")
+
+
+def test_a_change_of_processes_that_fails_is_said(tmp_path, monkeypatch):
+    """The images stored so far are kept."""
+    rng = np.random.default_rng(2)
+    (tmp_path / "evaluated").mkdir()
+    Image.fromarray(smooth(rng)).save(tmp_path / "evaluated" / "0.png")
+    monkeypatch.setattr(workers, "LARGE", 3)
+    guard = Guard(2, against=[tmp_path / "evaluated"], store=tmp_path / "prints.sqlite")
+    assert guard.check_all([Query(name, smooth(rng)) for name in "abc"]) == [None] * 3
+    (tmp_path / "evaluated").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="does not exist here; give a folder of images"):
+        guard.check_all([Query("d", smooth(rng))])
+    guard.close()
+    (tmp_path / "elsewhere").rename(tmp_path / "evaluated")
+    guard = Guard(2, against=[tmp_path / "evaluated"], store=tmp_path / "prints.sqlite")
+    assert guard.check_all([Query(name, smooth(rng)) for name in "cd"]) == [None] * 2
+    guard.close()
