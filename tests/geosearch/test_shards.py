@@ -146,7 +146,10 @@ if __name__ == "__main__":
         killed, deadline = 0, time.monotonic() + 300
         while not killed and driver.poll() is None and time.monotonic() < deadline:
             for process in psutil.Process(driver.pid).children(recursive=True):
-                with_task = "".join(process.cmdline()) if process.is_running() and process.status() != "zombie" else ""
+                try:
+                    with_task = "".join(process.cmdline())
+                except psutil.Error:  # it has just ended
+                    continue
                 if "ray::run_shard" in with_task and any(job.output.glob("shards/*/.lock")):
                     os.kill(process.pid, signal.SIGKILL)
                     killed += 1
