@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 
-ROOMS = ("evaluation", "geosearch", "model_cards", "modeling_lrsclip", "training")  # folders that hold commands
+ROOMS = ("evaluation", "geosearch", "modeling_lrsclip", "training")  # packages that hold commands
+FILES = "model_cards"  # the folder whose commands are files
 SCRIPTS = ("lrsclip-convert", "lrsclip-evaluate", "lrsclip-train", "geosearch")  # as setup.py names them
 __version__ = "0.1.0"
 
@@ -17,10 +18,10 @@ def _runs_a_command() -> bool:
     words = sys.orig_argv
     module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
     program = Path(sys.argv[0])
-    package = sys.modules.get(module.partition(".")[0])
-    folders = {Path(folder).resolve() for folder in (*getattr(package, "__path__", ()), program.parent)}
-    ours = folders & {Path(__file__).resolve().parents[1] / room for room in ROOMS}
-    return bool(ours) or program.stem in SCRIPTS
+    clone, name = Path(__file__).resolve().parents[1], module.partition(".")[0]
+    folders = [Path(folder).resolve() for folder in getattr(sys.modules.get(name), "__path__", ())]
+    package, file = name in ROOMS and clone / name in folders, program.resolve().parent == clone / FILES
+    return package or file or program.stem in SCRIPTS
 
 
 def __getattr__(name: str) -> Any:

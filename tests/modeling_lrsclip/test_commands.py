@@ -106,11 +106,11 @@ def test_help_waits_for_no_library():
     assert shown.returncode == 0, shown.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("program", ["resize.py", "evaluation/infer.py", "-m training.infer"])
-def test_an_h_of_another_program_hides_no_model(tmp_path, program):
-    """Not even where its folders are named as those of this clone."""
+@pytest.mark.parametrize("program", ["geosearch_demo.py", "evaluation/infer.py", "-m training.infer"])
+def test_another_program_has_the_model_from_the_start(tmp_path, program):
+    """Also where it or its folders are named as those of this clone."""
     words = program.split()
-    code = f"import sys; sys.orig_argv = [sys.executable, *{words}, '-h', '480']\n"  # as that of a new interpreter
+    code = f"import sys; sys.orig_argv = [sys.executable, *{words}]\n"  # as that of a new interpreter
     code += "import modeling_lrsclip\n"
     code += "from transformers import AutoConfig; print(AutoConfig.for_model('lrsclip').model_type)"
     file = tmp_path / f"{words[-1].removesuffix('.py').replace('.', '/')}.py"
@@ -118,7 +118,7 @@ def test_an_h_of_another_program_hides_no_model(tmp_path, program):
     (file.parent / "__init__.py").touch()
     file.write_text(code)
     words = words if words[0] == "-m" else [str(file)]
-    shown = processes.run([sys.executable, *words, "-h", "480"], env=CLONE, cwd=tmp_path)
+    shown = processes.run([sys.executable, *words], env=CLONE, cwd=tmp_path)
     assert shown.stdout == "lrsclip\n", shown.stderr
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -393,7 +392,7 @@ class DuplicateFinder:
 
     def _load(self) -> None:
         """Builds the index from the store."""
-        whole_blocks = self.store.count(INSIDE) // BLOCK * BLOCK
+        whole_blocks = self.store.count_shown() // BLOCK * BLOCK
         for piece in self.store.images():
             self._next = piece[-1][0] + 1
             kept: dict[str, list[tuple[int, bytes]]] = {}  # by owner
@@ -410,16 +409,6 @@ class DuplicateFinder:
                 codes = np.frombuffer(b"".join(blob for _, blob in some), np.uint64).reshape(-1, len(PARTS))
                 prints = self._earlier if owner == INSIDE else self._evaluated[owner]
                 prints.add(np.array([number for number, _ in some]), codes)
-
-    def counts(self) -> dict[str, Any]:
-        """Images shown so far, matches by kind, evaluation images by set, images too flat to compare."""
-        kinds: dict[str, int] = {}
-        for match in self.store.matches():
-            kind = json.loads(match)["kind"]
-            kinds[kind] = kinds.get(kind, 0) + 1
-        sets = {source: self.store.count(source) for source in self.against}
-        flat = self.store.count(INSIDE, "hashes IS NULL AND match IS NULL")
-        return {"images": self.store.count(INSIDE), "matches": kinds, "evaluation_images": sets, "flat": flat}
 
 
 def _best(candidates: list[Candidate]) -> Candidate | None:

@@ -6,7 +6,6 @@ import os
 import sqlite3
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from .fingerprints import SIDE
 
 INSIDE = ""  # the owner of rows of the set itself
 VERSION = 2
+PATIENCE = 60.0  # seconds until a search of a build that was killed, which ends its work in hand, lets go of the store
 _TABLES = f"""
 PRAGMA user_version = {VERSION};
 CREATE TABLE IF NOT EXISTS images (
@@ -42,7 +42,7 @@ class ImageStore:
         if read_only:
             self._database = sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", uri=True)
         else:
-            self._database = sqlite3.connect(path or ":memory:", check_same_thread=False)
+            self._database = sqlite3.connect(path or ":memory:", PATIENCE, check_same_thread=False)
         ((tables,), (version,)) = (
             self._database.execute(query).fetchone()
             for query in ("SELECT COUNT(*) FROM sqlite_master", "PRAGMA user_version")
@@ -167,15 +167,9 @@ class ImageStore:
             self._database.execute("INSERT OR REPLACE INTO owners VALUES (?, ?)", (owner, signature))
             self._commit()
 
-    def count(self, owner: str, condition: str = "TRUE") -> int:
-        """Images of an owner that fulfil an SQL condition."""
-        query = f"SELECT COUNT(*) FROM images WHERE owner = ? AND {condition}"
-        return self._database.execute(query, (owner,)).fetchone()[0]
-
-    def matches(self) -> Iterator[Any]:
-        """The matches of images of the set, as JSON."""
-        query = "SELECT match FROM images WHERE owner = ? AND match IS NOT NULL"
-        return (match for (match,) in self._database.execute(query, (INSIDE,)))
+    def count_shown(self) -> int:
+        """Images of the set itself."""
+        return self._database.execute("SELECT COUNT(*) FROM images WHERE owner = ?", (INSIDE,)).fetchone()[0]
 
 
 def count_images(path: str | Path, inside: bool) -> int:
